@@ -1,0 +1,26 @@
+# make test sets up .venv on its own; see CONTRIBUTING.md.
+PYTHON_BIN := .venv/bin/python
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup test test-all check format clean
+
+setup:
+	tools/set_up.sh dev
+
+test: setup
+	$(PYTHON_BIN) -m pytest
+
+test-all: setup
+	$(PYTHON_BIN) -m pytest -m "not tpu_compiler and not gpu"
+
+check: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
