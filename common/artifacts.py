@@ -1,0 +1,331 @@
+"""The files that stages exchange: what each holds, its header, and how it is saved and verified.
+
+A header is one JSON string under one key of a file's metadata. It records what determined the
+content (`recipe`), where it came from (`provenance`), and two hashes: `data_sha256` of the tensor
+bytes in key order, and `fingerprint` of the recipe. A file is fresh when its fingerprint is the one
+that the present settings, inputs and weights give.
+"""
+
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import BadInputFileError, NotFiniteError
+from common.whole_files import replace_whole
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER_KEY = "staged_diffusion"
+EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
+LATENTS_FILE = "stage2_latents.safetensors"
+MAKERS = {
+    EMBEDDINGS_FILE: "python stages/stage1_text_encoder.py",
+    LATENTS_FILE: "python stages/stage2_unet.py",
+}
+# A safetensors header is JSON of some hundred bytes a tensor; this bound keeps a forged length
+# from taking memory.
+MAX_HEADER_BYTES = 100_000_000
+
+
+class Recipe(BaseModel):
+    """All that determines a file's content; its hash is the file's fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    stage: int
+    settings: dict[str, Any]  # of this stage and of those before it
+    inputs: dict[str, str]  # file name → data_sha256
+    weights: dict[str, str]  # component → hash of its weights and config
+    versions: dict[str, str]  # package → version
+
+    def fingerprint(self) -> str:
+        """sha256 of the recipe as JSON with sorted keys."""
+        return hashlib.sha256(_to_json(self.model_dump()).encode()).hexdigest()
+
+
+class Header(BaseModel):
+    """What a file of ours says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    provenance: dict[str, Any]
+    data_sha256: str
+    fingerprint: str
+
+    def to_json(self) -> str:
+        return _to_json(self.model_dump())
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "Header":
+        """Parse a header and check that its fingerprint is that of its recipe.
+
+        Raises:
+            BadInputFileError: it is not a header of this format.
+        """
+        try:
+            header = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInputFileError(
+                f"{path}: its header cannot be read ({'.'.join(map(str, first['loc']))}: "
+                f"{first['msg']}); {how_to_remake(path)}"
+            ) from None
+        if header.fingerprint != header.recipe.fingerprint():
+            raise BadInputFileError(
+                f"{path}: its header was altered (the fingerprint does not fit the settings it "
+                f"records); {how_to_remake(path)}"
+            )
+        return header
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """A tensor's dtype, as safetensors names it (F32, BF16, …), and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A whole and undamaged file, not yet loaded. `header` is None for a file from elsewhere."""
+
+    path: Path
+    header: Header | None
+    data_sha256: str
+    tensors: dict[str, TensorLayout]
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def how_to_remake(path: Path) -> str:
+    """The end of an error's sentence: the command that makes the file again."""
+    maker = MAKERS.get(path.name)
+    return f"make it again: {maker} --output_dir {path.parent}" if maker else "make it again"
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of the packages whose arithmetic a stage's result depends on."""
+    return {package: version(package) for package in packages}
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def save_tensors(
+    path: Path, tensors: "Mapping[str, torch.Tensor]", recipe: Recipe, provenance: dict[str, Any]
+) -> Header:
+    """Save tensors with their header as safetensors, whole or not at all.
+
+    Raises:
+        NotFiniteError: a tensor holds an infinity or a not-a-number; nothing is written.
+    """
+    from safetensors.torch import save_file
+
+    check_finite(tensors, path, "was not written")
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    header = make_header(recipe, provenance, hash_tensors(contiguous))
+    with replace_whole(path) as temporary:
+        save_file(contiguous, temporary, metadata={HEADER_KEY: header.to_json()})
+    return header
+
+
+def make_header(recipe: Recipe, provenance: dict[str, Any], data_sha256: str) -> Header:
+    """Complete a header with the fingerprint and the time."""
+    return Header(
+        recipe=recipe,
+        provenance=provenance | {"written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
+        data_sha256=data_sha256,
+        fingerprint=recipe.fingerprint(),
+    )
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def inspect(path: Path) -> Artifact:
+    """Read a file's header and layout and verify its checksum, without loading torch.
+
+    Raises:
+        BadInputFileError: the file is missing, is not whole, or its data or header is damaged.
+    """
+    layout = _read_layout(path)
+    text = layout.metadata.get(HEADER_KEY)
+    header = None if text is None else Header.from_json(text, path)
+    data_sha256 = hash_file_data(path)
+    if header is not None and header.data_sha256 != data_sha256:
+        raise BadInputFileError(
+            f"{path} is damaged: its data has the checksum {data_sha256[:12]}…, its header says "
+            f"{header.data_sha256[:12]}…; {how_to_remake(path)}"
+        )
+    return Artifact(path=path, header=header, data_sha256=data_sha256, tensors=layout.tensors)
+
+
+def hash_file_data(path: Path) -> str:
+    """sha256 over the tensor bytes of a safetensors file in key order, without loading torch."""
+    layout = _read_layout(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for key in sorted(layout.tensors):
+            begin, end = layout.offsets[key]
+            file.seek(begin)
+            remaining = end - begin
+            while remaining:
+                block = file.read(min(remaining, 1 << 20))
+                if not block:
+                    raise BadInputFileError(f"{path} is cut short; {how_to_remake(path)}")
+                digest.update(block)
+                remaining -= len(block)
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: "Mapping[str, torch.Tensor]") -> str:
+    """The same hash of tensors in memory."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(tensors[key].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_tensors(artifact: Artifact, warn: Callable[[str], None]) -> "dict[str, torch.Tensor]":
+    """Load an inspected file.
+
+    Args:
+        warn: is told what could not be verified of a file without our header.
+
+    Raises:
+        BadInputFileError: the file cannot be read.
+        NotFiniteError: a tensor holds an infinity or a not-a-number.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = artifact.path
+    if artifact.header is None:
+        warn(
+            f"{path} has no header of ours: its settings, its checksum and the weights it was "
+            "made with cannot be verified"
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInputFileError(f"{path} is damaged ({error}); {how_to_remake(path)}") from None
+    check_finite(tensors, path, "cannot be used")
+    return tensors
+
+
+def refuse_misfit(artifact: Artifact, misfit: str | None) -> None:
+    """Raise where a file does not hold what is needed; `misfit` ends a sentence on the file."""
+    if misfit is not None:
+        raise BadInputFileError(f"{artifact.path} {misfit}; {how_to_remake(artifact.path)}")
+
+
+def check_finite(tensors: "Mapping[str, torch.Tensor]", path: Path, consequence: str) -> None:
+    """Raise `NotFiniteError` where a tensor holds an infinity or a not-a-number."""
+    for key, tensor in tensors.items():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise NotFiniteError(
+                f"{path} {consequence}: {bad} of {tensor.numel()} values of {key!r} are not "
+                "finite; try float32 (--dtype float32), less guidance or another scheduler"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """What stands before the data of a safetensors file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorLayout]
+    offsets: dict[str, tuple[int, int]]  # key → where its bytes begin and end in the file
+
+
+def _read_layout(path: Path) -> _Layout:
+    """Read a safetensors file's layout and check that the file is whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        start = 8 + length
+        layout = _Layout(
+            metadata=dict(metadata),
+            tensors={
+                key: TensorLayout(str(entry["dtype"]), tuple(map(int, entry["shape"])))
+                for key, entry in entries.items()
+            },
+            offsets={
+                key: (start + int(entry["data_offsets"][0]), start + int(entry["data_offsets"][1]))
+                for key, entry in entries.items()
+            },
+        )
+        end = max((end for _, end in layout.offsets.values()), default=start)
+        if end != size:
+            raise ValueError(f"it has {size} bytes in place of {end}")
+        if any(not start <= begin <= end for begin, end in layout.offsets.values()):
+            raise ValueError("its tensors lie outside its data")
+    except FileNotFoundError:
+        maker = MAKERS.get(path.name)
+        mend = f"; make it: {maker} --output_dir {path.parent}" if maker else ""
+        raise BadInputFileError(f"{path} is missing{mend}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise BadInputFileError(
+            f"{path} is damaged or not a safetensors file ({error}); {how_to_remake(path)}"
+        ) from None
+    return layout
+
+
+# --- freshness ----------------------------------------------------------------------------------
+
+
+def why_stale(path: Path, expected: Recipe) -> str | None:
+    """Say why a safetensors file must be made anew, or None where it is fresh."""
+    if not path.exists():
+        return f"{path.name} is not there"
+    try:
+        header = inspect(path).header
+    except BadInputFileError:
+        return f"{path.name} is damaged"
+    if header is None:
+        return f"{path.name} has no header of ours"
+    return difference(header.recipe, expected)
+
+
+def difference(made: Recipe, expected: Recipe) -> str | None:
+    """The differences between two recipes in words, such as "seed 42 → 43"; None where equal."""
+    if made.fingerprint() == expected.fingerprint():
+        return None
+    words = []
+    for field in ("settings", "inputs", "weights", "versions"):
+        old, new = getattr(made, field), getattr(expected, field)
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) == new.get(key):
+                continue
+            if field in ("inputs", "weights"):
+                words.append(f"{key} changed" if field == "inputs" else f"weights of {key} changed")
+            else:
+                words.append(f"{key} {_brief(old.get(key))} → {_brief(new.get(key))}")
+    return ", ".join(words) or "made by another format version"
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else _to_json(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

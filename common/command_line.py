@@ -1,0 +1,229 @@
+"""What all scripts share on the command line: flags, messages, errors and exit codes."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+
+from common.config import (
+    DEFAULT_OUTPUT_DIR,
+    SCHEDULERS,
+    GenerationConfig,
+    RunOptions,
+    RunSettings,
+)
+from common.errors import BadSettingError, StageError
+from common.report import StageReport
+
+PROMPTS, SAMPLING, MODEL, FILES, RUNNING = "Prompts", "Sampling", "Model", "Files", "Running"
+
+
+def flag(name: str, metavar: str, group: str, text: str) -> Any:
+    """Declare a flag: its name, what it takes, its group in the help, its meaning in one line."""
+    # The help is rich markup, in which a bracket must be escaped.
+    return typer.Option(
+        f"--{name}",
+        metavar=metavar,
+        rich_help_panel=group,
+        help=text.replace("[", r"\["),
+        show_default=False,
+    )
+
+
+def _setting(name: str, metavar: str, group: str, text: str) -> Any:
+    """A flag of a run's setting, with its default in brackets."""
+    return flag(name, metavar, group, f"{text} [{RunSettings.model_fields[name].default}]")
+
+
+def _option(name: str, metavar: str, text: str) -> Any:
+    """A flag of a run option, with its default in brackets."""
+    return flag(name, metavar, RUNNING, f"{text} [{RunOptions.model_fields[name].default}]")
+
+
+# Prompts
+Prompt = Annotated[
+    list[str] | None, flag("prompt", "TEXT", PROMPTS, "What to draw; give it again for more.")
+]
+PromptsFile = Annotated[
+    Path | None, flag("prompts_file", "FILE", PROMPTS, "One prompt a line, or JSONL.")
+]
+NegativePrompt = Annotated[
+    str | None,
+    flag("negative_prompt", "TEXT", PROMPTS, "What not to draw. [blurry, low …]"),
+]
+NoNegativePrompt = Annotated[
+    bool, flag("no_negative_prompt", " ", PROMPTS, 'No negative at all, unlike "".')
+]
+NumImagesPerPrompt = Annotated[
+    int | None, _setting("num_images_per_prompt", "N", PROMPTS, "Pictures of each prompt.")
+]
+
+# Sampling
+Height = Annotated[int | None, flag("height", "PIXELS", SAMPLING, "Height. [the checkpoint's own]")]
+Width = Annotated[int | None, flag("width", "PIXELS", SAMPLING, "Width. [the checkpoint's own]")]
+NumInferenceSteps = Annotated[
+    int | None, _setting("num_inference_steps", "N", SAMPLING, "Denoising steps.")
+]
+GuidanceScale = Annotated[
+    float | None, _setting("guidance_scale", "X", SAMPLING, "Guidance; 1 or less is none.")
+]
+Seed = Annotated[int | None, _setting("seed", "N", SAMPLING, "Seed of the first picture.")]
+Scheduler = Annotated[
+    str | None,
+    flag("scheduler", "NAME", SAMPLING, f"{', '.join(SCHEDULERS)}. [the checkpoint's own]"),
+]
+
+# Model
+ModelId = Annotated[str | None, _setting("model_id", "ID", MODEL, "Folder or hub id.")]
+TextEncoderDtype = Annotated[
+    str | None, _setting("text_encoder_dtype", "DTYPE", MODEL, "float32, bfloat16.")
+]
+UnetDtype = Annotated[
+    str | None, _setting("unet_dtype", "DTYPE", MODEL, "float32, bfloat16, auto.")
+]
+VaeDtype = Annotated[str | None, _setting("vae_dtype", "DTYPE", MODEL, "float32, bfloat16, auto.")]
+StageDtype = Annotated[str | None, flag("dtype", "DTYPE", MODEL, "This stage's own dtype.")]
+
+# Files
+ConfigFile = Annotated[
+    Path | None, flag("config", "FILE", FILES, "YAML file of settings; flags win over it.")
+]
+OutputDir = Annotated[
+    Path | None, flag("output_dir", "DIR", FILES, f"The run directory. [{DEFAULT_OUTPUT_DIR}]")
+]
+InputDir = Annotated[
+    Path | None, flag("input_dir", "DIR", FILES, "Where the inputs are. [the output_dir]")
+]
+ImageFormatFlag = Annotated[
+    str | None, _setting("image_format", "FORMAT", FILES, "png, webp, jpg.")
+]
+
+# Running
+Mesh = Annotated[str | None, _option("mesh", "AXES", "Devices: single, or data=N.")]
+BatchSize = Annotated[int | None, _option("batch_size", "N", "Most pictures computed at once.")]
+StepsPerCall = Annotated[
+    int | None, flag("steps_per_call", "N", RUNNING, "Steps in one call. [all; 1 on CPU]")
+]
+WarmupSteps = Annotated[int | None, _option("warmup_steps", "N", "Steps before the timed ones.")]
+Warmup = Annotated[bool, flag("warmup", " ", RUNNING, "Decode once before the timed run.")]
+SkipFresh = Annotated[
+    bool, flag("skip_fresh", " ", RUNNING, "Do nothing where the outputs are fresh.")
+]
+Debug = Annotated[bool, flag("debug", " ", RUNNING, "Show tracebacks and library messages.")]
+
+
+def given_settings(parameters: Mapping[str, Any], stage_dtype: str | None = None) -> dict[str, Any]:
+    """The settings among a command's parameters that were given, by their setting's name.
+
+    Args:
+        stage_dtype: the setting that this stage's `--dtype` stands for.
+    """
+    names = RunSettings.model_fields.keys()
+    given = {
+        name: value
+        for name, value in parameters.items()
+        if name in names and value is not None and value not in ([], ())
+    }
+    if parameters.get("no_negative_prompt"):
+        if "negative_prompt" in given:
+            raise BadSettingError("give either --negative_prompt or --no_negative_prompt, not both")
+        given["negative_prompt"] = None
+    if stage_dtype is not None and parameters.get("dtype") is not None:
+        if stage_dtype in given:
+            raise BadSettingError(f"give either --dtype or --{stage_dtype}, not both")
+        given[stage_dtype] = parameters["dtype"]
+    return given
+
+
+def apply_overrides(
+    config: GenerationConfig, parameters: Mapping[str, Any], stage_dtype: str
+) -> tuple[GenerationConfig, list[str]]:
+    """Override a run's settings by the flags given to one stage; with what differs, in words."""
+    return config.override(given_settings(parameters, stage_dtype))
+
+
+def say(text: str) -> None:
+    """Print one line of a normal run."""
+    print(text, flush=True)
+
+
+def say_why(stale: str | None, overrides: list[str]) -> None:
+    """Print why a stage runs and which of the run's settings its flags override."""
+    if stale is not None:
+        say(f"  because {stale}")
+    for line in overrides:
+        say(f"  override, for this run of this stage: {line}")
+
+
+def say_times(report: StageReport, path: Path) -> None:
+    """Print where a stage's time went and what it wrote."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
+    say(f"  wrote {path} in {report.wall_seconds():.1f} s ({parts})")
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def make_command(function: Callable[..., Any]) -> TyperCommand:
+    """A command whose flags are spelled with underscores; hyphens work too."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={
+            "token_normalize_func": lambda token: token.replace("-", "_"),
+            "help_option_names": ["--help"],
+        },
+    )
+    app.command()(function)
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+def run_command(command: TyperCommand) -> NoReturn:
+    """Run a script's command; end the process with the documented exit code.
+
+    Every failure is one sentence; a traceback comes only with `--debug`.
+    """
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _terminate)
+    name = Path(sys.argv[0]).name
+    try:
+        code = command.main(prog_name=name, standalone_mode=False)
+        sys.exit(code or 0)
+    except TyperException as error:
+        formatted = getattr(error, "format_message", None)
+        message = str(formatted() if formatted else error)
+        _fail(f"{message.rstrip('.')} (python {name} --help lists the flags)", 2)
+    except StageError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was left half written, the same command starts again", 130)
+    except MemoryError:
+        _fail("out of memory: ask for fewer pictures at once (--batch_size) or a smaller size", 5)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        what = " ".join(str(error).split())[:300]
+        _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    print("error: terminated; nothing was left half written", file=sys.stderr, flush=True)
+    sys.exit(143)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,60 @@
+"""What the tensors of each file must be for the next stage, said in words where they are not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.artifacts import TensorLayout
+from common.config import GENERATION_CONFIG_FILE
+
+FLOATING_POINT = ("F64", "F32", "F16", "BF16")
+
+
+def embeddings_misfit(
+    tensors: Mapping[str, TensorLayout], prompts: int, unet: dict[str, Any]
+) -> str | None:
+    """Compare stage 1's tensors with what a UNet needs.
+
+    Args:
+        tensors: prompt_embeds, negative_prompt_embeds [P, L, D]; for a `text_time` UNet also
+            pooled_prompt_embeds, negative_pooled_prompt_embeds [P, E].
+        prompts: P by the settings.
+        unet: the UNet's config, which gives D and E.
+
+    Returns:
+        What is wrong, as the end of a sentence that begins with the file's name; None where all
+        fits.
+    """
+    widths = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), unet["cross_attention_dim"])
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        widths |= dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled)
+    missing = [name for name in widths if name not in tensors]
+    if missing:
+        return f"lacks {', '.join(missing)}, which the checkpoint's UNet needs"
+    for name, width in widths.items():
+        shape = tensors[name].shape
+        if tensors[name].dtype not in FLOATING_POINT:
+            return f"holds {name} as {tensors[name].dtype}, not as floating-point numbers"
+        if len(shape) != (2 if "pooled" in name else 3) or shape[-1] != width:
+            return f"holds {name} of shape {shape}; the checkpoint's UNet needs a width of {width}"
+        if shape[0] != prompts:
+            return f"holds {shape[0]} prompts; {GENERATION_CONFIG_FILE} has {prompts}"
+    if tensors["prompt_embeds"].shape != tensors["negative_prompt_embeds"].shape:
+        return "holds prompt_embeds and negative_prompt_embeds of different shapes"
+    return None
+
+
+def latents_misfit(tensors: Mapping[str, TensorLayout], vae: dict[str, Any]) -> str | None:
+    """Compare stage 2's tensors with what a VAE needs: latents [B, C, h, w].
+
+    Returns what is wrong like `embeddings_misfit`.
+    """
+    if "latents" not in tensors:
+        return "lacks latents"
+    latents = tensors["latents"]
+    shape = latents.shape
+    if latents.dtype not in FLOATING_POINT:
+        return f"holds latents as {latents.dtype}, not as floating-point numbers"
+    if len(shape) != 4 or 0 in shape or shape[1] != vae["latent_channels"]:
+        return f"holds latents of shape {shape}; the VAE needs {vae['latent_channels']} channels"
+    return None

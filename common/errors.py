@@ -1,0 +1,36 @@
+"""Errors that end a stage with one sentence and a documented exit code.
+
+Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, setting or input value;
+3 an input file is missing, damaged, or does not fit the others; 4 the numbers are not finite;
+5 the environment (disk, memory, device, lock); 130 interrupted; 143 terminated.
+"""
+
+
+class StageError(Exception):
+    """A failure to report as one sentence that names the file or flag and the mend."""
+
+    exit_code = 1
+
+
+class BadSettingError(StageError):
+    """A flag, a setting or an input value is wrong."""
+
+    exit_code = 2
+
+
+class BadInputFileError(StageError):
+    """An input file is missing, damaged, or does not fit the others."""
+
+    exit_code = 3
+
+
+class NotFiniteError(StageError):
+    """A computation gave infinities or not-a-numbers."""
+
+    exit_code = 4
+
+
+class UnfitEnvironmentError(StageError):
+    """The disk, the memory, a device or another process stands in the way."""
+
+    exit_code = 5

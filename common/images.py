@@ -1,0 +1,26 @@
+"""Images of a run: which prompt each belongs to, and the groups in which they are computed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def prompt_indices(prompts: int, images_per_prompt: int) -> np.ndarray:
+    """The prompt of every image, [B], prompt-major."""
+    return np.repeat(np.arange(prompts), images_per_prompt)
+
+
+def group_size(images: int, batch_size: int, data_devices: int) -> int:
+    """Images computed at once: at most `batch_size`, a multiple of the `data` axis."""
+    wanted = min(images, batch_size)
+    return max(1, -(-wanted // data_devices)) * data_devices
+
+
+def groups(images: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Indices of the images in each group, and how many are real.
+
+    The last group repeats its last image to keep the shape, which would otherwise recompile.
+    """
+    for start in range(0, images, size):
+        real = min(size, images - start)
+        yield np.minimum(np.arange(start, start + size), images - 1), real

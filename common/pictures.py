@@ -1,0 +1,102 @@
+"""Save pictures with their settings inside, and read those settings back."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
+
+from common.artifacts import HEADER_KEY
+from common.config import ImageFormat
+from common.whole_files import replace_whole
+
+USER_COMMENT = int(ExifTags.Base.UserComment)
+EXIF_FOLDER = int(ExifTags.IFD.Exif)
+# The EXIF standard's mark of a user comment in UTF-16.
+UNICODE_MARK = b"UNICODE\0"
+LOSSY_QUALITY = 95
+OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid)\.(png|webp|jpg)")
+
+
+def picture_names(count: int, image_format: ImageFormat) -> tuple[list[str], str | None]:
+    """Names of a batch's pictures and of its grid; a single picture has no number and no grid."""
+    if count == 1:
+        return [f"output_image.{image_format}"], None
+    names = [f"output_image_{index:04d}.{image_format}" for index in range(count)]
+    return names, f"output_grid.{image_format}"
+
+
+def remove_others(run_dir: Path, kept: set[str]) -> None:
+    """Remove pictures that an earlier run left under our names."""
+    for path in run_dir.iterdir():
+        if OUR_NAME.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
+
+
+def hash_pixels(pixels: np.ndarray) -> str:
+    """sha256 of a picture's bytes, [H, W, 3] uint8."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+
+
+def save_picture(path: Path, pixels: np.ndarray, record: dict[str, Any]) -> None:
+    """Save [H, W, 3] uint8 with `record` as JSON in its metadata, whole or not at all.
+
+    PNG: a text chunk, and `parameters` as web UIs write it. WebP (lossless) and JPEG: the EXIF
+    user comment.
+    """
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    image = Image.fromarray(pixels)
+    with replace_whole(path) as temporary, temporary.open("wb") as file:
+        if path.suffix == ".png":
+            chunks = PngImagePlugin.PngInfo()
+            chunks.add_itxt(HEADER_KEY, text)
+            chunks.add_itxt("parameters", web_ui_parameters(record["settings"]))
+            image.save(file, format="PNG", pnginfo=chunks)
+        else:
+            exif = Image.Exif()
+            exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = UNICODE_MARK + text.encode("utf-16-be")
+            if path.suffix == ".webp":
+                image.save(file, format="WEBP", lossless=True, exif=exif)
+            else:
+                image.save(file, format="JPEG", quality=LOSSY_QUALITY, subsampling=0, exif=exif)
+
+
+def read_picture_record(path: Path) -> dict[str, Any] | None:
+    """Decode a picture fully and read the record inside. None: damaged, or no record of ours."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if path.suffix == ".png":
+                text = image.info.get(HEADER_KEY, "")
+            else:
+                comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
+                text = bytes(comment).removeprefix(UNICODE_MARK).decode("utf-16-be")
+            record = json.loads(text)
+            if path.suffix == ".png" and record["pixels_sha256"] != hash_pixels(np.asarray(image)):
+                return None
+    except (OSError, ValueError, KeyError, SyntaxError, TypeError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def web_ui_parameters(settings: dict[str, Any]) -> str:
+    """The settings in the text form that the common web UIs read from a PNG."""
+    lines = [settings.get("prompt") or ""]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    named = {
+        "Steps": "num_inference_steps",
+        "Sampler": "scheduler",
+        "CFG scale": "guidance_scale",
+        "Seed": "seed",
+    }
+    parts = [f"{name}: {settings[key]}" for name, key in named.items() if key in settings]
+    if "width" in settings:
+        parts.append(f"Size: {settings['width']}x{settings['height']}")
+    if settings.get("model_id"):
+        parts.append(f"Model: {settings['model_id']}")
+    lines.append(", ".join(parts))
+    return "\n".join(lines)

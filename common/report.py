@@ -1,0 +1,70 @@
+"""What a stage reports of itself: where its time went, and `stageN_report.json`."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from common.whole_files import write_text_whole
+
+
+class StageReport:
+    """Disjoint parts of a process's wall time, and facts about what it did.
+
+    The clock starts when the process did, so that the interpreter's start-up is in `other`.
+    """
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+        self.seconds: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self._born = psutil.Process().create_time()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to the part `name`; parts do not nest."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a part."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def wall_seconds(self) -> float:
+        """Seconds since the process began."""
+        return time.time() - self._born
+
+    def write(self, output_dir: Path) -> None:
+        """Write `stageN_report.json`; parts and `other` sum to `wall_seconds`."""
+        wall = self.wall_seconds()
+        parts = {name: round(seconds, 4) for name, seconds in self.seconds.items()}
+        parts["other"] = round(wall - sum(parts.values()), 4)
+        content = {
+            "stage": self.stage,
+            "wall_seconds": round(wall, 4),
+            "seconds": parts,
+            **self.facts,
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_text_whole(report_path(output_dir, self.stage), text)
+
+
+def report_path(output_dir: Path, stage: int) -> Path:
+    """Where a stage's report stands."""
+    return output_dir / f"stage{stage}_report.json"
+
+
+def read_report(output_dir: Path, stage: int) -> dict[str, Any]:
+    """A stage's last report, empty where there is none."""
+    try:
+        content = json.loads(report_path(output_dir, stage).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,41 @@
+"""Write files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from common.errors import UnfitEnvironmentError
+
+
+@contextmanager
+def replace_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; then put it in place at once.
+
+    The file appears whole or not at all: written, flushed to the disk, then renamed. After an
+    error the old file is as it was and the temporary one is gone.
+
+    Raises:
+        UnfitEnvironmentError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UnfitEnvironmentError(
+            f"{path} cannot be written ({reason}): make room or choose another --output_dir"
+        ) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replace_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,272 @@
+"""Stage 3: decode the latents to pictures, by diffusers' VAE compiled for TPU, GPU or CPU.
+
+    python stages/stage3_vae_decoder.py
+    python stages/stage3_vae_decoder.py --image_format webp
+
+Reads   generation_config.json, stage2_latents.safetensors, the checkpoint's VAE (nothing else).
+Writes  output_image.png when there is one image; output_image_0000.png … and output_grid.png when
+        there are several; all settings in their metadata, as the latents' header records them
+        stage3_report.json
+Takes   some seconds for the demo checkpoint on a CPU once compiled.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import typer
+
+from common import artifacts, command_line, pictures
+from common.artifacts import Artifact, Header, Recipe
+from common.checkpoint import Checkpoint, open_checkpoint
+from common.command_line import say, warn
+from common.components import load_vae, quiet_libraries
+from common.config import (
+    DEFAULT_OUTPUT_DIR,
+    GenerationConfig,
+    RunOptions,
+    read_generation_config,
+    read_run_options,
+)
+from common.contracts import latents_misfit
+from common.errors import NotFiniteError
+from common.images import group_size, groups, prompt_indices
+from common.report import StageReport, read_report
+from common.sharding import parse_mesh
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COMPONENTS = ("vae",)
+
+
+def make_recipe(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    latents: Artifact,
+    vae_dtype: str,
+) -> Recipe:
+    """All that determines the pictures, what is written into them included."""
+    upstream = latents.header.recipe.settings if latents.header is not None else {}
+    return Recipe(
+        stage=3,
+        settings={
+            **upstream,
+            "vae_dtype": vae_dtype,
+            "image_format": config.image_format,
+        },
+        inputs={artifacts.LATENTS_FILE: latents.data_sha256},
+        weights={"vae": checkpoint.weights_fingerprint("vae")},
+        versions=artifacts.package_versions(
+            "torch", "torchax", "jax", "jaxlib", "diffusers", "pillow"
+        ),
+    )
+
+
+def why_stale(run_dir: Path, count: int, config: GenerationConfig, recipe: Recipe) -> str | None:
+    """Say why the pictures must be made anew, or None where all of them are fresh and whole."""
+    names, grid = pictures.picture_names(count, config.image_format)
+    for name in [*names, *([grid] if grid else [])]:
+        if not (run_dir / name).exists():
+            return f"{name} is not there"
+        record = pictures.read_picture_record(run_dir / name)
+        if record is None:
+            return f"{name} is damaged or not of ours"
+        if record.get("fingerprint") != recipe.fingerprint():
+            made = read_report(run_dir, 3).get("recipe")
+            known = artifacts.difference(Recipe(**made), recipe) if made else None
+            return known or f"{name} was made with other settings"
+    return None
+
+
+def expected_dtype(asked: str, run_dir: Path) -> str:
+    """The dtype to expect of fresh pictures: `auto` stands for what it gave when they were made."""
+    report = read_report(run_dir, 3)
+    if asked == "auto" and report.get("vae_dtype_asked") == "auto":
+        return str(report["dtype"])
+    return asked
+
+
+def decode_images(
+    latents: "np.ndarray",
+    checkpoint: Checkpoint,
+    vae_dtype: str,
+    options: RunOptions,
+    report: StageReport,
+) -> "np.ndarray":
+    """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from common import sharding, torchax_runtime
+    from common.decoding import make_decoder
+
+    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
+    with report.part("checkpoint read"):
+        vae = load_vae(checkpoint, getattr(torch, vae_dtype))
+    with report.part("host to device"):
+        weights = torchax_runtime.parameters_of(
+            vae, lambda array: jax.device_put(array, sharding.replicated(mesh))
+        )
+    decode = torchax_runtime.as_jax_function(vae, "decode")
+    decoder = jax.jit(make_decoder(decode, checkpoint.config("vae"), jnp.dtype(vae_dtype)))
+
+    compiled = None
+    size = group_size(len(latents), options.batch_size, mesh.shape["data"])
+    decoded = []
+    with tqdm(total=len(latents), desc="decode", unit="image", leave=False, disable=None) as bar:
+        for chosen, real in groups(len(latents), size):
+            with report.part("host to device"):
+                group = jax.device_put(latents[chosen], sharding.split_images(mesh))
+            if compiled is None:
+                with report.part("trace"):
+                    lowered = decoder.lower(weights, group)
+                with report.part("compile"):
+                    compiled = lowered.compile()
+                if options.warmup:
+                    with report.part("warm-up"):
+                        jax.block_until_ready(compiled(weights, group))
+            with report.part("run"):
+                pixels, finite = jax.block_until_ready(compiled(weights, group))
+            if not finite:
+                raise NotFiniteError(
+                    f"the VAE in {vae_dtype} gave values that are not finite, so no picture was "
+                    "written: use --vae_dtype float32"
+                )
+            with report.part("device to host"):
+                decoded.append(np.asarray(pixels)[:real])
+            bar.update(real)
+    return np.concatenate(decoded)
+
+
+def picture_settings(header: Header | None, index: int | None) -> dict[str, Any]:
+    """One picture's settings, from the latents' header; of a grid (`index` None) those shared."""
+    if header is None:
+        return {}
+    settings = dict(header.recipe.settings)
+    prompts, negatives = settings.pop("prompts", []), settings.pop("negative_prompts", [])
+    seeds = settings.pop("seeds", [])
+    settings["model_id"] = header.provenance.get("model_id")
+    if index is not None and index < len(seeds):
+        prompt = prompt_indices(len(prompts), settings["num_images_per_prompt"])[index]
+        settings |= {
+            "prompt": prompts[prompt],
+            "negative_prompt": negatives[prompt],
+            "seed": seeds[index],
+            "image_index": index,
+        }
+    return settings
+
+
+def save_pictures(
+    run_dir: Path,
+    images: "np.ndarray",
+    config: GenerationConfig,
+    header: Header | None,
+    recipe: Recipe,
+) -> Path:
+    """Save all pictures and the grid, remove those of an earlier run. Returns the main one."""
+    from common.decoding import make_grid
+
+    names, grid_name = pictures.picture_names(len(images), config.image_format)
+    own = {"vae_dtype": recipe.settings["vae_dtype"], "image_format": config.image_format}
+    files: list[tuple[str, Any, int | None]] = [
+        (name, image, index) for index, (name, image) in enumerate(zip(names, images, strict=True))
+    ]
+    if grid_name is not None:
+        files.append((grid_name, make_grid(images), None))
+    for name, image, index in files:
+        record = {
+            "settings": picture_settings(header, index) | own,
+            "pixels_sha256": pictures.hash_pixels(image),
+            "fingerprint": recipe.fingerprint(),
+            "inputs": recipe.inputs,
+            "versions": recipe.versions,
+        }
+        pictures.save_picture(run_dir / name, image, record)
+    pictures.remove_others(run_dir, {name for name, _, _ in files})
+    return run_dir / files[-1][0]
+
+
+def main(
+    context: typer.Context,
+    model_id: command_line.ModelId = None,
+    dtype: command_line.StageDtype = None,
+    vae_dtype: command_line.VaeDtype = None,
+    input_dir: command_line.InputDir = None,
+    output_dir: command_line.OutputDir = None,
+    image_format: command_line.ImageFormatFlag = None,
+    mesh: command_line.Mesh = None,
+    batch_size: command_line.BatchSize = None,
+    warmup: command_line.Warmup = False,
+    skip_fresh: command_line.SkipFresh = False,
+    debug: command_line.Debug = False,
+) -> None:
+    """Decode the latents with the checkpoint's VAE and save the pictures.
+
+    Defaults stand in brackets; hyphens in flags work as well.
+    """
+    report = StageReport(3)
+    run_dir = output_dir or input_dir or DEFAULT_OUTPUT_DIR
+    source_dir = input_dir or run_dir
+
+    # 1. Settings: the run's, and what the flags override for this run of this stage
+    config = read_generation_config(source_dir)
+    config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
+    checkpoint = open_checkpoint(config.model_id, COMPONENTS)
+    options = read_run_options(context.params)
+    parse_mesh(options.mesh)
+
+    # 2. The input, whole and fitting; and are the pictures fresh already?
+    latents = artifacts.inspect(source_dir / artifacts.LATENTS_FILE)
+    vae_config = checkpoint.config("vae")
+    artifacts.refuse_misfit(latents, latents_misfit(latents.tensors, vae_config))
+    count = latents.tensors["latents"].shape[0]
+    recipe = make_recipe(config, checkpoint, latents, expected_dtype(config.vae_dtype, run_dir))
+    stale = why_stale(run_dir, count, config, recipe)
+    if skip_fresh and stale is None:
+        names, grid = pictures.picture_names(count, config.image_format)
+        say(f"stage 3: fresh ({run_dir / (grid or names[0])})")
+        return
+    say(f"stage 3: decode {count} image(s)")
+    command_line.say_why(stale if skip_fresh else None, overrides)
+
+    # 3. Start jax
+    with report.part("imports"):
+        if not debug:
+            quiet_libraries()
+        from common import jax_setup, torchax_runtime  # noqa: F401
+
+        counter = jax_setup.set_up_jax()
+    upcast = bool(vae_config.get("force_upcast", True))  # True is diffusers' own default
+    dtype_used = jax_setup.choose_dtype(config.vae_dtype, force_float32=upcast)
+
+    # 4. Decode
+    tensor = artifacts.load_tensors(latents, warn)["latents"].float()
+    images = decode_images(tensor.numpy(), checkpoint, dtype_used, options, report)
+
+    # 5. Write
+    recipe = make_recipe(config, checkpoint, latents, dtype_used)
+    with report.part("writing"):
+        main_picture = save_pictures(run_dir, images, config, latents.header, recipe)
+    report.facts |= {
+        "shapes": {"images": list(images.shape)},
+        "dtype": dtype_used,
+        "vae_dtype_asked": config.vae_dtype,
+        "mesh": options.mesh,
+        "platform": jax_setup.platform(),
+        "programs_from_cache": counter.cache_hits,
+        "versions": recipe.versions,
+        "recipe": recipe.model_dump(),
+    }
+    report.write(run_dir)
+    command_line.say_times(report, main_picture)
+
+
+if __name__ == "__main__":
+    command_line.run_command(command_line.make_command(main))

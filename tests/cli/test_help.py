@@ -1,0 +1,30 @@
+"""`--help` reads well at 80 columns and names every flag once."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import RUN_ALL, STAGES
+
+
+@pytest.mark.parametrize("script", [*STAGES.values(), RUN_ALL], ids=lambda path: path.stem)
+def test_help_fits_80_columns(script: str) -> None:
+    environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1"}
+    result = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not re.findall(r"^│ {10,}\S", result.stdout, re.M), "a meaning takes one line"
+    flags = re.findall(r"^│ (--\w+)", result.stdout, re.M)
+    assert len(flags) == len(set(flags)) > 8
+    assert not [flag for flag in flags if "-" in flag[2:]], "flags are spelled with underscores"
+    for group in ("Model", "Files", "Running"):
+        assert f"─ {group} ─" in result.stdout
+    if script in (STAGES[1], RUN_ALL):
+        assert "[7.5]" in result.stdout
+        assert "[the checkpoint's own]" in result.stdout

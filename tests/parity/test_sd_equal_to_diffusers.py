@@ -1,0 +1,103 @@
+"""SD 1.x/2.x by the same code: a tiny checkpoint of real components with random weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tests.conftest import DEMO, Run
+from tests.in_process import pixel_difference, relative_difference
+
+PROMPTS = ["a red star", "a blue ring on white"]
+
+
+@pytest.fixture(scope="module")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    size = len(tokenizer)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=size,
+            bos_token_id=size - 2,
+            eos_token_id=size - 1,
+            pad_token_id=size - 1,
+            hidden_size=32,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            projection_dim=32,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        layers_per_block=1,
+    )
+    scheduler = PNDMScheduler(
+        beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "sd"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("negative", ["blurry", None])
+def test_sd_equals_diffusers_through_the_files(
+    tiny_sd: Path, tmp_path: Path, run_all: Run, negative: str | None
+) -> None:
+    run_dir = tmp_path / "run"
+    given = ["--no_negative_prompt"] if negative is None else ["--negative_prompt", negative]
+    result = run_all(
+        *("--model_id", tiny_sd, "--output_dir", run_dir, "--num_inference_steps", 5),
+        *(part for prompt in PROMPTS for part in ("--prompt", prompt)),
+        *given,
+    )
+    assert result.returncode == 0, result.stderr
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    kept = {}
+    images = pipeline(
+        prompt=PROMPTS,
+        negative_prompt=None if negative is None else [negative] * 2,
+        num_inference_steps=5,
+        generator=[torch.Generator().manual_seed(seed) for seed in (42, 43)],
+        callback_on_step_end=lambda _, __, ___, values: kept.update(values) or values,
+    ).images
+    latents = load_file(run_dir / "stage2_latents.safetensors")["latents"].numpy()
+    assert latents.shape == (2, 4, 8, 8)
+    assert relative_difference(latents, kept["latents"].numpy()) < 1e-4
+    for index, image in enumerate(images):
+        ours = np.asarray(Image.open(run_dir / f"output_image_{index:04d}.png"))
+        assert pixel_difference(ours, np.asarray(image)) <= 2
+    report = json.loads((run_dir / "stage1_report.json").read_text())
+    assert set(report["shapes"]) == {"prompt_embeds", "negative_prompt_embeds"}
+    shutil.rmtree(run_dir)

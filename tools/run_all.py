@@ -1,0 +1,170 @@
+"""Run the three stages one after the other, each as a process of its own.
+
+    ./run_all.sh --prompt "a large red star on a blue background"
+
+Takes any stage's flags and gives each stage those it knows. Stages that are up to date are skipped;
+the first failing stage's exit code is this program's.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT_DIR))
+
+import typer
+from typer.core import TyperCommand
+
+from common import artifacts, command_line, pictures
+from common.config import DEFAULT_OUTPUT_DIR, read_generation_config
+from common.errors import BadSettingError
+from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
+
+STAGES = (stage1_text_encoder, stage2_unet, stage3_vae_decoder)
+DTYPES = ("text_encoder_dtype", "unet_dtype", "vae_dtype")
+RUN_ALL = "Which stages"
+
+
+def main(
+    context: typer.Context,
+    from_stage: Annotated[
+        int,
+        command_line.flag("from_stage", "1|2|3", RUN_ALL, "First stage to run. [1]"),
+    ] = 1,
+    to_stage: Annotated[
+        int,
+        command_line.flag("to_stage", "1|2|3", RUN_ALL, "Last stage to run. [3]"),
+    ] = 3,
+    force: Annotated[
+        bool,
+        command_line.flag("force", " ", RUN_ALL, "Run fresh stages as well."),
+    ] = False,
+) -> int:
+    """Make pictures from prompts: text encoder, UNet and VAE, stage by stage.
+
+    Defaults stand in brackets; hyphens in flags work as well.
+    """
+    began = time.monotonic()
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"
+    }
+    for command in plan(given, stage_commands()):
+        code = run_stage(command)
+        if code != 0:
+            return code
+    if to_stage == 3:
+        run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
+        picture = picture_path(run_dir, given.get("image_format"))
+        command_line.say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
+    return 0
+
+
+def stage_commands() -> list[TyperCommand]:
+    """The commands of the three stages."""
+    return [command_line.make_command(stage.main) for stage in STAGES]
+
+
+def make_command() -> TyperCommand:
+    """One command with this program's own flags and those of all stages."""
+    command = command_line.make_command(main)
+    own = [parameter.name for parameter in command.params]
+    names = {*own, "skip_fresh"}
+    for stage_command in stage_commands():
+        for parameter in stage_command.params:
+            if parameter.name not in names:
+                names.add(parameter.name)
+                command.params.append(parameter)
+    run = command.callback
+    assert run is not None
+    # The stages' flags reach `main` through its context.
+    command.callback = lambda **params: run(
+        **{name: params[name] for name in own if name in params}
+    )
+    return command
+
+
+def flags_for(
+    stage_command: TyperCommand, given: dict[str, Any], *, first: bool
+) -> tuple[list[str], set[str]]:
+    """The flags among those given that a stage knows, as arguments, and their names."""
+    arguments, names = [], set()
+    for parameter in stage_command.params:
+        name = parameter.name
+        if name not in given or (name == "input_dir" and not first):
+            continue
+        names.add(name)
+        value = given[name]
+        if value is True:
+            arguments.append(f"--{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            arguments += [f"--{name}={item}" for item in values]
+    return arguments, names
+
+
+def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[list[str]]:
+    """The command of each stage to run, for the flags that were given.
+
+    Raises:
+        BadSettingError: stages out of order, or a flag that no stage to run knows.
+    """
+    given = dict(given)
+    from_stage, to_stage = given.pop("from_stage", 1), given.pop("to_stage", 3)
+    force = given.pop("force", False)
+    if not 1 <= from_stage <= to_stage <= 3:
+        raise BadSettingError(
+            f"--from_stage {from_stage} --to_stage {to_stage}: stages are 1 to 3, in this order"
+        )
+    if "dtype" in given:
+        # To all three stages: settings of the run, so that each stage finds its own.
+        dtype = given.pop("dtype")
+        given = dict.fromkeys(DTYPES, dtype) | given
+    commands, known = [], set()
+    for number in range(from_stage, to_stage + 1):
+        arguments, names = flags_for(
+            commands_of_stages[number - 1], given, first=number == from_stage
+        )
+        known |= names
+        script = PROJECT_DIR / "stages" / f"{STAGES[number - 1].__name__.split('.')[-1]}.py"
+        skipping = [] if force else ["--skip_fresh"]
+        commands.append([sys.executable, str(script), *arguments, *skipping])
+    unused = given.keys() - known - set(DTYPES)
+    if unused:
+        flags = ", ".join(f"--{name}" for name in sorted(unused))
+        raise BadSettingError(f"{flags}: no stage from {from_stage} to {to_stage} takes it")
+    return commands
+
+
+def run_stage(command: list[str]) -> int:
+    """Run one stage and wait for it; pass a termination on to it. Returns its exit code."""
+    # Ctrl-C reaches the stage from the terminal; this process waits for it to end.
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(command, preexec_fn=_restore_interrupt)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, old)
+    return 128 - code if code < 0 else code
+
+
+def _restore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def picture_path(run_dir: Path, image_format: str | None) -> Path:
+    """The picture, or the grid of several, in a run directory."""
+    latents = artifacts.inspect(run_dir / artifacts.LATENTS_FILE).tensors["latents"]
+    chosen: Any = image_format or read_generation_config(run_dir).image_format
+    names, grid = pictures.picture_names(latents.shape[0], chosen)
+    return run_dir / (grid or names[0])
+
+
+if __name__ == "__main__":
+    command_line.run_command(make_command())
