@@ -22,6 +22,11 @@ from common.config import (
 from common.errors import BadSettingError, StageError
 from common.report import StageReport
 
+# Signal → what it is called, and the exit code of a process that it stopped.
+STOP_SIGNALS: dict[int, tuple[str, int]] = {
+    signal.SIGINT: ("interrupted", 130),
+    signal.SIGTERM: ("terminated", 143),
+}
 PROMPTS, SAMPLING, MODEL, FILES, RUNNING = "Prompts", "Sampling", "Model", "Files", "Running"
 
 
@@ -195,7 +200,8 @@ def run_command(command: TyperCommand) -> NoReturn:
     Every failure is one sentence; a traceback comes only with `--debug`.
     """
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     name = Path(sys.argv[0]).name
     try:
         code = command.main(prog_name=name, standalone_mode=False)
@@ -208,8 +214,10 @@ def run_command(command: TyperCommand) -> NoReturn:
         if debug:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was left half written, the same command starts again", 130)
+    except _Stopped as stopped:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        word, code = STOP_SIGNALS[stopped.number]
+        _fail(f"{word}; nothing was left half written, the same command starts again", code)
     except MemoryError:
         _fail("out of memory: ask for fewer pictures at once (--batch_size) or a smaller size", 5)
     except Exception as error:
@@ -219,9 +227,23 @@ def run_command(command: TyperCommand) -> NoReturn:
         _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    print("error: terminated; nothing was left half written", file=sys.stderr, flush=True)
-    sys.exit(143)
+class _Stopped(BaseException):
+    """A signal asked the process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    """Stop by an exception. One raised inside a library's callback is swallowed: ask again."""
+
+    def again(_number: int, frame: FrameType | None) -> NoReturn:
+        _stop(number, frame)
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    raise _Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
