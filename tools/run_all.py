@@ -142,20 +142,25 @@ def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[
 
 
 def run_stage(command: list[str]) -> int:
-    """Run one stage and wait for it; pass a termination on to it. Returns its exit code."""
-    # Ctrl-C reaches the stage from the terminal; this process waits for it to end.
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process = subprocess.Popen(command, preexec_fn=_restore_interrupt)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    """Run one stage and wait for it. Returns its exit code, or that of a signal to stop."""
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        # Ctrl-C reaches the stage from the terminal by itself.
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    process = subprocess.Popen(command)
+    before = {number: signal.signal(number, pass_on) for number in command_line.STOP_SIGNALS}
     try:
         code = process.wait()
     finally:
-        signal.signal(signal.SIGINT, old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received and code == 0:
+        return command_line.STOP_SIGNALS[received[0]][1]
     return 128 - code if code < 0 else code
-
-
-def _restore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def picture_path(run_dir: Path, image_format: str | None) -> Path:
