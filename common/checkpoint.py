@@ -16,7 +16,6 @@ from common.config import PROJECT_DIR
 from common.errors import (
     BadInputFileError,
     BadSettingError,
-    StageError,
     UnfitEnvironmentError,
 )
 from common.whole_files import replace_whole
@@ -151,8 +150,6 @@ def _download(model_id: str, components: Sequence[str]) -> Path:
         pass  # not in the cache yet
     try:
         return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except StageError:
-        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UnfitEnvironmentError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.checkpoint import Checkpoint
-from common.errors import BadInputFileError, StageError
+from common.errors import BadInputFileError
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +107,6 @@ def reading(checkpoint: Checkpoint, name: str) -> Iterator[None]:
     """Turn a library's failure to read a component into one sentence that names it."""
     try:
         yield
-    except StageError:
-        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise BadInputFileError(
