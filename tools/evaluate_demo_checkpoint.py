@@ -406,9 +406,9 @@ def main(
         int, typer.Option("--num_inference_steps", help="Denoising steps.", min=1)
     ] = 20,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option("--guidance_scale", help="Guidance; by default the pipeline's own."),
-    ] = None,
+        float,
+        typer.Option("--guidance_scale", help="Guidance; by default that of configs/demo.yaml."),
+    ] = 5.0,
     model_id: Annotated[
         str | None, typer.Option("--model_id", help="Checkpoint; by default the pipeline's own.")
     ] = None,
@@ -430,8 +430,7 @@ def main(
     common_flags = [f"--num_inference_steps={num_inference_steps}"]
     if model_id is not None:
         common_flags.append(f"--model_id={model_id}")
-    own_guidance = [] if guidance_scale is None else [f"--guidance_scale={guidance_scale}"]
-    flags = [*common_flags, *own_guidance]
+    flags = [*common_flags, f"--guidance_scale={guidance_scale}"]
 
     # 1. What is right in the pictures
     table_dir = output_dir / "table"

@@ -10,12 +10,14 @@ and the step's number, so a run that was interrupted goes on from its last saved
 only through the rounding of its arithmetic.
 """
 
+import functools
 import json
 import math
 import random
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +46,7 @@ from transformers import (
 
 from tools.drawn_shapes import (
     PICTURE_SIZE,
+    Scene,
     draw_scene,
     random_scene,
     vocabulary_words,
@@ -91,6 +94,11 @@ FOREIGN_SCHEDULER_CONFIG = dict(clip_sample=False, set_alpha_to_one=False, skip_
 TEXT_TOKENS = 77
 SHORT_TOKENS = 32  # no caption has more; see train_unet
 SAVE_SECONDS = 120
+CAPTIONS = 4  # of each picture
+# How much more often the UNet's second round sees what its first round learned worst. Few captions
+# begin with "blurry", where a prompt has the word; small and thin figures fill few latents.
+BLURRY_FIRST, SMALL, THIN = 14.0, 1.5, 1.5
+THIN_SHAPES = ("star", "ring")
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -101,16 +109,17 @@ def step_rng(seed: int, purpose: str, step: int) -> random.Random:
     return random.Random(f"{seed} {purpose} {step}")
 
 
-def draw_pictures(seed: int, count: int) -> tuple[np.ndarray, list[list[str]]]:
-    """Draw `count` pictures, with four captions each. Returns [count, 128, 128, 3] uint8."""
+def draw_pictures(seed: int, count: int) -> tuple[np.ndarray, list[Scene], list[list[str]]]:
+    """Draw `count` pictures, with four captions each. Returns [count, 128, 128, 3] uint8 first."""
     pictures = np.empty((count, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
-    captions = []
+    scenes, captions = [], []
     for index in tqdm(range(count), desc="drawing pictures", mininterval=5):
         rng = step_rng(seed, "picture", index)
         scene = random_scene(rng)
         pictures[index] = draw_scene(scene, rng)
-        captions.append([write_caption(scene, rng) for _ in range(4)])
-    return pictures, captions
+        scenes.append(scene)
+        captions.append([write_caption(scene, rng) for _ in range(CAPTIONS)])
+    return pictures, scenes, captions
 
 
 def to_model_range(pictures: np.ndarray) -> torch.Tensor:
@@ -125,6 +134,29 @@ def cosine_rate(peak: float, step: int, steps: int, warm_up: int) -> float:
     return peak * min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * falling)
 
 
+def two_round_rate(step: int, *, first: int, steps: int) -> float:
+    """Learning rate of the UNet: a cosine for each of its two rounds."""
+    if step < first:
+        return cosine_rate(1e-3, step, first, warm_up=200)
+    return cosine_rate(6e-4, step - first, steps - first, warm_up=100)
+
+
+def caption_weights(scenes: list[Scene], captions: list[list[str]]) -> torch.Tensor:
+    """How often the second round sees each caption, relative to others. [4N] float32."""
+    weights = []
+    for scene, several in zip(scenes, captions, strict=True):
+        weight = 1.0
+        if any(figure.size == "small" for figure in scene.figures):
+            weight *= SMALL
+        if any(figure.shape in THIN_SHAPES for figure in scene.figures):
+            weight *= THIN
+        weights += [
+            weight * (BLURRY_FIRST if re.match("blurry,? an? ", caption) else 1.0)
+            for caption in several
+        ]
+    return torch.tensor(weights)
+
+
 # --- training state -----------------------------------------------------------------------------
 
 
@@ -137,8 +169,7 @@ class Trainer:
         state_file: Path,
         *,
         steps: int,
-        peak_rate: float,
-        warm_up: int,
+        rate: Callable[[int], float],
         weight_decay: float,
         average_decay: float,
     ) -> None:
@@ -146,10 +177,10 @@ class Trainer:
         self.parameters: list[torch.Tensor] = [parameter for _, parameter in named_parameters]
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+            self.parameters, rate(0), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.state_file = state_file
-        self.steps, self.peak_rate, self.warm_up = steps, peak_rate, warm_up
+        self.steps, self.rate = steps, rate
         self.average_decay = average_decay
         self.step = 0
         if state_file.exists():
@@ -172,7 +203,7 @@ class Trainer:
     def update(self, loss: torch.Tensor) -> None:
         """One AdamW step on `loss`, gradients clipped to norm 1, and the moving average."""
         for group in self.optimizer.param_groups:
-            group["lr"] = cosine_rate(self.peak_rate, self.step, self.steps, self.warm_up)
+            group["lr"] = self.rate(self.step)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -240,8 +271,7 @@ def train_vae(
         list(vae.named_parameters()),
         state_dir / "vae.safetensors",
         steps=steps,
-        peak_rate=2e-3,
-        warm_up=50,
+        rate=lambda step: cosine_rate(2e-3, step, steps, warm_up=50),
         weight_decay=0.0,
         average_decay=0.995,
     )
@@ -349,6 +379,7 @@ def make_text_encoders(
 
 def train_unet(
     latents: torch.Tensor,
+    scenes: list[Scene],
     captions: list[list[str]],
     tokenizer: CLIPTokenizer,
     state_dir: Path,
@@ -359,9 +390,13 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection]:
     """Train by v-prediction (Salimans & Ho 2022, eq. 10) with one caption in eight left out.
 
+    Two rounds, each with a rate that falls to nearly nothing: three fifths of the steps on evenly
+    chosen captions, then the others on captions chosen by `caption_weights`.
+
     Left out means zero embeddings for most (what `force_zeros_for_empty_prompt` gives the pipeline
     for no negative prompt) and the empty text for the others.
     """
+    first_round = steps * 3 // 5
     torch.manual_seed(seed + 1)
     text_encoder, text_encoder_2 = make_text_encoders(len(tokenizer))
     unet = UNet2DConditionModel(**UNET_CONFIG)
@@ -376,8 +411,7 @@ def train_unet(
         ],
         state_dir / "unet.safetensors",
         steps=steps,
-        peak_rate=1e-3,
-        warm_up=200,
+        rate=functools.partial(two_round_rate, first=first_round, steps=steps),
         weight_decay=0.01,
         average_decay=0.999,
     )
@@ -394,11 +428,16 @@ def train_unet(
     size = float(PICTURE_SIZE)
     time_ids = torch.tensor([[size, size, 0, 0, size, size]]).repeat(batch_size, 1).to(device)
 
+    weights = caption_weights(scenes, captions)
     recent: list[float] = []
     for step in trainer.each_step("UNet"):
         g = torch.Generator().manual_seed(step_rng(seed, "unet", step).getrandbits(63))
-        chosen = torch.randint(0, len(latents), (batch_size,), generator=g)
-        wording = 4 * chosen + torch.randint(0, 4, (batch_size,), generator=g)
+        if step < first_round:
+            chosen = torch.randint(0, len(latents), (batch_size,), generator=g)
+            wording = CAPTIONS * chosen + torch.randint(0, CAPTIONS, (batch_size,), generator=g)
+        else:
+            wording = torch.multinomial(weights, batch_size, replacement=True, generator=g)
+            chosen = wording // CAPTIONS
         timesteps = torch.randint(0, 1000, (batch_size,), generator=g)
         fate = torch.rand(batch_size, generator=g)
         wording[(fate >= 0.10) & (fate < 0.125)] = len(token_ids) - 1  # the empty text
@@ -410,9 +449,9 @@ def train_unet(
         noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
         target = alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
 
-        # Captions are short: most steps leave out the padding, which costs a third of the time;
-        # the last third sees all 77 tokens, as the pipeline does.
-        length = TEXT_TOKENS if step >= steps * 2 // 3 else SHORT_TOKENS
+        # Captions are short: the first steps leave out the padding, which costs a third of the
+        # time; the others see all 77 tokens, as the pipeline does.
+        length = TEXT_TOKENS if step >= first_round * 2 // 3 else SHORT_TOKENS
         ids = token_ids[wording, :length].to(device)
         with torch.autocast(device.type, torch.bfloat16):
             first = text_encoder(ids, output_hidden_states=True)
@@ -459,7 +498,7 @@ def main(
     ] = 2_600,
     unet_steps: Annotated[
         int, typer.Option("--unet_steps", help="Training steps of the UNet.", min=1)
-    ] = 6_000,
+    ] = 10_000,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
     device: Annotated[
         str, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")
@@ -469,7 +508,7 @@ def main(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # 1. The data
-    drawn, captions = draw_pictures(seed, pictures)
+    drawn, scenes, captions = draw_pictures(seed, pictures)
 
     # 2. The VAE
     vae = train_vae(drawn, state_dir, vae_steps, seed, where)
@@ -482,7 +521,7 @@ def main(
     # 3. The UNet and the text encoders
     tokenizer = make_tokenizer(state_dir / "tokenizer")
     unet, text_encoder, text_encoder_2 = train_unet(
-        latents, captions, tokenizer, state_dir, unet_steps, seed, where
+        latents, scenes, captions, tokenizer, state_dir, unet_steps, seed, where
     )
 
     # 4. The checkpoint, in diffusers' layout

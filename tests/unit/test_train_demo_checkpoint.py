@@ -45,11 +45,11 @@ def test_any_text_has_tokens_and_none_is_unknown(text: str) -> None:
 
 
 def train_a_little(folder: Path) -> dict[str, torch.Tensor]:
-    pictures, captions = train.draw_pictures(0, 64)
+    pictures, scenes, captions = train.draw_pictures(0, 64)
     vae = train.train_vae(pictures, folder, 3, 0, CPU)
     latents = train.encode_pictures(vae, pictures, CPU)
     tokenizer = train.make_tokenizer(folder / "tokenizer")
-    models = train.train_unet(latents, captions, tokenizer, folder, 3, 0, CPU, batch_size=4)
+    models = train.train_unet(latents, scenes, captions, tokenizer, folder, 3, 0, CPU, batch_size=4)
     return {
         f"{number}.{key}": tensor
         for number, module in enumerate((vae, *models))
