@@ -2,7 +2,7 @@
 PYTHON_BIN := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup test test-all check format clean
+.PHONY: setup test test-all parity check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -12,6 +12,10 @@ test: setup
 
 test-all: setup
 	$(PYTHON_BIN) -m pytest -m "not tpu_compiler and not gpu"
+
+# Every scheduler and variation beside diffusers; takes some 20 minutes on two cores.
+parity: setup
+	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" tests/parity/test_schedulers_equal_diffusers.py
 
 check: setup
 	.venv/bin/ruff format --check .

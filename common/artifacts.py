@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from common.errors import BadInputFileError, NotFiniteError
 from common.whole_files import replace_whole
@@ -47,6 +47,12 @@ class Recipe(BaseModel):
     inputs: dict[str, str]  # file name → data_sha256
     weights: dict[str, str]  # component → hash of its weights and config
     versions: dict[str, str]  # package → version
+
+    @field_validator("settings")
+    @classmethod
+    def _as_read_back(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Tuples become lists, so that a new recipe compares with one from a file."""
+        return dict(json.loads(_to_json(settings)))
 
     def fingerprint(self) -> str:
         """sha256 of the recipe as JSON with sorted keys."""

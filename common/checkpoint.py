@@ -22,6 +22,20 @@ from common.whole_files import replace_whole
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "staged-diffusion"
 SUPPORTED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
+SUPPORTED_CLASSES = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+# What a UNet may be told besides the prompt, by its config's names for it.
+SUPPORTED_CONDITIONS = {
+    "addition_embed_type": (None, "text_time"),
+    "encoder_hid_dim_type": (None,),
+    "class_embed_type": (None,),
+}
 # The files that `from_pretrained` reads when no variant is asked for, whole or in shards.
 WEIGHTS_NAME = re.compile(
     r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -46,6 +60,29 @@ class Checkpoint:
                 f"{', '.join(SUPPORTED_PIPELINES)}"
             )
         return str(name)
+
+    def check_supported(self, components: Sequence[str]) -> None:
+        """Raise `BadSettingError` where a component is of a class that no stage can run."""
+        pipeline, index = self.pipeline_class, self.index()
+        for name in components:
+            # A checkpoint with one text encoder has no second; a scheduler can be any.
+            _, class_name = index.get(name) or (None, None)
+            if class_name is not None and class_name not in SUPPORTED_CLASSES.get(
+                name, (class_name,)
+            ):
+                raise BadSettingError(
+                    f"--model_id {self.model_id}: its {name} is a {class_name}; supported in a "
+                    f"{pipeline}: {', '.join(SUPPORTED_CLASSES[name])}"
+                )
+        if "unet" in components:
+            for key, known in SUPPORTED_CONDITIONS.items():
+                value = self.config("unet").get(key)
+                if value not in known:
+                    choices = ", ".join(map(str, known))
+                    raise BadSettingError(
+                        f"--model_id {self.model_id}: its UNet has {key} {value}; supported: "
+                        f"{choices}"
+                    )
 
     def index(self) -> dict[str, Any]:
         """The content of `model_index.json`."""
@@ -123,15 +160,21 @@ def open_checkpoint(model_id: str, components: Sequence[str]) -> Checkpoint:
     on the hub only the configs and the named components are downloaded.
 
     Raises:
-        BadSettingError: neither a folder nor a hub id.
+        BadSettingError: neither a folder nor a hub id, or a component that is not supported.
         UnfitEnvironmentError: the hub cannot be reached and the checkpoint is not in its cache.
     """
+    checkpoint = Checkpoint(model_id, _find_folder(model_id, components))
+    checkpoint.check_supported(components)
+    return checkpoint
+
+
+def _find_folder(model_id: str, components: Sequence[str]) -> Path:
     for folder in (Path(model_id), PROJECT_DIR / model_id):
         if folder.is_dir():
-            return Checkpoint(model_id, folder)
+            return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
         raise BadSettingError(f"--model_id {model_id} is neither an existing folder nor a hub id")
-    return Checkpoint(model_id, _download(model_id, components))
+    return _download(model_id, components)
 
 
 def _download(model_id: str, components: Sequence[str]) -> Path:

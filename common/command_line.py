@@ -14,10 +14,10 @@ from typer.exceptions import TyperException
 
 from common.config import (
     DEFAULT_OUTPUT_DIR,
-    SCHEDULERS,
     GenerationConfig,
     RunOptions,
     RunSettings,
+    parse_scheduler_options,
 )
 from common.errors import BadSettingError, StageError
 from common.report import StageReport
@@ -27,7 +27,8 @@ STOP_SIGNALS: dict[int, tuple[str, int]] = {
     signal.SIGINT: ("interrupted", 130),
     signal.SIGTERM: ("terminated", 143),
 }
-PROMPTS, SAMPLING, MODEL, FILES, RUNNING = "Prompts", "Sampling", "Model", "Files", "Running"
+PROMPTS, SIZES, SAMPLING = "Prompts", "Size conditions of SDXL", "Sampling"
+MODEL, FILES, RUNNING = "Model", "Files", "Running"
 
 
 def flag(name: str, metavar: str, group: str, text: str) -> Any:
@@ -63,6 +64,35 @@ NegativePrompt = Annotated[
     str | None,
     flag("negative_prompt", "TEXT", PROMPTS, "What not to draw. [blurry, low …]"),
 ]
+Prompt2 = Annotated[
+    list[str] | None, flag("prompt_2", "TEXT", PROMPTS, "For the second encoder. [the prompt]")
+]
+NegativePrompt2 = Annotated[
+    str | None, flag("negative_prompt_2", "TEXT", PROMPTS, "The same for the negative prompt.")
+]
+ClipSkip = Annotated[
+    int | None, flag("clip_skip", "N", PROMPTS, "Layers of the encoders to leave out.")
+]
+Embedding = Annotated[
+    list[str] | None,
+    flag("embedding", "FILE", PROMPTS, "Textual inversion; or FILE:TOKEN."),
+]
+OriginalSize = Annotated[
+    str | None, flag("original_size", "H,W", SIZES, "Of the picture before its crop.")
+]
+TargetSize = Annotated[str | None, flag("target_size", "H,W", SIZES, "Of the picture wanted.")]
+CropsCoords = Annotated[
+    str | None, flag("crops_coords_top_left", "Y,X", SIZES, "The crop's corner.")
+]
+NegativeOriginalSize = Annotated[
+    str | None, flag("negative_original_size", "H,W", SIZES, "For the unconditional half.")
+]
+NegativeTargetSize = Annotated[
+    str | None, flag("negative_target_size", "H,W", SIZES, "Likewise; needs the one before.")
+]
+NegativeCropsCoords = Annotated[
+    str | None, flag("negative_crops_coords_top_left", "Y,X", SIZES, "Likewise; needs both.")
+]
 NoNegativePrompt = Annotated[
     bool, flag("no_negative_prompt", " ", PROMPTS, 'No negative at all, unlike "".')
 ]
@@ -79,14 +109,35 @@ NumInferenceSteps = Annotated[
 GuidanceScale = Annotated[
     float | None, _setting("guidance_scale", "X", SAMPLING, "Guidance; 1 or less is none.")
 ]
+Timesteps = Annotated[
+    str | None, flag("timesteps", "N,…", SAMPLING, "The timesteps themselves, 999,749,….")
+]
+Sigmas = Annotated[str | None, flag("sigmas", "X,…", SAMPLING, "The sigmas themselves, 14.6,…,0.")]
+GuidanceRescale = Annotated[
+    float | None, _setting("guidance_rescale", "X", SAMPLING, "As in diffusers, 0 to 1.")
+]
+GuidanceStart = Annotated[
+    float | None, _setting("guidance_start", "X", SAMPLING, "Guided from this share of steps.")
+]
+GuidanceEnd = Annotated[
+    float | None, _setting("guidance_end", "X", SAMPLING, "Guided up to this share of steps.")
+]
 Seed = Annotated[int | None, _setting("seed", "N", SAMPLING, "Seed of the first picture.")]
 Scheduler = Annotated[
     str | None,
-    flag("scheduler", "NAME", SAMPLING, f"{', '.join(SCHEDULERS)}. [the checkpoint's own]"),
+    flag("scheduler", "NAME", SAMPLING, "euler_a, unipc, … [checkpoint's own]"),
 ]
+SchedulerOption = Annotated[
+    list[str] | None,
+    flag("scheduler_option", "K=V", SAMPLING, "A setting of the scheduler's own."),
+]
+Eta = Annotated[float | None, _setting("eta", "X", SAMPLING, "Noise of DDIM and TCD, 0 to 1.")]
 
 # Model
 ModelId = Annotated[str | None, _setting("model_id", "ID", MODEL, "Folder or hub id.")]
+Lora = Annotated[
+    list[str] | None, flag("lora", "FILE", MODEL, "A LoRA; again for more; or FILE:SCALE.")
+]
 TextEncoderDtype = Annotated[
     str | None, _setting("text_encoder_dtype", "DTYPE", MODEL, "float32, bfloat16.")
 ]
@@ -136,6 +187,11 @@ def given_settings(parameters: Mapping[str, Any], stage_dtype: str | None = None
         for name, value in parameters.items()
         if name in names and value is not None and value not in ([], ())
     }
+    for name, several in (("embedding", "embeddings"), ("lora", "loras")):
+        if parameters.get(name):
+            given[several] = parameters[name]
+    if parameters.get("scheduler_option"):
+        given["scheduler_options"] = parse_scheduler_options(parameters["scheduler_option"])
     if parameters.get("no_negative_prompt"):
         if "negative_prompt" in given:
             raise BadSettingError("give either --negative_prompt or --no_negative_prompt, not both")
@@ -167,10 +223,14 @@ def say_why(stale: str | None, overrides: list[str]) -> None:
         say(f"  override, for this run of this stage: {line}")
 
 
-def say_times(report: StageReport, path: Path) -> None:
-    """Print where a stage's time went and what it wrote."""
+def say_times(
+    report: StageReport, path: Path, compiled: int | None = None, from_cache: int = 0
+) -> None:
+    """Print where a stage's time went, what it wrote, and how many programs it compiled."""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     say(f"  wrote {path} in {report.wall_seconds():.1f} s ({parts})")
+    if compiled is not None:
+        say(f"  programs: {compiled} compiled, {from_cache} from the cache")
 
 
 def warn(text: str) -> None:

@@ -3,9 +3,11 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.checkpoint import Checkpoint
+from common.config import TokenFile
 from common.errors import BadInputFileError
 
 if TYPE_CHECKING:
@@ -37,12 +39,7 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     options: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
     index = checkpoint.index()
     for name in text_components(checkpoint):
-        library, class_name = index[name]
-        if library != "transformers":
-            raise BadInputFileError(
-                f"{checkpoint.folder / 'model_index.json'}: {name} is a {library}.{class_name}; "
-                "only transformers' text encoders and tokenizers are supported"
-            )
+        _, class_name = index[name]
         with reading(checkpoint, name):
             arguments: dict[str, Any] = {"local_files_only": True}
             if not name.startswith("tokenizer"):
@@ -58,6 +55,44 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
         options |= {"safety_checker": None, "feature_extractor": None}
         options["requires_safety_checker"] = False
     return pipeline_class(**options)
+
+
+def find_embedding(embedding: TokenFile) -> Path:
+    """The file of a textual inversion. Raises `BadInputFileError` where there is none."""
+    path = Path(embedding.file)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise BadInputFileError(
+            f"--embedding {path} is no safetensors file: name one, as FILE or FILE:TOKEN"
+        )
+    return path
+
+
+def load_embedding(pipeline: Any, embedding: TokenFile) -> None:
+    """Teach a text pipeline a textual inversion's token, by diffusers' own loader.
+
+    Layouts: one tensor under any key (diffusers' and the web UIs'), or SDXL's `clip_l` and
+    `clip_g`, one for each text encoder.
+    """
+    from safetensors.torch import load_file
+
+    path = find_embedding(embedding)
+    try:
+        tensors = load_file(path)
+        encoders = [(pipeline.tokenizer, pipeline.text_encoder)]
+        vectors = list(tensors.values())
+        if tensors.keys() == {"clip_l", "clip_g"}:
+            encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+            vectors = [tensors["clip_l"], tensors["clip_g"]]
+        for vector, (tokenizer, text_encoder) in zip(vectors, encoders, strict=True):
+            pipeline.load_textual_inversion(
+                vector, token=embedding.token, tokenizer=tokenizer, text_encoder=text_encoder
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInputFileError(
+            f"--embedding {path} cannot be used with this checkpoint ({type(error).__name__}: "
+            f"{reason}): choose another file or token (FILE:TOKEN)"
+        ) from error
 
 
 def text_components(checkpoint: Checkpoint) -> list[str]:
@@ -79,13 +114,6 @@ def load_vae(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
     from diffusers import AutoencoderKL
 
     return _load_model(AutoencoderKL, checkpoint, "vae", dtype)
-
-
-def load_scheduler(checkpoint: Checkpoint, class_name: str) -> Any:
-    """A diffusers scheduler of the given class with the checkpoint's scheduler settings."""
-    import diffusers
-
-    return getattr(diffusers, class_name).from_config(checkpoint.config("scheduler"))
 
 
 def _load_model(model_class: Any, checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:

@@ -6,7 +6,8 @@ stages 2 and 3 read that file and may override single settings for one run of th
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from common.errors import BadInputFileError, BadSettingError
+from common.sampler import SCHEDULER_CLASSES, SCHEDULERS, scheduler_choice
 from common.whole_files import write_text_whole
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -31,22 +33,74 @@ Dtype = Literal["float32", "bfloat16"]
 DeviceDtype = Literal["auto", "float32", "bfloat16"]
 ImageFormat = Literal["png", "webp", "jpg"]
 Model = TypeVar("Model", bound=BaseModel)
+SIZE_CONDITIONS = tuple(
+    f"{sign}{name}"
+    for sign in ("", "negative_")
+    for name in ("original_size", "crops_coords_top_left", "target_size")
+)
+# Each of them says how many steps there are: giving one takes the place of the others.
+STEP_SETTINGS = ("num_inference_steps", "timesteps", "sigmas")
 
-# Names as in the ecosystem; a diffusers class name works too.
-SCHEDULERS = {
-    "euler": "EulerDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-}
+
+class TokenFile(BaseModel):
+    """A textual inversion: a safetensors file and the word that stands for it in prompts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    token: str = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """`FILE` or `FILE:TOKEN`; the token is the file's name unless given."""
+        if not isinstance(value, str):
+            return value
+        file, colon, token = value.rpartition(":")
+        if not colon or "/" in token or token.endswith(".safetensors"):
+            file, token = value, Path(value).stem
+        return {"file": file, "token": token}
+
+
+class LoraFile(BaseModel):
+    """A LoRA: a safetensors file and how much of it is added."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    file: str
+    scale: float = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """`FILE` or `FILE:SCALE`."""
+        if not isinstance(value, str):
+            return value
+        file, colon, scale = value.rpartition(":")
+        if colon and re.fullmatch(r"-?[\d.]+(e-?\d+)?", scale):
+            return {"file": file, "scale": scale}
+        return {"file": value}
 
 
 class PromptSettings(BaseModel):
-    """One prompt of a run. `negative_prompt` None means what diffusers does with `None`."""
+    """One prompt of a run. `negative_prompt` None means what diffusers does with `None`.
+
+    Those for the second text encoder are those for the first where they are None.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
+    prompt_2: str | None = None
     negative_prompt: str | None
+    negative_prompt_2: str | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _second_negative_needs_the_first(self) -> Self:
+        if self.negative_prompt_2 is not None and self.negative_prompt is None:
+            raise ValueError("negative_prompt_2 needs a negative_prompt, as diffusers reads them")
+        return self
 
 
 class SamplingSettings(BaseModel):
@@ -56,10 +110,28 @@ class SamplingSettings(BaseModel):
 
     model_id: str = "models/demo"
     num_images_per_prompt: int = Field(default=1, ge=1)
-    num_inference_steps: int = Field(default=25, ge=1)
+    clip_skip: int | None = Field(default=None, ge=1)
+    embeddings: tuple[TokenFile, ...] = ()  # textual inversions
+    loras: tuple[LoraFile, ...] = ()
+    # SDXL's size conditions, (height, width) and (top, left) in pixels; None: diffusers' defaults.
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_original_size: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    num_inference_steps: int | None = Field(default=25, ge=1)  # None: by timesteps or sigmas
+    timesteps: tuple[int, ...] | None = Field(default=None, min_length=1)
+    sigmas: tuple[float, ...] | None = Field(default=None, min_length=1)
     guidance_scale: float = Field(default=7.5, ge=0)
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    # Shares of the model evaluations: guided from the first to before the second.
+    guidance_start: float = Field(default=0.0, ge=0, le=1)
+    guidance_end: float = Field(default=1.0, ge=0, le=1)
     seed: int = Field(default=42, ge=0, lt=2**63)
     scheduler: str | None = None  # None: the checkpoint's own
+    scheduler_options: dict[str, Any] = Field(default_factory=dict)
+    eta: float = Field(default=0.0, ge=0)  # of DDIM and TCD, as diffusers' pipelines hand it on
     text_encoder_dtype: Dtype = "float32"
     unet_dtype: DeviceDtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU
     vae_dtype: DeviceDtype = "auto"  # float32 where the VAE says `force_upcast`, else as the UNet
@@ -68,13 +140,46 @@ class SamplingSettings(BaseModel):
     @field_validator("scheduler")
     @classmethod
     def _known_scheduler(cls, name: str | None) -> str | None:
-        if name is None or name in SCHEDULERS or name in SCHEDULERS.values():
+        if name is None or name in SCHEDULERS or name in SCHEDULER_CLASSES:
             return name
-        raise ValueError(f"use {', '.join(SCHEDULERS)} or the diffusers class name of one")
+        near = difflib.get_close_matches(name, [*SCHEDULERS, *SCHEDULER_CLASSES], n=1, cutoff=0)
+        raise ValueError(
+            f"did you mean {near[0]!r}? There are {', '.join(SCHEDULERS)}, and their diffusers "
+            "class names"
+        )
 
-    def scheduler_class(self, own: str) -> str:
-        """The diffusers class of the scheduler; `own` is the checkpoint's."""
-        return own if self.scheduler is None else SCHEDULERS.get(self.scheduler, self.scheduler)
+    @field_validator("timesteps", "sigmas", *SIZE_CONDITIONS, mode="before")
+    @classmethod
+    def _list_in_a_flag(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("scheduler_options")
+    @classmethod
+    def _options_fit_into_json(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(options, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("give finite numbers, words, true, false or null") from None
+        return options
+
+    @model_validator(mode="after")
+    def _guidance_starts_before_it_ends(self) -> Self:
+        if self.guidance_start > self.guidance_end:
+            raise ValueError(
+                f"guidance_start {self.guidance_start} is after guidance_end {self.guidance_end}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_steps(self) -> Self:
+        given = [name for name in STEP_SETTINGS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(STEP_SETTINGS)}, not {len(given)} of them")
+        return self
+
+    def scheduler_choice(self, own: str) -> tuple[str, dict[str, Any]]:
+        """diffusers' class of the scheduler and its options; `own` is the checkpoint's class."""
+        return scheduler_choice(self.scheduler, self.scheduler_options, own)
 
 
 class RunSettings(SamplingSettings):
@@ -82,16 +187,20 @@ class RunSettings(SamplingSettings):
 
     prompt: tuple[str, ...] = ("a large red star on a blue background",)
     prompts_file: Path | None = None
+    prompt_2: tuple[str, ...] | None = None  # one for all prompts, or one for each
     negative_prompt: str | None = "blurry, low quality, distorted, deformed"
+    negative_prompt_2: str | None = None
     height: int | None = Field(default=None, ge=8)  # None: the checkpoint's own size
     width: int | None = Field(default=None, ge=8)
 
     @model_validator(mode="before")
     @classmethod
-    def _one_prompt_is_a_list_of_one(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("prompt"), str):
-            return {**values, "prompt": [values["prompt"]]}
-        return values
+    def _one_is_a_list_of_one(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        lists = ("prompt", "prompt_2", "embeddings", "loras")
+        single = {name: [values[name]] for name in lists if isinstance(values.get(name), str)}
+        return {**values, **single}
 
 
 class GenerationConfig(SamplingSettings):
@@ -110,17 +219,85 @@ class GenerationConfig(SamplingSettings):
                 seeds.append(self.seed + len(seeds) if own is None else own)
         return seeds
 
+    def prompt_settings(self) -> dict[str, Any]:
+        """The settings of the prompts that determine their embeddings."""
+        return {
+            "prompts": [prompt.prompt for prompt in self.prompts],
+            "prompts_2": [prompt.prompt_2 for prompt in self.prompts],
+            "negative_prompts": [prompt.negative_prompt for prompt in self.prompts],
+            "negative_prompts_2": [prompt.negative_prompt_2 for prompt in self.prompts],
+            "clip_skip": self.clip_skip,
+            "text_encoder_dtype": self.text_encoder_dtype,
+        }
+
     def override(self, changes: Mapping[str, Any]) -> tuple[Self, list[str]]:
         """Apply one stage's flags. Returns the new settings and a line for each that differs."""
         unknown = changes.keys() - type(self).model_fields.keys()
         if unknown:
             raise BadSettingError(f"not a setting of a run: {', '.join(sorted(unknown))}")
+        before = self.model_dump()
+        changed = _validate(type(self), merge_settings(before, changes, "flags"), "flags")
+        after = changed.model_dump()
         lines = [
-            f"{name} {getattr(self, name)} → {value}"
-            for name, value in changes.items()
-            if getattr(self, name) != value
+            f"{name} {before[name]} → {value}"
+            for name, value in after.items()
+            if before[name] != value
         ]
-        return _validate(type(self), {**self.model_dump(), **changes}, "flags"), lines
+        return changed, lines
+
+
+def merge_settings(
+    lower: Mapping[str, Any], upper: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Lay settings over others, those that exclude or belong to each other together.
+
+    A way of giving the steps (`STEP_SETTINGS`) takes the place of another way; another scheduler
+    takes its predecessor's options away, options alone are added to those before.
+
+    Raises:
+        BadSettingError: `upper` gives the steps in two ways; names `source`.
+    """
+    given = [name for name in STEP_SETTINGS if upper.get(name) is not None]
+    if len(given) > 1:
+        raise BadSettingError(f"{source}: give either {' or '.join(given)}, not both")
+    merged = {**lower, **upper}
+    if given:
+        merged |= {name: None for name in STEP_SETTINGS if name != given[0]}
+    if upper.get("scheduler", lower.get("scheduler")) != lower.get("scheduler"):
+        merged["scheduler_options"] = upper.get("scheduler_options", {})
+    elif isinstance(upper.get("scheduler_options"), dict):
+        before = lower.get("scheduler_options", {})
+        merged["scheduler_options"] = {**before, **upper["scheduler_options"]}
+    return merged
+
+
+def _parse_value(text: str) -> Any:
+    """A value as YAML writes it; 1e-2 is a number as well."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def parse_scheduler_options(items: Sequence[str]) -> dict[str, Any]:
+    """Read `key=value` flags, with each value as YAML writes it.
+
+    Raises:
+        BadSettingError: an item is not of this form.
+    """
+    options = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        try:
+            if not equals or not key:
+                raise ValueError("no =")
+            options[key.replace("-", "_")] = _parse_value(text)
+        except (ValueError, yaml.YAMLError):
+            raise BadSettingError(
+                f"--scheduler_option {item}: give key=value, such as use_karras_sigmas=true"
+            ) from None
+    return options
 
 
 class RunOptions(BaseModel):
@@ -161,12 +338,13 @@ def read_run_settings(config_file: Path | None, flags: Mapping[str, Any]) -> Run
         values = _read_yaml(config_file)
         if "prompt" in values and "prompts_file" in values:
             raise BadSettingError(f"{config_file}: give either prompt or prompts_file, not both")
+        values = merge_settings({}, values, str(config_file))
         _validate(RunSettings, values, str(config_file))
     if "prompt" in flags and "prompts_file" in flags:
         raise BadSettingError("give either --prompt or --prompts_file, not both")
     if "prompt" in flags:
         values.pop("prompts_file", None)
-    return _validate(RunSettings, {**values, **flags}, "flags")
+    return _validate(RunSettings, merge_settings(values, flags, "flags"), "flags")
 
 
 def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> GenerationConfig:
@@ -177,12 +355,9 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
         size_factor: what height and width must be multiples of, in pixels.
     """
     if settings.prompts_file is not None:
-        prompts = read_prompts_file(settings.prompts_file, settings.negative_prompt)
+        prompts = read_prompts_file(settings.prompts_file, settings)
     else:
-        prompts = tuple(
-            PromptSettings(prompt=prompt, negative_prompt=settings.negative_prompt)
-            for prompt in settings.prompt
-        )
+        prompts = _make_prompts(settings)
     if not prompts:
         raise BadSettingError("no prompt: give --prompt, --prompts_file or a config with one")
     shared = settings.model_dump(include=set(SamplingSettings.model_fields))
@@ -194,6 +369,30 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
     )
     check_size(config, size_factor)
     return config
+
+
+def _make_prompts(settings: RunSettings) -> tuple[PromptSettings, ...]:
+    seconds: Sequence[str | None] = settings.prompt_2 or (None,)
+    if len(seconds) not in (1, len(settings.prompt)):
+        raise BadSettingError(
+            f"--prompt_2 is given {len(seconds)} times for {len(settings.prompt)} prompts: give it "
+            "once for all, or once for each"
+        )
+    if len(seconds) == 1:
+        seconds = [seconds[0]] * len(settings.prompt)
+    return tuple(
+        _validate(
+            PromptSettings,
+            {
+                "prompt": prompt,
+                "prompt_2": second,
+                "negative_prompt": settings.negative_prompt,
+                "negative_prompt_2": settings.negative_prompt_2,
+            },
+            "flags",
+        )
+        for prompt, second in zip(settings.prompt, seconds, strict=True)
+    )
 
 
 def check_size(config: GenerationConfig, size_factor: int) -> None:
@@ -209,12 +408,17 @@ def check_size(config: GenerationConfig, size_factor: int) -> None:
             )
 
 
-def read_prompts_file(path: Path, negative_prompt: str | None) -> tuple[PromptSettings, ...]:
+def read_prompts_file(path: Path, settings: RunSettings) -> tuple[PromptSettings, ...]:
     """Read one prompt a line, or JSON objects where the name ends in `.jsonl`.
 
-    A JSON line has `prompt` and may have `negative_prompt` (null: none) and `seed`; without its
-    own, a prompt has the run's `negative_prompt`. Blank lines are passed over.
+    A JSON line has `prompt` and may have `prompt_2`, `negative_prompt` (null: none),
+    `negative_prompt_2` and `seed`; without its own, a prompt has the run's negative prompts. Blank
+    lines are passed over.
     """
+    if settings.prompt_2 is not None:
+        raise BadSettingError(
+            f"give either --prompt_2 or --prompts_file, not both: {path} can hold prompt_2"
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -233,7 +437,9 @@ def read_prompts_file(path: Path, negative_prompt: str | None) -> tuple[PromptSe
                 raise BadSettingError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(values, dict):
                 raise BadSettingError(f"{path}, line {number} is not a JSON object")
-        values = {"negative_prompt": negative_prompt, **values}
+        if "negative_prompt" not in values:
+            values["negative_prompt"] = settings.negative_prompt
+            values.setdefault("negative_prompt_2", settings.negative_prompt_2)
         prompts.append(_validate(PromptSettings, values, f"{path}, line {number}"))
     if not prompts:
         raise BadSettingError(f"--prompts_file {path} holds no prompt: write one a line")
@@ -291,13 +497,15 @@ def _validate(model: type[Model], values: Any, source: str) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"]) or "settings"
+    name = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    if not name:
+        raise BadSettingError(f"{source}: {reason}")
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0)
         raise BadSettingError(f"{source}: unknown setting {name!r}; did you mean {near[0]!r}?")
-    what = f"--{name}" if source == "flags" else f"{source}: {name}"
+    what = f"--{first['loc'][0]}" if source == "flags" else f"{source}: {name}"
     if first["type"] == "missing":
         raise BadSettingError(f"{what} is missing")
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[0].lower() + reason[1:]
     raise BadSettingError(f"{what} {first['input']!r}: {reason}")

@@ -14,15 +14,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from jax import Array
 from jax.sharding import Mesh
 
+from common.jax_setup import Programs
 from common.report import StageReport
+from common.sampler import Sampler
 from common.scheduler_tables import SchedulerTables
 from common.sharding import replicated, split_images
 from common.torchax_runtime import Parameters, as_jax_function, parameters_of, to_numpy
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6), under diffusers' names."""
+
+    scale: float
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def guided_steps(self, evaluations: int) -> range:
+        """The model evaluations that compute the unconditional half as well.
+
+        Like diffusers' `ClassifierFreeGuidance`, int(start·T) ≤ i < int(end·T), with T the number
+        of model evaluations; none at a scale of 1 or less, as in diffusers' pipelines.
+        """
+        if self.scale <= 1:
+            return range(0)
+        return range(int(self.start * evaluations), int(self.end * evaluations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +57,46 @@ class NoiseBatch:
 
 
 def prepare_noise(
-    seeds: Sequence[int], tables: SchedulerTables, latent_shape: tuple[int, int, int]
+    seeds: Sequence[int],
+    sampler: Sampler,
+    tables: SchedulerTables,
+    latent_shape: tuple[int, int, int],
 ) -> NoiseBatch:
     """Draw the initial latents and the scheduler's noises as diffusers does.
 
-    Each image has a `torch.Generator` of its own on the CPU, which draws [1, C, h, w] in float32:
-    first the initial latents, then the noises in the order in which the scheduler asks.
+    Each image has a `torch.Generator` of its own on the CPU: first it draws the initial latents,
+    then the scheduler itself, stepped on zeros, draws its noises from it.
     """
     size = len(tables.timesteps)
     initial = np.empty((len(seeds), *latent_shape), np.float32)
     noises = np.zeros((size, len(seeds), *latent_shape), np.float32)
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        draws = [
-            torch.randn((1, *latent_shape), generator=generator)[0].numpy()
-            for _ in range(1 + tables.noises)
-        ]
-        initial[index] = draws[0] * np.float32(tables.initial_noise_scale)
-        for k, noise in enumerate(draws[1:]):
-            noises[k, index] = noise
+        drawn = torch.randn((1, *latent_shape), generator=generator)
+        initial[index] = drawn[0].numpy() * np.float32(tables.initial_noise_scale)
+        if tables.noises:
+            noises[: tables.noises, index] = draw_noises(sampler, seed, generator, latent_shape)
     return NoiseBatch(initial_latents=initial, noises=noises)
+
+
+def draw_noises(
+    sampler: Sampler, seed: int, generator: torch.Generator, latent_shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Let a scheduler draw all its noises for one image. Returns [K, C, h, w] float32."""
+    drawn: list[np.ndarray] = []
+
+    def keep(_: tuple[int, ...], draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        noise = draw()
+        drawn.append(noise[0].numpy())
+        return noise
+
+    zeros = torch.zeros(1, *latent_shape)
+    timesteps = sampler.restart([seed])
+    with sampler.hearing_noises(keep):
+        for timestep in timesteps:
+            sampler.scale_model_input(zeros, timestep)
+            sampler.step(zeros, timestep, zeros, [generator])
+    return np.stack(drawn)
 
 
 def prepare_state(noise: NoiseBatch, mesh: Mesh) -> tuple[Array, Array]:
@@ -69,87 +112,130 @@ def prepare_state(noise: NoiseBatch, mesh: Mesh) -> tuple[Array, Array]:
     )
 
 
-def prepare_arguments(
+def prepare_conditions(
     embeddings: Mapping[str, torch.Tensor],
-    noise: NoiseBatch,
-    tables: SchedulerTables,
-    guidance_scale: float,
-    time_ids: Sequence[int] | None,
+    size_conditions: Mapping[str, Sequence[int]] | None,
+    timestep_cond: np.ndarray | None,
     dtype: Any,
-    mesh: Mesh,
-) -> dict[str, Any]:
-    """Put everything but the weights and the state on the devices.
+    *,
+    guided: bool,
+) -> dict[str, np.ndarray]:
+    """What the UNet is told of each image besides the latents.
 
     Args:
         embeddings: stage 1's tensors, one row per image: [B, L, D] and, pooled, [B, E].
-        time_ids: SDXL's six size conditions, or None; float32 on the devices, because bfloat16
-            rounds them.
+        size_conditions: SDXL's `time_ids` and `negative_time_ids`, six numbers each; float32 on
+            the devices, because bfloat16 rounds them.
+        timestep_cond: [1, G], for a UNet that takes the guidance scale as an embedding.
         dtype: the model's dtype.
+        guided: both halves of guidance, which lie beside each other, [image, half], so that a
+            batch split over devices stays whole there.
     """
-    guided = guidance_scale > 1
-    halves = ("negative_prompt_embeds", "prompt_embeds")[0 if guided else 1 :]
-    # Halves lie beside each other, [image, half]: a batch split over devices stays whole there.
-    context = np.stack([to_numpy(embeddings[half]) for half in halves], 1)
-    conditions = {"prompt_embeds": _flat(context).astype(dtype)}  # [2B, L, D]
-    if time_ids is not None:
-        pooled = ("negative_pooled_prompt_embeds", "pooled_prompt_embeds")[0 if guided else 1 :]
-        text_embeds = np.stack([to_numpy(embeddings[half]) for half in pooled], 1)
-        conditions["text_embeds"] = _flat(text_embeds).astype(dtype)  # [2B, E]
-        conditions["time_ids"] = np.tile(
-            np.array([time_ids], np.float32), (len(conditions["prompt_embeds"]), 1)
-        )
-    schedule = {
+    signs = ("negative_", "") if guided else ("",)
+
+    def both_halves(name: str) -> np.ndarray:
+        array = np.stack([to_numpy(embeddings[f"{sign}{name}"]) for sign in signs], 1)
+        return array.reshape(-1, *array.shape[2:]).astype(dtype)
+
+    conditions = {"prompt_embeds": both_halves("prompt_embeds")}  # [2B, L, D]
+    rows = len(conditions["prompt_embeds"])
+    if size_conditions is not None:
+        conditions["text_embeds"] = both_halves("pooled_prompt_embeds")  # [2B, E]
+        time_ids = np.array([size_conditions[f"{sign}time_ids"] for sign in signs], np.float32)
+        conditions["time_ids"] = np.tile(time_ids, (rows // len(signs), 1))  # [2B, 6]
+    if timestep_cond is not None:
+        conditions["timestep_cond"] = np.tile(timestep_cond, (rows, 1)).astype(dtype)
+    return conditions
+
+
+def embed_guidance_scale(scale: float, dimension: int) -> np.ndarray:
+    """The guidance scale as distilled UNets (LCM) take it: [1, dimension] float32.
+
+    That of scale − 1 in diffusers' `get_guidance_scale_embedding`, but for the rounding of angles
+    of thousands of radians; that one stands in a module that imports text encoders.
+    """
+    weight = torch.tensor([(scale - 1) * 1000.0])
+    embedded = get_timestep_embedding(weight, dimension, downscale_freq_shift=1)
+    return np.asarray(embedded.numpy())
+
+
+def prepare_schedule(tables: SchedulerTables, guidance: Guidance) -> dict[str, np.ndarray]:
+    """Tables and guidance, as the program takes them."""
+    return {
         "timesteps": tables.timesteps,
         "input_scales": tables.input_scales,
         "coefficients": tables.coefficients,
         "noise_coefficients": tables.noise_coefficients,
-        "guidance_scale": np.float32(guidance_scale),
+        **prepare_guidance(guidance),
     }
+
+
+def prepare_guidance(guidance: Guidance) -> dict[str, np.ndarray]:
+    """Guidance, as the program takes it."""
     return {
-        "conditions": jax.device_put(conditions, split_images(mesh)),
-        "noises": jax.device_put(noise.noises, split_images(mesh, axis=1)),
-        "schedule": jax.device_put(schedule, replicated(mesh)),
+        "guidance_scale": np.asarray(guidance.scale, np.float32),
+        "guidance_rescale": np.asarray(guidance.rescale, np.float32),
     }
 
 
-def _flat(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1, *array.shape[2:])
-
-
-def denoise_step(
+def predict(
     unet: Callable[..., Any],
-    guided: bool,
     parameters: Parameters,
-    state: tuple[Array, Array],
-    arguments: dict[str, Any],
-    i: Array,
-) -> tuple[Array, Array]:
-    """One model evaluation, guidance and the scheduler's update, as a pure function.
+    model_input: Array,
+    timestep: Array,
+    conditions: dict[str, Array],
+    guidance: dict[str, Array],
+) -> Array:
+    """One model evaluation with guidance. [B, C, h, w] float32 to the same.
 
-    Guidance is Ho & Salimans 2022, eq. 6, as in diffusers' pipelines; without it (`guided` False)
-    only the conditional half is computed.
+    Both halves are computed where `conditions` holds two rows for each image. Guidance is Ho &
+    Salimans 2022, eq. 6; rescaling is Lin et al. 2023, sec. 3.4 (diffusers' `rescale_noise_cfg`).
     """
-    latents, history = state  # [B, C, h, w], [1 + S, B, C, h, w]
-    conditions, schedule = arguments["conditions"], arguments["schedule"]
-    dtype = conditions["prompt_embeds"].dtype
-    model_input = latents * schedule["input_scales"][i]
-    if guided:
-        model_input = jnp.repeat(model_input, 2, axis=0)  # [2B, C, h, w]
+    prompt_embeds = conditions["prompt_embeds"]
+    dtype = prompt_embeds.dtype
+    halves = len(prompt_embeds) // len(model_input)
+    repeated = jnp.repeat(model_input, halves, axis=0)  # [2B, C, h, w]
     added = {key: conditions[key] for key in ("text_embeds", "time_ids") if key in conditions}
     # float32 weights ask for float32 products, which TPUs and GPUs otherwise round.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         output = unet(
             parameters,
-            model_input.astype(dtype),
-            schedule["timesteps"][i],
-            encoder_hidden_states=conditions["prompt_embeds"],
+            repeated.astype(dtype),
+            timestep,
+            encoder_hidden_states=prompt_embeds,
+            timestep_cond=conditions.get("timestep_cond"),
             added_cond_kwargs=added or None,
             return_dict=False,
         )[0].astype(jnp.float32)
-    if guided:
-        output = output.reshape(-1, 2, *latents.shape[1:])
-        negative, positive = output[:, 0], output[:, 1]
-        output = negative + schedule["guidance_scale"] * (positive - negative)
+    if halves == 1:
+        return output
+    output = output.reshape(-1, 2, *model_input.shape[1:])
+    negative, positive = output[:, 0], output[:, 1]
+    guided = negative + guidance["guidance_scale"] * (positive - negative)
+    axes = tuple(range(1, guided.ndim))
+    rescale = guidance["guidance_rescale"]
+    ratio = jnp.std(positive, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+    return jnp.where(rescale > 0, rescale * guided * ratio + (1 - rescale) * guided, guided)
+
+
+def denoise_step(
+    unet: Callable[..., Any],
+    parameters: Parameters,
+    state: tuple[Array, Array],
+    arguments: dict[str, Any],
+    i: Array,
+) -> tuple[Array, Array]:
+    """One model evaluation, guidance and the scheduler's update, as a pure function."""
+    latents, history = state  # [B, C, h, w], [1 + S, B, C, h, w]
+    schedule = arguments["schedule"]
+    output = predict(
+        unet,
+        parameters,
+        latents * schedule["input_scales"][i],
+        schedule["timesteps"][i],
+        arguments["conditions"],
+        schedule,
+    )
     history = history.at[i + 1].set(output)
     latents = jnp.tensordot(schedule["coefficients"][i], history, 1, precision=HIGHEST)
     latents += jnp.tensordot(
@@ -158,64 +244,30 @@ def denoise_step(
     return latents, history
 
 
-def lower_denoiser(
-    unet: Callable[..., Any],
-    guided: bool,
-    parameters: Parameters,
-    state: tuple[Array, Array],
-    arguments: dict[str, Any],
-    *,
-    loops_on_device: bool,
-) -> Any:
-    """Trace the program for the given arguments; `.compile()` of the result compiles it."""
-
-    def denoise_one(
-        parameters: Parameters, state: tuple[Array, Array], arguments: dict[str, Any], i: Array
-    ) -> tuple[Array, Array]:
-        return denoise_step(unet, guided, parameters, state, arguments, i)
-
-    def denoise_range(
-        parameters: Parameters,
-        state: tuple[Array, Array],
-        arguments: dict[str, Any],
-        start: Array,
-        stop: Array,
-    ) -> tuple[Array, Array]:
-        return jax.lax.fori_loop(
-            start, stop, lambda i, state: denoise_one(parameters, state, arguments, i), state
-        )
-
-    shardings = jax.tree.map(lambda array: array.sharding, state)
-    index = np.int32(0)
-    if loops_on_device:
-        program = jax.jit(denoise_range, donate_argnums=1, out_shardings=shardings)
-        return program.lower(parameters, state, arguments, index, index)
-    program = jax.jit(denoise_one, donate_argnums=1, out_shardings=shardings)
-    return program.lower(parameters, state, arguments, index)
-
-
 class Denoiser:
-    """The UNet on its devices, and the compiled program for one shape of groups.
+    """The UNet on its devices, and the compiled programs for one shape of groups.
 
-    For each group: `start`, `compile` (which compiles only the first time), `run`, `latents`.
+    For each group `start`, then `compile` (which compiles only what is not compiled yet), `run`
+    and `latents`. Scheduler, steps and guidance may be others for each group.
     """
 
     def __init__(
         self,
-        unet: torch.nn.Module,
+        unet: Any,
         mesh: Mesh,
-        guidance_scale: float,
         steps_per_call: int | None,
         report: StageReport,
+        programs: Programs,
     ) -> None:
         self.unet = as_jax_function(unet)
         self.dtype = to_numpy(next(unet.parameters())[:0]).dtype
+        self.guidance_dimension: int | None = unet.config.time_cond_proj_dim
         self.mesh = mesh
-        self.guidance_scale = guidance_scale
         self.loops_on_device = jax.default_backend() != "cpu" or steps_per_call is not None
         self.steps_per_call = steps_per_call
         self.report = report
-        self.compiled: Any = None
+        self.programs = programs
+        self.compiled: dict[Any, Any] = {}
         with report.part("host to device"):
             self.parameters = parameters_of(
                 unet, lambda array: jax.device_put(array, replicated(mesh))
@@ -224,62 +276,200 @@ class Denoiser:
     def start(
         self,
         embeddings: Mapping[str, torch.Tensor],
-        noise: NoiseBatch,
-        tables: SchedulerTables,
-        time_ids: Sequence[int] | None,
+        seeds: Sequence[int],
+        sampler: Sampler,
+        tables: SchedulerTables | None,
+        guidance: Guidance,
+        size_conditions: Mapping[str, Sequence[int]] | None,
+        latent_shape: tuple[int, int, int],
     ) -> None:
-        """Put a group's conditions, noise and tables on the devices."""
-        self.evaluations = tables.evaluations
+        """Put a group's conditions, noises and tables on the devices.
+
+        Args:
+            tables: the sampler's; None steps the sampler itself on the host.
+        """
+        timestep_cond = None
+        if self.guidance_dimension is not None:
+            # A distilled UNet is told the scale and computes no unconditional half.
+            timestep_cond = embed_guidance_scale(guidance.scale, self.guidance_dimension)
+            guidance = Guidance(scale=1.0)
+        self.sampler, self.tables, self.seeds = sampler, tables, list(seeds)
+        self.latent_shape = latent_shape
+        if tables is None:
+            self.evaluations = len(sampler.restart(self.seeds))
+            self.guidance = jax.device_put(prepare_guidance(guidance), replicated(self.mesh))
+        else:
+            self.evaluations = tables.evaluations
+            with self.report.part("noise"):
+                self.noise = prepare_noise(seeds, sampler, tables, latent_shape)
+        self.guided = guidance.guided_steps(self.evaluations)
+        kinds = {i in self.guided for i in range(self.evaluations)}
         with self.report.part("host to device"):
-            self.state = prepare_state(noise, self.mesh)
-            self.arguments = prepare_arguments(
-                embeddings, noise, tables, self.guidance_scale, time_ids, self.dtype, self.mesh
-            )
+            self.conditions = {
+                guided: jax.device_put(
+                    prepare_conditions(
+                        embeddings, size_conditions, timestep_cond, self.dtype, guided=guided
+                    ),
+                    split_images(self.mesh),
+                )
+                for guided in kinds
+            }
+            if tables is not None:
+                self.noises = jax.device_put(self.noise.noises, split_images(self.mesh, axis=1))
+                self.schedule = jax.device_put(
+                    prepare_schedule(tables, guidance), replicated(self.mesh)
+                )
+                self.state = prepare_state(self.noise, self.mesh)
 
     def compile(self) -> None:
-        """Trace and compile the program for the group's shapes, once."""
-        if self.compiled is not None:
-            return
-        with self.report.part("trace"):
-            lowered = lower_denoiser(
-                self.unet,
-                self.guidance_scale > 1,
-                self.parameters,
-                self.state,
-                self.arguments,
-                loops_on_device=self.loops_on_device,
-            )
-        with self.report.part("compile"):
-            self.compiled = lowered.compile()
+        """Trace and compile the programs that the group needs, each once for its shapes."""
+        for guided in self.conditions:
+            key = self._program_key(guided)
+            if key not in self.compiled:
+                with self.report.part("trace"):
+                    lowered = self.lower(guided)
+                with self.report.part("compile"):
+                    self.compiled[key] = self.programs.compile(lowered)
 
-    def warm_up(self, steps: int, noise: NoiseBatch) -> None:
-        """Run steps on a state of their own, the first time."""
-        if steps and "warm-up" not in self.report.seconds:
-            with self.report.part("warm-up"):
-                state = prepare_state(noise, self.mesh)
-                self._run_range(state, 0, min(steps, self.evaluations))
+    def _program_key(self, guided: bool) -> Any:
+        """Everything about a group that is compiled in."""
+        shapes = tuple((name, array.shape) for name, array in self.conditions[guided].items())
+        size = None if self.tables is None else len(self.tables.timesteps)
+        return guided, size, len(self.seeds), self.latent_shape, shapes
+
+    def lower(self, guided: bool) -> Any:
+        """Trace the program for the group's shapes: with guidance, or the conditional half."""
+        kind = "guided" if guided else "conditional"
+        if self.tables is None:
+            program = jax.jit(_named(f"predict_{kind}", self._predict))
+            return program.lower(*self._predict_arguments(guided, *self._example_input()))
+        shardings = jax.tree.map(lambda array: array.sharding, self.state)
+        function = self._denoise_range if self.loops_on_device else self._denoise_one
+        program = jax.jit(
+            _named(f"denoise_{kind}", function), donate_argnums=1, out_shardings=shardings
+        )
+        index = (np.int32(0),) * (2 if self.loops_on_device else 1)
+        return program.lower(self.parameters, self.state, self._arguments(guided), *index)
+
+    def _denoise_one(
+        self, parameters: Parameters, state: tuple[Array, Array], arguments: Any, i: Array
+    ) -> tuple[Array, Array]:
+        return denoise_step(self.unet, parameters, state, arguments, i)
+
+    def _denoise_range(
+        self,
+        parameters: Parameters,
+        state: tuple[Array, Array],
+        arguments: Any,
+        start: Array,
+        stop: Array,
+    ) -> tuple[Array, Array]:
+        def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            return self._denoise_one(parameters, state, arguments, i)
+
+        return jax.lax.fori_loop(start, stop, body, state)
+
+    def _predict(
+        self,
+        parameters: Parameters,
+        model_input: Array,
+        timestep: Array,
+        conditions: dict[str, Array],
+        guidance: dict[str, Array],
+    ) -> Array:
+        return predict(self.unet, parameters, model_input, timestep, conditions, guidance)
+
+    def _arguments(self, guided: bool) -> dict[str, Any]:
+        return {
+            "conditions": self.conditions[guided],
+            "noises": self.noises,
+            "schedule": self.schedule,
+        }
+
+    def _predict_arguments(self, guided: bool, model_input: np.ndarray, timestep: float) -> Any:
+        return (
+            self.parameters,
+            jax.device_put(model_input, split_images(self.mesh)),
+            np.float32(timestep),
+            self.conditions[guided],
+            self.guidance,
+        )
+
+    def _example_input(self) -> tuple[np.ndarray, float]:
+        return np.zeros((len(self.seeds), *self.latent_shape), np.float32), 0.0
+
+    def warm_up(self, steps: int) -> None:
+        """Run steps of each program on a state of their own, the first time."""
+        if not steps or "warm-up" in self.report.seconds:
+            return
+        with self.report.part("warm-up"):
+            for guided in self.conditions:
+                if self.tables is None:
+                    program = self.compiled[self._program_key(guided)]
+                    for _ in range(steps):
+                        arguments = self._predict_arguments(guided, *self._example_input())
+                        jax.block_until_ready(program(*arguments))
+                else:
+                    state = prepare_state(self.noise, self.mesh)
+                    stop = min(steps, self.evaluations)
+                    jax.block_until_ready(self._run_range(state, 0, stop, guided))
 
     def run(self) -> Iterator[int]:
         """Run all steps, in ranges. Yields the number of steps after each range."""
+        if self.tables is None:
+            yield from self._run_on_host()
+            return
         step = self.steps_per_call or (self.evaluations if self.loops_on_device else 1)
-        for start in range(0, self.evaluations, step):
-            stop = min(start + step, self.evaluations)
+        # Where guidance begins or ends, another program takes over.
+        borders = {*range(0, self.evaluations, step), self.guided.start, self.guided.stop}
+        starts = sorted(border for border in borders if border < self.evaluations)
+        for start, stop in zip(starts, [*starts[1:], self.evaluations], strict=True):
             with self.report.part("run"):
-                self.state = self._run_range(self.state, start, stop)
+                state = self._run_range(self.state, start, stop, start in self.guided)
+                self.state = jax.block_until_ready(state)
             yield stop - start
+
+    def _run_range(
+        self, state: tuple[Array, Array], start: int, stop: int, guided: bool
+    ) -> tuple[Array, Array]:
+        """Run the steps start ≤ i < stop; `state` is given away."""
+        program, arguments = self.compiled[self._program_key(guided)], self._arguments(guided)
+        if self.loops_on_device:
+            return program(self.parameters, state, arguments, np.int32(start), np.int32(stop))
+        for i in range(start, stop):
+            state = program(self.parameters, state, arguments, np.int32(i))
+        return state
+
+    def _run_on_host(self) -> Iterator[int]:
+        """Step the scheduler itself between compiled model evaluations."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        timesteps = self.sampler.restart(self.seeds)
+        drawn = [torch.randn((1, *self.latent_shape), generator=g) for g in generators]
+        sample = torch.cat(drawn) * self.sampler.initial_noise_scale
+        for i, timestep in enumerate(timesteps):
+            guided = i in self.guided
+            with self.report.part("run"):
+                model_input = self.sampler.scale_model_input(sample, timestep)
+                arguments = self._predict_arguments(guided, model_input.numpy(), float(timestep))
+                output = self.compiled[self._program_key(guided)](*arguments)
+                output = torch.from_numpy(np.array(output))
+                sample = self.sampler.step(output, timestep, sample, generators)
+            yield 1
+        self.sample = sample
 
     def latents(self) -> np.ndarray:
         """The group's latents [B, C, h, w] float32."""
+        if self.tables is None:
+            return self.sample.numpy()
         with self.report.part("device to host"):
             return np.asarray(self.state[0])
 
-    def _run_range(self, state: tuple[Array, Array], start: int, stop: int) -> tuple[Array, Array]:
-        """Run the steps start ≤ i < stop and wait for them; `state` is given away."""
-        if self.loops_on_device:
-            state = self.compiled(
-                self.parameters, state, self.arguments, np.int32(start), np.int32(stop)
-            )
-        else:
-            for i in range(start, stop):
-                state = self.compiled(self.parameters, state, self.arguments, np.int32(i))
-        return jax.block_until_ready(state)
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a program the name under which compile logs and traces show it."""
+
+    def program(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    program.__name__ = program.__qualname__ = name
+    return program

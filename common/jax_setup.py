@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -11,19 +12,36 @@ from common.errors import UnfitEnvironmentError
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
+_cache_hits = 0
+
+
+def _count_cache_hits(event: str, **_: object) -> None:
+    global _cache_hits
+    _cache_hits += event == CACHE_HIT_EVENT
+
+
+jax.monitoring.register_event_listener(_count_cache_hits)
+
+
 @dataclass
-class CompileCounter:
-    """Counts programs that came from the persistent compile cache."""
+class Programs:
+    """Compiles programs, and counts those that came from the persistent compile cache."""
 
-    cache_hits: int = 0
+    compiled: int = 0
+    from_cache: int = 0
 
-    def listen(self, event: str, **_: object) -> None:
-        """Count one of jax's monitoring events."""
-        if event == CACHE_HIT_EVENT:
-            self.cache_hits += 1
+    def compile(self, lowered: Any) -> Any:
+        """Compile a lowered program."""
+        before = _cache_hits
+        program = lowered.compile()
+        if _cache_hits > before:
+            self.from_cache += 1
+        else:
+            self.compiled += 1
+        return program
 
 
-def set_up_jax() -> CompileCounter:
+def set_up_jax() -> None:
     """Turn on the persistent compile cache, readable by its owner only, and find the devices.
 
     Raises:
@@ -36,8 +54,6 @@ def set_up_jax() -> CompileCounter:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     except OSError:
         pass  # without a cache every run compiles
-    counter = CompileCounter()
-    jax.monitoring.register_event_listener(counter.listen)
     try:
         jax.devices()
     except RuntimeError as error:
@@ -46,7 +62,6 @@ def set_up_jax() -> CompileCounter:
             f"jax finds no device ({reason}): free the device, or run on the CPU with "
             "JAX_PLATFORMS=cpu"
         ) from None
-    return counter
 
 
 def platform() -> str:

@@ -94,6 +94,10 @@ def web_ui_parameters(settings: dict[str, Any]) -> str:
         "Seed": "seed",
     }
     parts = [f"{name}: {settings[key]}" for name, key in named.items() if key in settings]
+    if "timesteps" in settings:
+        parts.insert(0, f"Steps: {len(settings['timesteps'])}")
+    if "sigmas" in settings:
+        parts.insert(0, f"Steps: {len(settings['sigmas']) - 1}")
     if "width" in settings:
         parts.append(f"Size: {settings['width']}x{settings['height']}")
     if settings.get("model_id"):

@@ -19,9 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import typer
 
 from common import artifacts, command_line
-from common.checkpoint import Checkpoint, open_checkpoint
+from common.checkpoint import Checkpoint, hash_large_file, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_text_pipeline, quiet_libraries, text_components
+from common.components import (
+    find_embedding,
+    load_embedding,
+    load_text_pipeline,
+    quiet_libraries,
+    text_components,
+)
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
@@ -29,12 +35,15 @@ from common.config import (
     resolve,
     write_generation_config,
 )
+from common.errors import BadSettingError
+from common.lora import fuse_into_text_encoders, lora_settings
 from common.report import StageReport
 
 if TYPE_CHECKING:
     import torch
 
-COMPONENTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
 
 
 def make_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> artifacts.Recipe:
@@ -42,9 +51,12 @@ def make_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> artifacts.R
     return artifacts.Recipe(
         stage=1,
         settings={
-            "prompts": [prompt.prompt for prompt in config.prompts],
-            "negative_prompts": [prompt.negative_prompt for prompt in config.prompts],
-            "text_encoder_dtype": config.text_encoder_dtype,
+            **config.prompt_settings(),
+            "text_encoder_loras": lora_settings(config.loras, ENCODERS),
+            "embeddings": [
+                {"token": embedding.token, "sha256": hash_large_file(find_embedding(embedding))}
+                for embedding in config.embeddings
+            ],
             "pipeline": checkpoint.pipeline_class,
             "force_zeros_for_empty_prompt": checkpoint.index().get("force_zeros_for_empty_prompt"),
         },
@@ -52,7 +64,10 @@ def make_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> artifacts.R
         weights={
             name: checkpoint.weights_fingerprint(name) for name in text_components(checkpoint)
         },
-        versions=artifacts.package_versions("torch", "transformers", "diffusers", "tokenizers"),
+        versions=artifacts.package_versions(
+            *("torch", "transformers", "diffusers", "tokenizers"),
+            *(["peft"] if config.loras else []),
+        ),
     )
 
 
@@ -74,32 +89,68 @@ def encode_prompts(pipeline: Any, config: GenerationConfig) -> "dict[str, torch.
     if is_sdxl:
         names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     encoded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    negatives: dict[str | None, dict[str, torch.Tensor]] = {}
+    if config.clip_skip is not None and not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers 0.42 reads text_model.final_layer_norm, which transformers 5 has moved up.
+        pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
+    negatives: dict[tuple[str | None, str | None], dict[str, torch.Tensor]] = {}
     with torch.no_grad():
         for prompt in tqdm(config.prompts, desc="encode", unit="prompt", leave=False, disable=None):
-            known = negatives.get(prompt.negative_prompt, {})
+            negative = (prompt.negative_prompt, prompt.negative_prompt_2)
+            known: dict[str, Any] = dict(negatives.get(negative, {}))
+            if is_sdxl:
+                known["prompt_2"] = _as_list(prompt.prompt_2)
+                known["negative_prompt_2"] = _as_list(prompt.negative_prompt_2)
             embeds = pipeline.encode_prompt(
-                prompt=prompt.prompt,
+                prompt=[prompt.prompt],
                 device=torch.device("cpu"),
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
-                negative_prompt=prompt.negative_prompt,
+                negative_prompt=_as_list(prompt.negative_prompt),
+                clip_skip=config.clip_skip,
                 **known,
             )
             for name, tensor in zip(names, embeds, strict=True):
                 encoded[name].append(tensor)
-            negatives[prompt.negative_prompt] = {
+            negatives[negative] = {
                 name: encoded[name][-1] for name in names if name.startswith("negative")
             }
     return {name: torch.cat(tensors) for name, tensors in encoded.items()}
+
+
+def _as_list(text: str | None) -> list[str] | None:
+    """diffusers takes "" for none, but [""] for what it is."""
+    return None if text is None else [text]
+
+
+def check_prompt_options(config: GenerationConfig, checkpoint: Checkpoint) -> None:
+    """Raise `BadSettingError` where an option asks for what the text encoders do not have."""
+    encoders = [name for name in text_components(checkpoint) if name in ENCODERS]
+    for name in ("prompt_2", "negative_prompt_2"):
+        if len(encoders) < 2 and any(
+            getattr(prompt, name) is not None for prompt in config.prompts
+        ):
+            raise BadSettingError(
+                f"--{name} is for checkpoints with two text encoders; {config.model_id} has one"
+            )
+    # diffusers reads SDXL's states from one layer earlier than the others'.
+    layers = min(int(checkpoint.config(name)["num_hidden_layers"]) for name in encoders)
+    most = layers - (checkpoint.pipeline_class == "StableDiffusionXLPipeline")
+    if config.clip_skip is not None and config.clip_skip > most:
+        raise BadSettingError(
+            f"--clip_skip {config.clip_skip} is more than the text encoders of {config.model_id} "
+            f"have: at most {most}"
+        )
 
 
 def warn_of_cut_prompts(pipeline: Any, config: GenerationConfig) -> None:
     """Say which words of a prompt are beyond the tokenizer's 77 tokens and so not seen."""
     tokenizer = pipeline.tokenizer
     room = tokenizer.model_max_length - 2  # between the start and the end token
-    texts = {p.prompt: "prompt" for p in config.prompts}
-    texts |= {p.negative_prompt: "negative prompt" for p in config.prompts if p.negative_prompt}
+    texts: dict[str, str] = {}
+    for p in config.prompts:
+        texts |= dict.fromkeys(filter(None, (p.prompt, p.prompt_2)), "prompt")
+        negatives = filter(None, (p.negative_prompt, p.negative_prompt_2))
+        texts |= dict.fromkeys(negatives, "negative prompt")
     for text, kind in texts.items():
         ids = tokenizer(text, truncation=False, verbose=False).input_ids[1:-1]
         if len(ids) > room:
@@ -113,17 +164,35 @@ def warn_of_cut_prompts(pipeline: Any, config: GenerationConfig) -> None:
 def main(
     context: typer.Context,
     prompt: command_line.Prompt = None,
+    prompt_2: command_line.Prompt2 = None,
     prompts_file: command_line.PromptsFile = None,
     negative_prompt: command_line.NegativePrompt = None,
+    negative_prompt_2: command_line.NegativePrompt2 = None,
     no_negative_prompt: command_line.NoNegativePrompt = False,
     num_images_per_prompt: command_line.NumImagesPerPrompt = None,
+    clip_skip: command_line.ClipSkip = None,
+    embedding: command_line.Embedding = None,
+    original_size: command_line.OriginalSize = None,
+    target_size: command_line.TargetSize = None,
+    crops_coords_top_left: command_line.CropsCoords = None,
+    negative_original_size: command_line.NegativeOriginalSize = None,
+    negative_target_size: command_line.NegativeTargetSize = None,
+    negative_crops_coords_top_left: command_line.NegativeCropsCoords = None,
     height: command_line.Height = None,
     width: command_line.Width = None,
     num_inference_steps: command_line.NumInferenceSteps = None,
+    timesteps: command_line.Timesteps = None,
+    sigmas: command_line.Sigmas = None,
     guidance_scale: command_line.GuidanceScale = None,
+    guidance_rescale: command_line.GuidanceRescale = None,
+    guidance_start: command_line.GuidanceStart = None,
+    guidance_end: command_line.GuidanceEnd = None,
     seed: command_line.Seed = None,
     scheduler: command_line.Scheduler = None,
+    scheduler_option: command_line.SchedulerOption = None,
+    eta: command_line.Eta = None,
     model_id: command_line.ModelId = None,
+    lora: command_line.Lora = None,
     dtype: command_line.StageDtype = None,
     text_encoder_dtype: command_line.TextEncoderDtype = None,
     unet_dtype: command_line.UnetDtype = None,
@@ -151,6 +220,7 @@ def main(
         native_size=checkpoint.native_size,
         size_factor=checkpoint.vae_scale_factor,
     )
+    check_prompt_options(resolved, checkpoint)
     recipe = make_recipe(resolved, checkpoint)
 
     # 2. Fresh already?
@@ -170,6 +240,9 @@ def main(
         import transformers  # noqa: F401
     with report.part("checkpoint read"):
         pipeline = load_text_pipeline(checkpoint, getattr(torch, resolved.text_encoder_dtype))
+        fuse_into_text_encoders(pipeline, resolved.loras, checkpoint.config("unet"))
+        for item in resolved.embeddings:
+            load_embedding(pipeline, item)
 
     # 4. Encode
     warn_of_cut_prompts(pipeline, resolved)

@@ -11,8 +11,9 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,10 +23,12 @@ from common import artifacts, command_line
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_scheduler, load_unet, quiet_libraries
+from common.components import load_unet, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
+    SIZE_CONDITIONS,
+    STEP_SETTINGS,
     GenerationConfig,
     RunOptions,
     check_size,
@@ -34,15 +37,25 @@ from common.config import (
     write_generation_config,
 )
 from common.contracts import embeddings_misfit
-from common.errors import BadInputFileError
+from common.errors import BadInputFileError, BadSettingError
 from common.images import group_size, groups, prompt_indices
+from common.lora import fuse_into_unet, lora_settings
 from common.report import StageReport
+from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
 from common.sharding import parse_mesh
 
 if TYPE_CHECKING:
     import torch
 
+    from common.denoising import Denoiser
+    from common.jax_setup import Programs
+
 COMPONENTS = ("unet", "scheduler")
+# Settings that determine the latents just as they stand.
+SAMPLING_SETTINGS = (
+    *("height", "width", "num_images_per_prompt", "eta"),
+    *("guidance_scale", "guidance_rescale", "guidance_start", "guidance_end"),
+)
 
 
 def make_recipe(
@@ -52,26 +65,27 @@ def make_recipe(
     if embeddings.header is not None:
         prompt_settings = embeddings.header.recipe.settings
     else:
-        prompt_settings = {
-            "prompts": [prompt.prompt for prompt in config.prompts],
-            "negative_prompts": [prompt.negative_prompt for prompt in config.prompts],
-        }
+        prompt_settings = config.prompt_settings()
+    scheduler, scheduler_options = choose_scheduler(config, checkpoint)
     return Recipe(
         stage=2,
         settings={
             **prompt_settings,
-            "height": config.height,
-            "width": config.width,
-            "num_inference_steps": config.num_inference_steps,
-            "guidance_scale": config.guidance_scale,
-            "num_images_per_prompt": config.num_images_per_prompt,
+            **{name: getattr(config, name) for name in SAMPLING_SETTINGS},
+            "unet_loras": lora_settings(config.loras, ["unet"]),
+            **size_condition_settings(config, checkpoint),
+            **{name: value for name, value in steps_of(config).items() if value is not None},
             "seeds": config.image_seeds(),
-            "scheduler": config.scheduler_class(checkpoint.config("scheduler")["_class_name"]),
+            "scheduler": scheduler,
+            "scheduler_options": scheduler_options,
             "unet_dtype": unet_dtype,
         },
         inputs={artifacts.EMBEDDINGS_FILE: embeddings.data_sha256},
         weights={name: checkpoint.weights_fingerprint(name) for name in COMPONENTS},
-        versions=artifacts.package_versions("torch", "torchax", "jax", "jaxlib", "diffusers"),
+        versions=artifacts.package_versions(
+            *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
+            *(["peft"] if config.loras else []),
+        ),
     )
 
 
@@ -92,11 +106,7 @@ def prompts_misfit(header: Header | None, config: GenerationConfig) -> str | Non
     if header is None:
         return None
     made = header.recipe.settings
-    for name, wanted in (
-        ("prompts", [prompt.prompt for prompt in config.prompts]),
-        ("negative_prompts", [prompt.negative_prompt for prompt in config.prompts]),
-        ("text_encoder_dtype", config.text_encoder_dtype),
-    ):
+    for name, wanted in config.prompt_settings().items():
         if made.get(name) != wanted:
             return (
                 f"was made with other {name} ({str(made.get(name))[:60]}) than "
@@ -105,38 +115,142 @@ def prompts_misfit(header: Header | None, config: GenerationConfig) -> str | Non
     return None
 
 
-def time_ids(config: GenerationConfig) -> list[int]:
-    """SDXL's size conditions: original size, the crop's corner, target size."""
-    return [config.height, config.width, 0, 0, config.height, config.width]
+def time_ids(config: GenerationConfig) -> dict[str, list[int]]:
+    """SDXL's size conditions: original size, the crop's corner, target size.
+
+    As in diffusers' pipeline, the unconditional half has its own only where both of its sizes are
+    given.
+    """
+    size = (config.height, config.width)
+    positive = [
+        *(config.original_size or size),
+        *config.crops_coords_top_left,
+        *(config.target_size or size),
+    ]
+    negative = positive
+    if _own_negative(config):
+        negative = [
+            *(config.negative_original_size or ()),
+            *config.negative_crops_coords_top_left,
+            *(config.negative_target_size or ()),
+        ]
+    return {"time_ids": positive, "negative_time_ids": negative}
+
+
+def warn_of_idle_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
+    """Say which settings change nothing, as diffusers leaves them without a word."""
+    partial = (config.negative_original_size is None) != (config.negative_target_size is None)
+    if partial or (config.negative_crops_coords_top_left != (0, 0) and not _own_negative(config)):
+        warn(
+            "the negative size conditions have no effect: they need both --negative_original_size "
+            "and --negative_target_size"
+        )
+    distilled = checkpoint.config("unet").get("time_cond_proj_dim") is not None
+    interval = (config.guidance_rescale, config.guidance_start, config.guidance_end)
+    if distilled and interval != (0, 0, 1):
+        warn(
+            "--guidance_rescale, --guidance_start and --guidance_end have no effect: this UNet is "
+            "told the guidance scale and computes no unconditional half"
+        )
+
+
+def _own_negative(config: GenerationConfig) -> bool:
+    """Whether the unconditional half has size conditions of its own, as in diffusers' pipeline."""
+    return config.negative_original_size is not None and config.negative_target_size is not None
+
+
+def size_condition_settings(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The size conditions as settings, where the UNet takes them.
+
+    Raises:
+        BadSettingError: they are given for a UNet that takes none.
+    """
+    if checkpoint.config("unet").get("addition_embed_type") == "text_time":
+        return dict(time_ids(config))
+    plain = GenerationConfig.model_fields
+    given = [name for name in SIZE_CONDITIONS if getattr(config, name) != plain[name].default]
+    if given:
+        raise BadSettingError(
+            f"--{given[0]} is for SDXL checkpoints; the UNet of {config.model_id} takes no sizes"
+        )
+    return {}
+
+
+def choose_scheduler(
+    config: GenerationConfig, checkpoint: Checkpoint
+) -> tuple[str, dict[str, Any]]:
+    """diffusers' class of the scheduler, and its settings besides the checkpoint's own."""
+    return config.scheduler_choice(checkpoint.config("scheduler")["_class_name"])
+
+
+def steps_of(config: GenerationConfig) -> dict[str, Any]:
+    """The number of steps, or the timesteps or sigmas in its place; None for the others."""
+    return {name: getattr(config, name) for name in STEP_SETTINGS}
+
+
+def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
+    """The scheduler that the settings ask for, with the checkpoint's own settings."""
+    class_name, options = choose_scheduler(config, checkpoint)
+    settings = checkpoint.config("scheduler")
+    if checkpoint.pipeline_class == "StableDiffusionPipeline":
+        settings = as_pipeline_reads_it(settings, class_name)
+    scheduler = make_scheduler(settings, class_name, options)
+    sampler = Sampler(scheduler, **steps_of(config), eta=config.eta)
+    if config.eta > 0 and not sampler.takes_eta:
+        warn(f"--eta {config.eta} has no effect: {class_name} takes none")
+    return sampler
+
+
+def load_denoiser(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    unet_dtype: str,
+    options: RunOptions,
+    report: StageReport,
+    programs: "Programs",
+) -> "Denoiser":
+    """The UNet: a PyTorch module for its code, its weights on the devices."""
+    import torch
+
+    from common import sharding
+    from common.denoising import Denoiser
+
+    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
+    with report.part("checkpoint read"):
+        unet = load_unet(checkpoint, getattr(torch, unet_dtype))
+        fuse_into_unet(unet, config.loras)
+    return Denoiser(unet, mesh, options.steps_per_call, report, programs)
 
 
 def denoise_images(
     config: GenerationConfig,
     checkpoint: Checkpoint,
     embeddings: "dict[str, torch.Tensor]",
-    unet_dtype: str,
+    denoiser: "Denoiser",
     options: RunOptions,
-    report: StageReport,
 ) -> "torch.Tensor":
     """Denoise all images, in groups of one shape. Returns latents [B, C, h, w] float32."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from common import sharding
-    from common.denoising import Denoiser, prepare_noise
-    from common.scheduler_tables import make_tables
+    from common.denoising import Guidance
+    from common.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 
     # The scheduler as data, probed on the CPU
-    with report.part("scheduler tables"):
-        class_name = config.scheduler_class(checkpoint.config("scheduler")["_class_name"])
-        tables = make_tables(load_scheduler(checkpoint, class_name), config.num_inference_steps)
-
-    # The UNet: a PyTorch module for its code, its weights on the devices
-    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
-    with report.part("checkpoint read"):
-        unet = load_unet(checkpoint, getattr(torch, unet_dtype))
-    denoiser = Denoiser(unet, mesh, config.guidance_scale, options.steps_per_call, report)
+    sampler = make_sampler(config, checkpoint)
+    with denoiser.report.part("scheduler tables"):
+        try:
+            tables: SchedulerTables | None = make_tables(sampler)
+        except NotLinearError as reason:
+            say(f"  {sampler.name} steps on the host between model evaluations ({reason})")
+            tables = None
+    guidance = Guidance(
+        scale=config.guidance_scale,
+        rescale=config.guidance_rescale,
+        start=config.guidance_start,
+        end=config.guidance_end,
+    )
 
     seeds = config.image_seeds()
     prompt_of = prompt_indices(len(config.prompts), config.num_images_per_prompt)
@@ -145,19 +259,23 @@ def denoise_images(
     has_size_conditions = unet_config.get("addition_embed_type") == "text_time"
 
     latents = np.empty((len(seeds), *shape), np.float32)
-    size = group_size(len(seeds), options.batch_size, mesh.shape["data"])
-    steps = -(-len(seeds) // size) * tables.evaluations
-    with tqdm(total=steps, desc="denoise", unit="step", disable=None) as progress:
+    size = group_size(len(seeds), options.batch_size, denoiser.mesh.shape["data"])
+    evaluations = len(sampler.restart())
+    with tqdm(
+        total=-(-len(seeds) // size) * evaluations, desc="denoise", unit="step", disable=None
+    ) as progress:
         for chosen, real in groups(len(seeds), size):
-            noise = prepare_noise([seeds[index] for index in chosen], tables, shape)
             denoiser.start(
                 {key: tensor[prompt_of[chosen]] for key, tensor in embeddings.items()},
-                noise,
+                [seeds[index] for index in chosen],
+                sampler,
                 tables,
+                guidance,
                 time_ids(config) if has_size_conditions else None,
+                shape,
             )
             denoiser.compile()
-            denoiser.warm_up(options.warmup_steps, noise)
+            denoiser.warm_up(options.warmup_steps)
             progress.unpause()
             for steps_done in denoiser.run():
                 progress.update(steps_done)
@@ -171,10 +289,24 @@ def main(
     height: command_line.Height = None,
     width: command_line.Width = None,
     num_inference_steps: command_line.NumInferenceSteps = None,
+    timesteps: command_line.Timesteps = None,
+    sigmas: command_line.Sigmas = None,
     guidance_scale: command_line.GuidanceScale = None,
+    guidance_rescale: command_line.GuidanceRescale = None,
+    guidance_start: command_line.GuidanceStart = None,
+    guidance_end: command_line.GuidanceEnd = None,
     seed: command_line.Seed = None,
+    original_size: command_line.OriginalSize = None,
+    target_size: command_line.TargetSize = None,
+    crops_coords_top_left: command_line.CropsCoords = None,
+    negative_original_size: command_line.NegativeOriginalSize = None,
+    negative_target_size: command_line.NegativeTargetSize = None,
+    negative_crops_coords_top_left: command_line.NegativeCropsCoords = None,
     scheduler: command_line.Scheduler = None,
+    scheduler_option: command_line.SchedulerOption = None,
+    eta: command_line.Eta = None,
     model_id: command_line.ModelId = None,
+    lora: command_line.Lora = None,
     dtype: command_line.StageDtype = None,
     unet_dtype: command_line.UnetDtype = None,
     input_dir: command_line.InputDir = None,
@@ -215,18 +347,22 @@ def main(
     say(f"stage 2: denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
     command_line.say_why(stale if skip_fresh else None, overrides)
 
+    warn_of_idle_settings(config, checkpoint)
+
     # 3. Start jax
     with report.part("imports"):
         if not debug:
             quiet_libraries()
         from common import jax_setup, torchax_runtime  # noqa: F401
 
-        counter = jax_setup.set_up_jax()
+        jax_setup.set_up_jax()
     dtype_used = jax_setup.choose_dtype(config.unet_dtype)
 
     # 4. Denoise
     tensors = artifacts.load_tensors(embeddings, warn)
-    latents = denoise_images(config, checkpoint, tensors, dtype_used, options, report)
+    programs = jax_setup.Programs()
+    denoiser = load_denoiser(config, checkpoint, dtype_used, options, report, programs)
+    latents = denoise_images(config, checkpoint, tensors, denoiser, options)
 
     # 5. Write
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)
@@ -246,11 +382,11 @@ def main(
         "dtype": dtype_used,
         "mesh": options.mesh,
         "platform": jax_setup.platform(),
-        "programs_from_cache": counter.cache_hits,
+        "programs": asdict(programs),
         "versions": recipe.versions,
     }
     report.write(run_dir)
-    command_line.say_times(report, path)
+    command_line.say_times(report, path, programs.compiled, programs.from_cache)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ from common.sharding import parse_mesh
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from common.jax_setup import Programs
 
 COMPONENTS = ("vae",)
 
@@ -95,6 +98,7 @@ def decode_images(
     vae_dtype: str,
     options: RunOptions,
     report: StageReport,
+    programs: "Programs",
 ) -> "np.ndarray":
     """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8."""
     import jax
@@ -127,7 +131,7 @@ def decode_images(
                 with report.part("trace"):
                     lowered = decoder.lower(weights, group)
                 with report.part("compile"):
-                    compiled = lowered.compile()
+                    compiled = programs.compile(lowered)
                 if options.warmup:
                     with report.part("warm-up"):
                         jax.block_until_ready(compiled(weights, group))
@@ -150,13 +154,17 @@ def picture_settings(header: Header | None, index: int | None) -> dict[str, Any]
         return {}
     settings = dict(header.recipe.settings)
     prompts, negatives = settings.pop("prompts", []), settings.pop("negative_prompts", [])
+    seconds = settings.pop("prompts_2", prompts)
+    negative_seconds = settings.pop("negative_prompts_2", negatives)
     seeds = settings.pop("seeds", [])
     settings["model_id"] = header.provenance.get("model_id")
     if index is not None and index < len(seeds):
         prompt = prompt_indices(len(prompts), settings["num_images_per_prompt"])[index]
         settings |= {
             "prompt": prompts[prompt],
+            "prompt_2": seconds[prompt],
             "negative_prompt": negatives[prompt],
+            "negative_prompt_2": negative_seconds[prompt],
             "seed": seeds[index],
             "image_index": index,
         }
@@ -242,13 +250,14 @@ def main(
             quiet_libraries()
         from common import jax_setup, torchax_runtime  # noqa: F401
 
-        counter = jax_setup.set_up_jax()
+        jax_setup.set_up_jax()
     upcast = bool(vae_config.get("force_upcast", True))  # True is diffusers' own default
     dtype_used = jax_setup.choose_dtype(config.vae_dtype, force_float32=upcast)
 
     # 4. Decode
     tensor = artifacts.load_tensors(latents, warn)["latents"].float()
-    images = decode_images(tensor.numpy(), checkpoint, dtype_used, options, report)
+    programs = jax_setup.Programs()
+    images = decode_images(tensor.numpy(), checkpoint, dtype_used, options, report, programs)
 
     # 5. Write
     recipe = make_recipe(config, checkpoint, latents, dtype_used)
@@ -260,12 +269,12 @@ def main(
         "vae_dtype_asked": config.vae_dtype,
         "mesh": options.mesh,
         "platform": jax_setup.platform(),
-        "programs_from_cache": counter.cache_hits,
+        "programs": asdict(programs),
         "versions": recipe.versions,
         "recipe": recipe.model_dump(),
     }
     report.write(run_dir)
-    command_line.say_times(report, main_picture)
+    command_line.say_times(report, main_picture, programs.compiled, programs.from_cache)
 
 
 if __name__ == "__main__":

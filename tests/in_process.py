@@ -1,15 +1,19 @@
 """The stages' own functions called in one process, beside diffusers' pipeline as the reference."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from common.checkpoint import open_checkpoint
-from common.components import load_scheduler, load_text_pipeline
-from common.config import SCHEDULERS, GenerationConfig, RunOptions
+from common.components import load_embedding, load_text_pipeline
+from common.config import SIZE_CONDITIONS, GenerationConfig, RunOptions
+from common.jax_setup import Programs
+from common.lora import fuse_into_text_encoders
 from common.report import StageReport
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 
@@ -30,44 +34,104 @@ def make_config(model: Path, **settings: Any) -> GenerationConfig:
     return GenerationConfig.model_validate(defaults | settings)
 
 
+class Ours:
+    """The three stages' functions with the models of one checkpoint loaded once."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        embeddings: Sequence[str] = (),
+        loras: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        self.dtype = dtype
+        self.checkpoint = open_checkpoint(str(model), ())
+        self.options = RunOptions(**options)
+        self.programs = Programs()
+        self.text_pipeline = load_text_pipeline(self.checkpoint, torch.float32)
+        config = make_config(Path(model), embeddings=embeddings, loras=loras)
+        fuse_into_text_encoders(self.text_pipeline, config.loras, self.checkpoint.config("unet"))
+        for embedding in config.embeddings:
+            load_embedding(self.text_pipeline, embedding)
+        self.denoiser = stage2_unet.load_denoiser(
+            config, self.checkpoint, dtype, self.options, StageReport(2), self.programs
+        )
+
+    def denoise(self, config: GenerationConfig) -> np.ndarray:
+        """Stages 1 and 2. Returns latents [B, C, h, w]."""
+        embeddings = stage1_text_encoder.encode_prompts(self.text_pipeline, config)
+        return stage2_unet.denoise_images(
+            config, self.checkpoint, embeddings, self.denoiser, self.options
+        ).numpy()
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Stage 3. Returns pictures [B, H, W, 3] uint8."""
+        return stage3_vae_decoder.decode_images(
+            latents, self.checkpoint, self.dtype, self.options, StageReport(3), self.programs
+        )
+
+
 def run_ours(config: GenerationConfig, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """All three stages in float32. Returns latents [B, C, h, w] and pictures [B, H, W, 3] uint8."""
-    checkpoint = open_checkpoint(config.model_id, ())
-    pipeline = load_text_pipeline(checkpoint, torch.float32)
-    embeddings = stage1_text_encoder.encode_prompts(pipeline, config)
-    run = RunOptions(**options)
-    latents = stage2_unet.denoise_images(
-        config, checkpoint, embeddings, "float32", run, StageReport(2)
-    ).numpy()
-    pictures = stage3_vae_decoder.decode_images(latents, checkpoint, "float32", run, StageReport(3))
-    return latents, pictures
+    ours = Ours(config.model_id, **options)
+    latents = ours.denoise(config)
+    return latents, ours.decode(latents)
 
 
 def run_diffusers(config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
     """The same settings by diffusers' own pipeline."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(config.model_id)
-    if config.scheduler is not None:
-        checkpoint = open_checkpoint(config.model_id, ())
-        pipeline.scheduler = load_scheduler(checkpoint, SCHEDULERS[config.scheduler])
+    return run_pipeline(load_pipeline(config.model_id), config)
+
+
+def load_pipeline(model: str | Path) -> Any:
+    """diffusers' own pipeline of a checkpoint, in float32."""
+    pipeline = DiffusionPipeline.from_pretrained(str(model))
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Settings by a pipeline whose scheduler is the checkpoint's own. Returns as `run_ours`."""
+    own, seeds = pipeline.scheduler, config.image_seeds()
+    class_name, options = config.scheduler_choice(type(own).__name__)
+    if class_name == "DPMSolverSDEScheduler":
+        options["noise_sampler_seed"] = seeds
     negatives = [prompt.negative_prompt for prompt in config.prompts]
+    names = ("num_inference_steps", "timesteps", "sigmas")
+    steps = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    prompt_options: dict[str, Any] = {"clip_skip": config.clip_skip}
+    if hasattr(pipeline, "text_encoder_2"):
+        for name in ("prompt_2", "negative_prompt_2"):
+            values = [getattr(prompt, name) for prompt in config.prompts]
+            prompt_options[name] = None if values[0] is None else values
+        prompt_options |= {name: getattr(config, name) for name in SIZE_CONDITIONS}
     captured: dict[str, torch.Tensor] = {}
 
     def keep_latents(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
         captured["latents"] = values["latents"]
         return values
 
-    images = pipeline(
-        prompt=[prompt.prompt for prompt in config.prompts],
-        negative_prompt=None if negatives[0] is None else negatives,
-        height=config.height,
-        width=config.width,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in config.image_seeds()],
-        callback_on_step_end=keep_latents,
-        output_type="pil",
-    ).images
+    try:
+        pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
+        images = pipeline(
+            prompt=[prompt.prompt for prompt in config.prompts],
+            negative_prompt=None if negatives[0] is None else negatives,
+            height=config.height,
+            width=config.width,
+            **{name: v if isinstance(v, int) else list(v) for name, v in steps.items()},
+            **prompt_options,
+            guidance_scale=config.guidance_scale,
+            guidance_rescale=config.guidance_rescale,
+            eta=config.eta,
+            num_images_per_prompt=config.num_images_per_prompt,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=keep_latents,
+            output_type="pil",
+        ).images
+    finally:
+        pipeline.scheduler = own
     return captured["latents"].numpy(), np.stack([np.asarray(image) for image in images])
 
 

@@ -7,67 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tests.conftest import DEMO, Run
+from tests.conftest import Run
 from tests.in_process import pixel_difference, relative_difference
+from tests.tiny_checkpoints import save_sd
 
 PROMPTS = ["a red star", "a blue ring on white"]
 
 
 @pytest.fixture(scope="module")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
-    size = len(tokenizer)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=size,
-            bos_token_id=size - 2,
-            eos_token_id=size - 1,
-            pad_token_id=size - 1,
-            hidden_size=32,
-            intermediate_size=37,
-            num_attention_heads=4,
-            num_hidden_layers=3,
-            projection_dim=32,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=8,
-        layers_per_block=1,
-    )
-    scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "sd"
-    pipeline.save_pretrained(folder)
-    return folder
+    return save_sd(tmp_path_factory.mktemp("tiny") / "sd")
 
 
 @pytest.mark.parametrize("negative", ["blurry", None])

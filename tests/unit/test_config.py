@@ -11,6 +11,7 @@ from common.config import (
     GenerationConfig,
     PromptSettings,
     RunSettings,
+    parse_scheduler_options,
     read_generation_config,
     read_prompts_file,
     read_run_settings,
@@ -82,7 +83,7 @@ def test_null_and_absent_and_empty_negative_prompts_stay_distinct(tmp_path: Path
         {"prompt": "c", "negative_prompt": "", "seed": 5},
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    prompts = read_prompts_file(file, "default")
+    prompts = read_prompts_file(file, RunSettings(negative_prompt="default"))
     assert [p.negative_prompt for p in prompts] == ["default", None, ""]
     assert [p.seed for p in prompts] == [None, None, 5]
 
@@ -103,7 +104,7 @@ def test_a_bad_prompts_file_names_the_line(
     file = tmp_path / name
     file.write_text(text)
     with pytest.raises(BadSettingError, match=words):
-        read_prompts_file(file, None)
+        read_prompts_file(file, RunSettings())
 
 
 def test_the_size_is_the_checkpoints_own_unless_given() -> None:
@@ -157,3 +158,68 @@ def test_image_seeds_are_the_prompts_own_or_the_runs(
         prompt, k = divmod(index, images)
         expected = own[prompt]
         assert value == (seed + index if expected is None else expected + k)
+
+
+def test_the_steps_are_given_in_one_way(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("timesteps: [999, 500]\n")
+    settings = read_run_settings(file, {})
+    assert (settings.num_inference_steps, settings.timesteps) == (None, (999, 500))
+    settings = read_run_settings(file, {"num_inference_steps": 9})
+    assert (settings.num_inference_steps, settings.timesteps) == (9, None)
+    settings = read_run_settings(None, {"sigmas": "14.5,1,0"})
+    assert (settings.num_inference_steps, settings.sigmas) == (None, (14.5, 1.0, 0.0))
+    with pytest.raises(BadSettingError, match="either num_inference_steps or timesteps"):
+        read_run_settings(None, {"num_inference_steps": 9, "timesteps": "1,2"})
+    with pytest.raises(BadSettingError, match="--timesteps 'x'"):
+        read_run_settings(None, {"timesteps": "999,x"})
+
+
+def test_scheduler_options_belong_to_their_scheduler(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("scheduler: dpmpp_2m\nscheduler_options: {solver_order: 3}\n")
+    added = read_run_settings(file, {"scheduler_options": {"use_karras_sigmas": True}})
+    assert added.scheduler_options == {"solver_order": 3, "use_karras_sigmas": True}
+    other = read_run_settings(file, {"scheduler": "euler"})
+    assert other.scheduler_options == {}
+    config, lines = make_config(scheduler="lms", scheduler_options={"a": 1}).override(
+        {"scheduler": "heun"}
+    )
+    assert config.scheduler_options == {}
+    assert lines == ["scheduler lms → heun", "scheduler_options {'a': 1} → {}"]
+
+
+def test_scheduler_options_on_the_command_line() -> None:
+    parsed = parse_scheduler_options(["use_karras_sigmas=true", "solver-order=3", "kind=a=b"])
+    assert parsed == {"use_karras_sigmas": True, "solver_order": 3, "kind": "a=b"}
+    for bad in ("x", "=1", "x=[1"):
+        with pytest.raises(BadSettingError, match="--scheduler_option"):
+            parse_scheduler_options([bad])
+
+
+def test_second_prompts_are_one_for_all_or_one_for_each() -> None:
+    def seconds(**settings: object) -> list[str | None]:
+        config = resolve(RunSettings(**settings), native_size=128, size_factor=8)
+        return [prompt.prompt_2 for prompt in config.prompts]
+
+    assert seconds(prompt=["a", "b"]) == [None, None]
+    assert seconds(prompt=["a", "b"], prompt_2="c") == ["c", "c"]
+    assert seconds(prompt=["a", "b"], prompt_2=["c", "d"]) == ["c", "d"]
+    with pytest.raises(BadSettingError, match="--prompt_2 is given 2 times for 3 prompts"):
+        seconds(prompt=["a", "b", "c"], prompt_2=["c", "d"])
+    with pytest.raises(BadSettingError, match="needs a negative_prompt"):
+        seconds(negative_prompt=None, negative_prompt_2="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "token"),
+    [
+        ("a/cat.safetensors", "a/cat.safetensors", "cat"),
+        ("a/cat.safetensors:<kitty>", "a/cat.safetensors", "<kitty>"),
+        ("C:/a/cat.safetensors", "C:/a/cat.safetensors", "cat"),
+    ],
+)
+def test_an_embedding_has_a_file_and_a_token(text: str, file: str, token: str) -> None:
+    (embedding,) = RunSettings(embeddings=text).embeddings
+    assert (embedding.file, embedding.token) == (file, token)
+    assert RunSettings(embeddings=[embedding.model_dump()]).embeddings == (embedding,)

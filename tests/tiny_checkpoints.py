@@ -1,0 +1,130 @@
+"""Tiny checkpoints: real components of diffusers and transformers with random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from tests.conftest import DEMO
+
+LATENT_SIZE = 8  # of the native picture, which is 8 times as large
+# What the public checkpoints' scheduler_config.json name, those for other schedulers included.
+SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    num_train_timesteps=1000,
+    steps_offset=1,
+    clip_sample=False,
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+)
+
+
+def save_sdxl(folder: Path, **unet_changes: Any) -> Path:
+    """An SDXL checkpoint: two text encoders, size conditions, Euler."""
+    torch.manual_seed(1)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    settings = _text_settings(tokenizer)
+    StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=32, projection_dim=32, **settings)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(hidden_size=48, projection_dim=24, **settings)
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=_unet(
+            cross_attention_dim=32 + 48,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            use_linear_projection=True,
+            **unet_changes,
+        ),
+        scheduler=EulerDiscreteScheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    _write_scheduler(folder, "EulerDiscreteScheduler", timestep_spacing="leading")
+    return folder
+
+
+def save_sd(folder: Path, *, prediction_type: str = "epsilon", **unet_changes: Any) -> Path:
+    """An SD 1.x/2.x checkpoint: PNDM for epsilon, DDIM for v_prediction, as their authors have."""
+    torch.manual_seed(2)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    text_config = CLIPTextConfig(hidden_size=32, projection_dim=32, **_text_settings(tokenizer))
+    StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=_unet(cross_attention_dim=32, **unet_changes),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    own = {"epsilon": "PNDMScheduler", "v_prediction": "DDIMScheduler"}[prediction_type]
+    _write_scheduler(folder, own, prediction_type=prediction_type)
+    return folder
+
+
+def _write_scheduler(folder: Path, class_name: str, **settings: Any) -> None:
+    """Write a scheduler's settings as the public checkpoints do, with only what they name."""
+    content = {"_class_name": class_name, **SCHEDULER, **settings}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(content))
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text())
+    index["scheduler"] = ["diffusers", class_name]
+    index_file.write_text(json.dumps(index))
+
+
+def _text_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    size = len(tokenizer)
+    return dict(
+        vocab_size=size,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+    )
+
+
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        **changes,
+    )
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        layers_per_block=1,
+    )
