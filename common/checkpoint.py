@@ -17,6 +17,7 @@ from common.errors import (
     BadInputFileError,
     BadSettingError,
     UnfitEnvironmentError,
+    in_one_line,
 )
 from common.whole_files import replace_whole
 
@@ -194,11 +195,19 @@ def _download(model_id: str, components: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(model_id, allow_patterns=patterns))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise UnfitEnvironmentError(
             f"--model_id {model_id} is no folder here and cannot be had from the hub "
             f"({type(error).__name__}: {reason}): check the name and the network, or give a folder"
         ) from None
+
+
+def find_weights_file(file: str, flag: str, form: str) -> Path:
+    """The safetensors file that a flag names. Raises `BadInputFileError` where there is none."""
+    path = Path(file)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise BadInputFileError(f"{flag} {path} is no safetensors file: name one, as {form}")
+    return path
 
 
 def hash_large_file(path: Path) -> str:

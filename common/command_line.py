@@ -19,7 +19,7 @@ from common.config import (
     RunSettings,
     parse_scheduler_options,
 )
-from common.errors import BadSettingError, StageError
+from common.errors import BadSettingError, StageError, in_one_line
 from common.report import StageReport
 
 # Signal → what it is called, and the exit code of a process that it stopped.
@@ -283,7 +283,7 @@ def run_command(command: TyperCommand) -> NoReturn:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        what = " ".join(str(error).split())[:300]
+        what = in_one_line(error)
         _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.checkpoint import Checkpoint
+from common.checkpoint import Checkpoint, find_weights_file
 from common.config import TokenFile
-from common.errors import BadInputFileError
+from common.errors import BadInputFileError, in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +59,7 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
 
 def find_embedding(embedding: TokenFile) -> Path:
     """The file of a textual inversion. Raises `BadInputFileError` where there is none."""
-    path = Path(embedding.file)
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise BadInputFileError(
-            f"--embedding {path} is no safetensors file: name one, as FILE or FILE:TOKEN"
-        )
-    return path
+    return find_weights_file(embedding.file, "--embedding", "FILE or FILE:TOKEN")
 
 
 def load_embedding(pipeline: Any, embedding: TokenFile) -> None:
@@ -88,7 +83,7 @@ def load_embedding(pipeline: Any, embedding: TokenFile) -> None:
                 vector, token=embedding.token, tokenizer=tokenizer, text_encoder=text_encoder
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise BadInputFileError(
             f"--embedding {path} cannot be used with this checkpoint ({type(error).__name__}: "
             f"{reason}): choose another file or token (FILE:TOKEN)"
@@ -136,7 +131,7 @@ def reading(checkpoint: Checkpoint, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise BadInputFileError(
             f"{checkpoint.folder / name} cannot be loaded ({type(error).__name__}: {reason}): "
             "restore the checkpoint or choose another --model_id"

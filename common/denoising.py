@@ -8,6 +8,7 @@ many times slower than the same program called from the host.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,11 +73,18 @@ def prepare_noise(
     noises = np.zeros((size, len(seeds), *latent_shape), np.float32)
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn((1, *latent_shape), generator=generator)
-        initial[index] = drawn[0].numpy() * np.float32(tables.initial_noise_scale)
+        drawn = draw_initial_latents(generator, latent_shape, tables.initial_noise_scale)
+        initial[index] = drawn[0].numpy()
         if tables.noises:
             noises[: tables.noises, index] = draw_noises(sampler, seed, generator, latent_shape)
     return NoiseBatch(initial_latents=initial, noises=noises)
+
+
+def draw_initial_latents(
+    generator: torch.Generator, latent_shape: tuple[int, int, int], scale: float
+) -> torch.Tensor:
+    """One image's initial latents [1, C, h, w] float32, the first that its generator draws."""
+    return torch.randn((1, *latent_shape), generator=generator) * scale
 
 
 def draw_noises(
@@ -341,20 +349,16 @@ class Denoiser:
         """Trace the program for the group's shapes: with guidance, or the conditional half."""
         kind = "guided" if guided else "conditional"
         if self.tables is None:
-            program = jax.jit(_named(f"predict_{kind}", self._predict))
+            program = jax.jit(_named(f"predict_{kind}", partial(predict, self.unet)))
             return program.lower(*self._predict_arguments(guided, *self._example_input()))
         shardings = jax.tree.map(lambda array: array.sharding, self.state)
-        function = self._denoise_range if self.loops_on_device else self._denoise_one
+        step = partial(denoise_step, self.unet)
+        function = self._denoise_range if self.loops_on_device else step
         program = jax.jit(
             _named(f"denoise_{kind}", function), donate_argnums=1, out_shardings=shardings
         )
         index = (np.int32(0),) * (2 if self.loops_on_device else 1)
         return program.lower(self.parameters, self.state, self._arguments(guided), *index)
-
-    def _denoise_one(
-        self, parameters: Parameters, state: tuple[Array, Array], arguments: Any, i: Array
-    ) -> tuple[Array, Array]:
-        return denoise_step(self.unet, parameters, state, arguments, i)
 
     def _denoise_range(
         self,
@@ -365,19 +369,9 @@ class Denoiser:
         stop: Array,
     ) -> tuple[Array, Array]:
         def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            return self._denoise_one(parameters, state, arguments, i)
+            return denoise_step(self.unet, parameters, state, arguments, i)
 
         return jax.lax.fori_loop(start, stop, body, state)
-
-    def _predict(
-        self,
-        parameters: Parameters,
-        model_input: Array,
-        timestep: Array,
-        conditions: dict[str, Array],
-        guidance: dict[str, Array],
-    ) -> Array:
-        return predict(self.unet, parameters, model_input, timestep, conditions, guidance)
 
     def _arguments(self, guided: bool) -> dict[str, Any]:
         return {
@@ -444,8 +438,9 @@ class Denoiser:
         """Step the scheduler itself between compiled model evaluations."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         timesteps = self.sampler.restart(self.seeds)
-        drawn = [torch.randn((1, *self.latent_shape), generator=g) for g in generators]
-        sample = torch.cat(drawn) * self.sampler.initial_noise_scale
+        scale = self.sampler.initial_noise_scale
+        drawn = [draw_initial_latents(g, self.latent_shape, scale) for g in generators]
+        sample = torch.cat(drawn)
         for i, timestep in enumerate(timesteps):
             guided = i in self.guided
             with self.report.part("run"):

@@ -6,6 +6,11 @@ Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, sett
 """
 
 
+def in_one_line(error: BaseException) -> str:
+    """A library's message as a part of our one sentence."""
+    return " ".join(str(error).split())[:300]
+
+
 class StageError(Exception):
     """A failure to report as one sentence that names the file or flag and the mend."""
 

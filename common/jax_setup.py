@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from common.checkpoint import CACHE_DIR
-from common.errors import UnfitEnvironmentError
+from common.errors import UnfitEnvironmentError, in_one_line
 
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -57,7 +57,7 @@ def set_up_jax() -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise UnfitEnvironmentError(
             f"jax finds no device ({reason}): free the device, or run on the CPU with "
             "JAX_PLATFORMS=cpu"

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import hash_large_file
+from common.checkpoint import find_weights_file, hash_large_file
 from common.config import LoraFile
-from common.errors import BadInputFileError
+from common.errors import BadInputFileError, in_one_line
 
 # How the keys of a part begin, in diffusers' layout and in kohya's.
 PARTS = {
@@ -34,11 +34,7 @@ def parts_of(lora: LoraFile) -> set[str]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(lora.file)
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise BadInputFileError(
-            f"--lora {path} is no safetensors file: name one, as FILE or FILE:SCALE"
-        )
+    path = find_weights_file(lora.file, "--lora", "FILE or FILE:SCALE")
     try:
         with safe_open(path, "np") as file:
             keys = list(file.keys())
@@ -115,7 +111,7 @@ def _fusing(lora: LoraFile) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise BadInputFileError(
             f"--lora {lora.file} does not fit this checkpoint ({type(error).__name__}: {reason}): "
             "choose a LoRA for this family"

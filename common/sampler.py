@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.errors import BadSettingError
+from common.errors import BadSettingError, in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def refused_in_words(what: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise BadSettingError(
             f"diffusers refuses {what} ({type(error).__name__}: {reason}): change --scheduler, "
             "--scheduler_option or the number of steps"

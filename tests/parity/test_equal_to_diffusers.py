@@ -47,7 +47,18 @@ def both() -> tuple[Any, Ours]:
     return load_pipeline(DEMO), Ours(DEMO)
 
 
-def check(
+@pytest.mark.parametrize(
+    ("scheduler", "guidance", "batch", "width", "negative"),
+    [
+        *SELECTED,
+        *(
+            pytest.param(*combination, marks=pytest.mark.slow)
+            for combination in EVERYTHING
+            if combination not in SELECTED
+        ),
+    ],
+)
+def test_latents_and_pictures_equal_diffusers(
     both: tuple[Any, Ours],
     scheduler: str,
     guidance: float,
@@ -69,31 +80,6 @@ def check(
     assert latents.shape == expected_latents.shape
     assert relative_difference(latents, expected_latents) < 1e-4
     assert pixel_difference(pictures, expected_pictures) <= 2
-
-
-@pytest.mark.parametrize(("scheduler", "guidance", "batch", "width", "negative"), SELECTED)
-def test_latents_and_pictures_equal_diffusers(
-    both: tuple[Any, Ours],
-    scheduler: str,
-    guidance: float,
-    batch: int,
-    width: int,
-    negative: str | None,
-) -> None:
-    check(both, scheduler, guidance, batch, width, negative)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheduler", "guidance", "batch", "width", "negative"), EVERYTHING)
-def test_every_combination_equals_diffusers(
-    both: tuple[Any, Ours],
-    scheduler: str,
-    guidance: float,
-    batch: int,
-    width: int,
-    negative: str | None,
-) -> None:
-    check(both, scheduler, guidance, batch, width, negative)
 
 
 @pytest.mark.parametrize("scheduler", ["euler_a", "heun", "dpmpp_2m_karras", "unipc", "pndm"])
