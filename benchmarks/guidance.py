@@ -41,24 +41,25 @@ def main(
     from common.checkpoint import open_checkpoint
     from common.components import load_text_pipeline
     from common.config import RunOptions, RunSettings, resolve
+    from common.prompts import encode_prompts
     from common.report import StageReport
     from stages import stage1_text_encoder, stage2_unet
 
     jax_setup.set_up_jax()
     components = stage1_text_encoder.COMPONENTS + stage2_unet.COMPONENTS
-    checkpoint = open_checkpoint(model_id, components)
     settings = RunSettings(
         model_id=model_id,
         num_images_per_prompt=batch,
         num_inference_steps=steps,
         guidance_scale=7.5,
     )
+    checkpoint = open_checkpoint(settings, components)
     base = resolve(
         settings, native_size=checkpoint.native_size, size_factor=checkpoint.vae_scale_factor
     )
     configs = {name: base.model_copy(update=changes) for name, changes in WAYS.items()}
     pipeline = load_text_pipeline(checkpoint, torch.float32)
-    embeddings = stage1_text_encoder.encode_prompts(pipeline, base)
+    embeddings = encode_prompts(pipeline, base)
     dtype = jax_setup.choose_dtype("auto")
     options = RunOptions(batch_size=batch)
     report = StageReport(2)

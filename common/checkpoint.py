@@ -7,18 +7,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.config import PROJECT_DIR
-from common.errors import (
-    BadInputFileError,
-    BadSettingError,
-    UnfitEnvironmentError,
-    in_one_line,
-)
+from common import hub
+from common.config import PROJECT_DIR, ModelSettings
+from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.whole_files import replace_whole
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "staged-diffusion"
@@ -37,19 +33,43 @@ SUPPORTED_CONDITIONS = {
     "encoder_hid_dim_type": (None,),
     "class_embed_type": (None,),
 }
-# The files that `from_pretrained` reads when no variant is asked for, whole or in shards.
-WEIGHTS_NAME = re.compile(
-    r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-)
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+REPLACEABLE = ("unet", "vae")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a component is read from."""
+
+    said: str  # the flag that names it and its value, for messages
+    folder: Path  # holds its config, and its weights as well unless `file` does
+    file: Path | None = None  # one safetensors file, in diffusers' or in the original layout
+    variant: str | None = None  # of the weights in `folder`
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder. `model_id` is what the settings call it."""
+    """A checkpoint: a folder in diffusers' layout, or a single file with such a folder's configs.
+
+    `model_id` is what the settings call it; `replaced` are components that come from elsewhere.
+    """
 
     model_id: str
     folder: Path
+    file: Path | None = None
+    variant: str | None = None
+    replaced: Mapping[str, Source] = field(default_factory=dict)
+
+    def source(self, component: str) -> Source:
+        """Where a component is read from."""
+        if component in self.replaced:
+            return self.replaced[component]
+        return Source(
+            said=f"--model_id {self.model_id}",
+            folder=self.folder / component,
+            file=None if component in WITHOUT_WEIGHTS else self.file,
+            variant=self.variant,
+        )
 
     @property
     def pipeline_class(self) -> str:
@@ -68,11 +88,13 @@ class Checkpoint:
         for name in components:
             # A checkpoint with one text encoder has no second; a scheduler can be any.
             _, class_name = index.get(name) or (None, None)
+            if name in self.replaced:
+                class_name = self.config(name).get("_class_name")
             if class_name is not None and class_name not in SUPPORTED_CLASSES.get(
                 name, (class_name,)
             ):
                 raise BadSettingError(
-                    f"--model_id {self.model_id}: its {name} is a {class_name}; supported in a "
+                    f"{self.source(name).said}: its {name} is a {class_name}; supported in a "
                     f"{pipeline}: {', '.join(SUPPORTED_CLASSES[name])}"
                 )
         if "unet" in components:
@@ -81,7 +103,7 @@ class Checkpoint:
                 if value not in known:
                     choices = ", ".join(map(str, known))
                     raise BadSettingError(
-                        f"--model_id {self.model_id}: its UNet has {key} {value}; supported: "
+                        f"{self.source('unet').said}: its UNet has {key} {value}; supported: "
                         f"{choices}"
                     )
 
@@ -89,10 +111,15 @@ class Checkpoint:
         """The content of `model_index.json`."""
         return self._read_json(self.folder / "model_index.json")
 
+    def listed(self, components: Sequence[str]) -> list[str]:
+        """Those of the components that `model_index.json` lists."""
+        index = self.index()
+        return [name for name in components if index.get(name, [None])[0] is not None]
+
     def config(self, component: str) -> dict[str, Any]:
         """A component's own config."""
         name = {"scheduler": "scheduler_config.json"}.get(component, "config.json")
-        return self._read_json(self.folder / component / name)
+        return self._read_json(self.source(component).folder / name)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -110,7 +137,7 @@ class Checkpoint:
         Hashes of large files are kept in the user's cache folder by path, size, time and inode.
         """
         digest = hashlib.sha256()
-        for path in self._files_read(component):
+        for path in self.files_read(component):
             if path.name in ("config.json", "scheduler_config.json"):
                 content = self._read_json(path)
                 # Where a file was saved and by which version does not change what it computes.
@@ -119,24 +146,40 @@ class Checkpoint:
                 file_hash = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
                 digest.update(f"{path.name} {file_hash.hexdigest()}\n".encode())
             else:
-                digest.update(f"{path.name} {hash_large_file(path)}\n".encode())
+                # A single file may have any name.
+                name = "weights" if path == self.source(component).file else path.name
+                digest.update(f"{name} {hash_large_file(path)}\n".encode())
         return digest.hexdigest()
 
-    def _files_read(self, component: str) -> list[Path]:
-        folder = self.folder / component
+    def files_read(self, component: str) -> list[Path]:
+        """The files that a stage reads of a component.
+
+        Raises:
+            BadInputFileError: its folder or its weights are missing.
+            BadSettingError: it has weights, but not of the variant that is asked for.
+        """
+        source = self.source(component)
+        folder, variant = source.folder, source.variant
         if not folder.is_dir():
             raise BadInputFileError(
-                f"the checkpoint {self.folder} has no folder {component!r}: restore it or choose "
-                "another --model_id"
+                f"{source.said} has no folder {folder}: restore it or choose another checkpoint"
             )
         files = sorted(path for path in folder.iterdir() if path.is_file())
         if component in WITHOUT_WEIGHTS:
             return [path for path in files if path.suffix in (".json", ".txt")]
-        weights = [path for path in files if WEIGHTS_NAME.fullmatch(path.name)]
+        if source.file is not None:
+            return [folder / "config.json", source.file]
+        weights = [path for path in files if weights_name(variant).fullmatch(path.name)]
+        if not weights and variant is not None:
+            raise BadSettingError(
+                f"--variant {variant}: {folder} holds no such weights; it has "
+                f"{', '.join(path.name for path in files)}"
+            )
         if not weights:
             raise BadInputFileError(
                 f"{folder} holds no safetensors weights (diffusion_pytorch_model.safetensors or "
-                "model.safetensors): save the checkpoint with safe_serialization=True"
+                "model.safetensors): name a --variant if it has one, or save the checkpoint with "
+                "safe_serialization=True"
             )
         return [folder / "config.json", *weights]
 
@@ -154,60 +197,194 @@ class Checkpoint:
         return content
 
 
-def open_checkpoint(model_id: str, components: Sequence[str]) -> Checkpoint:
-    """Find a checkpoint: an existing folder wins over a hub id.
+def weights_name(variant: str | None) -> re.Pattern[str]:
+    """The names of the files that `from_pretrained` reads, whole or in shards with their index."""
+    shard = r"-\d{5}-of-\d{5}"
+    if variant is None:
+        names = rf"({shard})?\.safetensors|\.safetensors\.index\.json"
+    else:
+        v = re.escape(variant)
+        names = rf"(\.{v}({shard})?|{shard}\.{v})\.safetensors|\.safetensors\.index\.{v}\.json"
+    return re.compile(rf"(diffusion_pytorch_model|model)({names})")
 
-    A relative folder is looked for in the working directory, then in the project. Of a checkpoint
+
+def open_checkpoint(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
+    """Find a checkpoint and what replaces its parts: an existing folder or file wins over a hub id.
+
+    A relative path is looked for in the working directory, then in the project. Of a checkpoint
     on the hub only the configs and the named components are downloaded.
 
     Raises:
-        BadSettingError: neither a folder nor a hub id, or a component that is not supported.
+        BadSettingError: neither a path nor a hub id, settings that do not go together, or a
+            component that is not supported.
         UnfitEnvironmentError: the hub cannot be reached and the checkpoint is not in its cache.
     """
-    checkpoint = Checkpoint(model_id, _find_folder(model_id, components))
+    elsewhere = [name for name in REPLACEABLE if getattr(settings, name) is not None]
+    own = [name for name in components if name not in elsewhere]
+    if settings.model_id.endswith(".safetensors"):
+        checkpoint = _open_single_file(settings, own)
+    else:
+        checkpoint = _open_folder(settings, own)
+    replaced = {
+        name: _find_replacement(
+            name, getattr(settings, name), checkpoint, needed=name in components
+        )
+        for name in elsewhere
+    }
+    checkpoint = replace(checkpoint, replaced=replaced)
     checkpoint.check_supported(components)
     return checkpoint
 
 
-def _find_folder(model_id: str, components: Sequence[str]) -> Path:
-    for folder in (Path(model_id), PROJECT_DIR / model_id):
-        if folder.is_dir():
-            return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
-        raise BadSettingError(f"--model_id {model_id} is neither an existing folder nor a hub id")
-    return _download(model_id, components)
+def _open_folder(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
+    if settings.single_file_config is not None:
+        raise BadSettingError(
+            "--single_file_config is for a --model_id that is one .safetensors file; "
+            f"{settings.model_id} has its own configs"
+        )
+    said, variant = f"--model_id {settings.model_id}", settings.variant
+    folder = _find_folder(settings.model_id, settings.revision, said, components, variant)
+    return Checkpoint(settings.model_id, folder, variant=variant)
 
 
-def _download(model_id: str, components: Sequence[str]) -> Path:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import snapshot_download
+def _open_single_file(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
+    if settings.single_file_config is None:
+        raise BadSettingError(
+            f"--model_id {settings.model_id} is one file, which holds no configs: name a "
+            "checkpoint of its family in diffusers' layout with --single_file_config"
+        )
+    if settings.variant is not None:
+        raise BadSettingError("--variant is for checkpoints in folders, not for one file")
+    file = find_weights_file(settings.model_id, "--model_id", "FILE", settings.revision)
+    folder = _find_folder(
+        settings.single_file_config,
+        None,
+        f"--single_file_config {settings.single_file_config}",
+        [name for name in components if name in WITHOUT_WEIGHTS],
+        None,
+    )
+    return Checkpoint(settings.model_id, folder, file)
 
-    patterns = ["model_index.json", "*/config.json"]
-    for component in components:
-        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*model.safetensors"]
-        patterns += [f"{component}/*model-?????-of-?????.safetensors"]
+
+def _find_folder(
+    model_id: str,
+    revision: str | None,
+    said: str,
+    components: Sequence[str],
+    variant: str | None,
+) -> Path:
+    folder = _find_local(model_id)
+    if folder is not None and folder.is_dir():
+        if revision is not None:
+            raise BadSettingError(f"--revision is for hub ids; {model_id} is a folder")
+        return folder
+    if not hub.REPOSITORY.fullmatch(model_id):
+        raise BadSettingError(f"{said} is neither an existing folder nor a hub id")
+
+    def is_complete(folder: Path) -> bool:
+        checkpoint = Checkpoint(model_id, folder, variant=variant)
+        return _is_there(checkpoint, lambda: checkpoint.listed(components))
+
+    configs = ["model_index.json", "*/config.json", "scheduler/*.json"]
+    return hub.find_snapshot(
+        model_id,
+        revision,
+        said,
+        [configs + [p for name in components for p in _patterns(f"{name}/", variant)]],
+        is_complete,
+    )
+
+
+def _find_replacement(component: str, value: str, checkpoint: Checkpoint, needed: bool) -> Source:
+    """A component from elsewhere: a file, a folder or hub id of a model or of a whole pipeline.
+
+    Its weights are of the checkpoint's variant where it has that.
+    """
+    said = f"--{component} {value}"
+    own_folder = checkpoint.folder / component
+    if value.endswith(".safetensors"):
+        return Source(said, own_folder, find_weights_file(value, f"--{component}", "FILE"))
+
+    def source(folder: Path, variant: str | None) -> Source:
+        inner = folder if (folder / "config.json").is_file() else folder / component
+        return Source(said, inner, variant=variant)
+
+    def has_weights(folder: Path, variant: str | None) -> bool:
+        replaced = {component: source(folder, variant)}
+        return _is_there(replace(checkpoint, replaced=replaced), lambda: [component])
+
+    variants = tuple(dict.fromkeys((checkpoint.variant, None)))
+    folder = _find_local(value)
+    if folder is None or not folder.is_dir():
+        if not hub.REPOSITORY.fullmatch(value):
+            raise BadSettingError(
+                f"{said} is neither an existing folder or .safetensors file nor a hub id"
+            )
+        configs = ["config.json", f"{component}/config.json"]
+        tries = [
+            configs + [p for inner in ("", f"{component}/") for p in _patterns(inner, variant)]
+            for variant in variants
+        ]
+        folder = hub.find_snapshot(
+            value,
+            None,
+            said,
+            tries if needed else [configs],
+            lambda folder: (
+                any(has_weights(folder, v) for v in variants)
+                or (not needed and source(folder, None).folder.is_dir())
+            ),
+        )
+    found = [variant for variant in variants if has_weights(folder, variant)]
+    return source(folder, found[0] if found else None)
+
+
+def _is_there(checkpoint: Checkpoint, components: Callable[[], list[str]]) -> bool:
     try:
-        folder = Path(snapshot_download(model_id, allow_patterns=patterns, local_files_only=True))
-        if all((folder / component).is_dir() for component in components):
-            return folder
-    except OSError:
-        pass  # not in the cache yet
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except Exception as error:
-        reason = in_one_line(error)
-        raise UnfitEnvironmentError(
-            f"--model_id {model_id} is no folder here and cannot be had from the hub "
-            f"({type(error).__name__}: {reason}): check the name and the network, or give a folder"
-        ) from None
+        return all(checkpoint.files_read(name) for name in components())
+    except (BadInputFileError, BadSettingError):
+        return False
 
 
-def find_weights_file(file: str, flag: str, form: str) -> Path:
-    """The safetensors file that a flag names. Raises `BadInputFileError` where there is none."""
-    path = Path(file)
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise BadInputFileError(f"{flag} {path} is no safetensors file: name one, as {form}")
-    return path
+def _find_local(path: str) -> Path | None:
+    """An existing path, from the working directory or else from the project."""
+    return next((p for p in (Path(path), PROJECT_DIR / path) if p.exists()), None)
+
+
+def _patterns(folder: str, variant: str | None) -> list[str]:
+    """Patterns of the files of a component on the hub, by `weights_name`."""
+    patterns = [f"{folder}*.json", f"{folder}*.txt"]
+    if variant is None:
+        return [
+            *patterns,
+            f"{folder}*model.safetensors",
+            f"{folder}*model-?????-of-?????.safetensors",
+        ]
+    return [
+        *patterns,
+        f"{folder}*model.{variant}*.safetensors",
+        f"{folder}*model-*.{variant}.safetensors",
+    ]
+
+
+def find_weights_file(file: str, flag: str, form: str, revision: str | None = None) -> Path:
+    """The safetensors file that a flag names: a path, or ORG/NAME/FILE on the hub.
+
+    Args:
+        form: what the flag takes, for the error message.
+
+    Raises:
+        BadInputFileError: there is none, or its name does not end in .safetensors.
+    """
+    path = _find_local(file)
+    if path is not None and path.is_file() and path.suffix == ".safetensors":
+        if revision is not None:
+            raise BadSettingError(f"--revision is for hub ids; {file} is a file")
+        return path
+    on_the_hub = hub.FILE_IN_REPOSITORY.fullmatch(file)
+    if path is None and on_the_hub is not None:
+        return hub.find_file(on_the_hub[1], on_the_hub[2], revision, f"{flag} {file}")
+    raise BadInputFileError(f"{flag} {file} is no safetensors file: name one, as {form}")
 
 
 def hash_large_file(path: Path) -> str:

@@ -73,6 +73,12 @@ NegativePrompt2 = Annotated[
 ClipSkip = Annotated[
     int | None, flag("clip_skip", "N", PROMPTS, "Layers of the encoders to leave out.")
 ]
+LongPrompts = Annotated[
+    str | None, _setting("long_prompts", "HOW", PROMPTS, "Over 77 tokens: cut, chunk.")
+]
+PromptWeighting = Annotated[
+    str | None, flag("prompt_weighting", "HOW", PROMPTS, "Weights in prompts: compel.")
+]
 Embedding = Annotated[
     list[str] | None,
     flag("embedding", "FILE", PROMPTS, "Textual inversion; or FILE:TOKEN."),
@@ -134,7 +140,16 @@ SchedulerOption = Annotated[
 Eta = Annotated[float | None, _setting("eta", "X", SAMPLING, "Noise of DDIM and TCD, 0 to 1.")]
 
 # Model
-ModelId = Annotated[str | None, _setting("model_id", "ID", MODEL, "Folder or hub id.")]
+ModelId = Annotated[str | None, _setting("model_id", "ID", MODEL, "Folder, hub id or one file.")]
+Revision = Annotated[
+    str | None, flag("revision", "NAME", MODEL, "Branch, tag or commit of a hub id.")
+]
+Variant = Annotated[str | None, flag("variant", "NAME", MODEL, "Of the weights files, as fp16.")]
+SingleFileConfig = Annotated[
+    str | None, flag("single_file_config", "ID", MODEL, "Configs of a one-file model_id.")
+]
+Unet = Annotated[str | None, flag("unet", "ID", MODEL, "Another UNet: folder, hub id, file.")]
+Vae = Annotated[str | None, flag("vae", "ID", MODEL, "Another VAE: folder, hub id, file.")]
 Lora = Annotated[
     list[str] | None, flag("lora", "FILE", MODEL, "A LoRA; again for more; or FILE:SCALE.")
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.checkpoint import Checkpoint, find_weights_file
+from common.checkpoint import Checkpoint, Source, find_weights_file
 from common.config import TokenFile
 from common.errors import BadInputFileError, in_one_line
 
@@ -36,17 +36,8 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    options: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
     index = checkpoint.index()
-    for name in text_components(checkpoint):
-        _, class_name = index[name]
-        with reading(checkpoint, name):
-            arguments: dict[str, Any] = {"local_files_only": True}
-            if not name.startswith("tokenizer"):
-                arguments |= {"use_safetensors": True, "dtype": dtype}
-            options[name] = getattr(transformers, class_name).from_pretrained(
-                checkpoint.folder / name, **arguments
-            )
+    options: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     if checkpoint.pipeline_class == "StableDiffusionXLPipeline":
         options["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
@@ -54,6 +45,28 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     else:
         options |= {"safety_checker": None, "feature_extractor": None}
         options["requires_safety_checker"] = False
+    if checkpoint.file is not None:
+        with reading(checkpoint.source("text_encoder")):
+            pipeline = pipeline_class.from_single_file(
+                str(checkpoint.file),
+                config=str(checkpoint.folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                **options,
+            )
+            for name in text_components(checkpoint):
+                _check_complete(getattr(pipeline, name))
+        return pipeline
+    for name in text_components(checkpoint):
+        source = checkpoint.source(name)
+        _, class_name = index[name]
+        with reading(source):
+            arguments: dict[str, Any] = {"local_files_only": True}
+            if not name.startswith("tokenizer"):
+                arguments |= {"use_safetensors": True, "variant": source.variant, "dtype": dtype}
+            options[name] = getattr(transformers, class_name).from_pretrained(
+                source.folder, **arguments
+            )
     return pipeline_class(**options)
 
 
@@ -92,9 +105,7 @@ def load_embedding(pipeline: Any, embedding: TokenFile) -> None:
 
 def text_components(checkpoint: Checkpoint) -> list[str]:
     """The tokenizers and text encoders that `model_index.json` lists."""
-    index = checkpoint.index()
-    names = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-    return [name for name in names if index.get(name, [None])[0] is not None]
+    return checkpoint.listed(("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
 
 
 def load_unet(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
@@ -115,24 +126,42 @@ def _load_model(model_class: Any, checkpoint: Checkpoint, name: str, dtype: "tor
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    with reading(checkpoint, name):
-        model = model_class.from_pretrained(
-            checkpoint.folder / name,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+    source = checkpoint.source(name)
+    with reading(source):
+        if source.file is not None:
+            model = model_class.from_single_file(
+                str(source.file),
+                config=str(source.folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+            )
+        else:
+            model = model_class.from_pretrained(
+                source.folder,
+                torch_dtype=dtype,
+                variant=source.variant,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        _check_complete(model)
     return model.eval().requires_grad_(False)
 
 
+def _check_complete(model: Any) -> None:
+    """Raise `ValueError` where the file that was read lacked some of a model's weights."""
+    parameters = model.named_parameters() if hasattr(model, "named_parameters") else ()
+    missing = [name for name, parameter in parameters if parameter.is_meta]
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+
+
 @contextlib.contextmanager
-def reading(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+def reading(source: Source) -> Iterator[None]:
     """Turn a library's failure to read a component into one sentence that names it."""
     try:
         yield
     except Exception as error:
-        reason = in_one_line(error)
         raise BadInputFileError(
-            f"{checkpoint.folder / name} cannot be loaded ({type(error).__name__}: {reason}): "
-            "restore the checkpoint or choose another --model_id"
+            f"{source.file or source.folder} cannot be loaded ({type(error).__name__}: "
+            f"{in_one_line(error)}): restore it, or choose another checkpoint than {source.said}"
         ) from error

@@ -103,14 +103,26 @@ class PromptSettings(BaseModel):
         return self
 
 
-class SamplingSettings(BaseModel):
-    """Settings that mean the same before and after they are resolved."""
+class ModelSettings(BaseModel):
+    """Which checkpoint is read: a folder, a hub id or one file, and what replaces its parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model_id: str = "models/demo"
+    revision: str | None = None  # of a hub id
+    variant: str | None = Field(default=None, pattern=r"^[\w-]+$")  # of the weights, as fp16
+    single_file_config: str | None = None  # folder or hub id with the configs of a single file
+    unet: str | None = None  # folder, hub id or file of another UNet
+    vae: str | None = None  # likewise of another VAE
+
+
+class SamplingSettings(ModelSettings):
+    """Settings that mean the same before and after they are resolved."""
+
     num_images_per_prompt: int = Field(default=1, ge=1)
     clip_skip: int | None = Field(default=None, ge=1)
+    long_prompts: Literal["cut", "chunk"] = "cut"  # over 77 tokens: cut off, or encoded in chunks
+    prompt_weighting: Literal["compel"] | None = None  # the library whose syntax prompts are in
     embeddings: tuple[TokenFile, ...] = ()  # textual inversions
     loras: tuple[LoraFile, ...] = ()
     # SDXL's size conditions, (height, width) and (top, left) in pixels; None: diffusers' defaults.
@@ -227,6 +239,8 @@ class GenerationConfig(SamplingSettings):
             "negative_prompts": [prompt.negative_prompt for prompt in self.prompts],
             "negative_prompts_2": [prompt.negative_prompt_2 for prompt in self.prompts],
             "clip_skip": self.clip_skip,
+            "long_prompts": self.long_prompts,
+            "prompt_weighting": self.prompt_weighting,
             "text_encoder_dtype": self.text_encoder_dtype,
         }
 

@@ -20,10 +20,15 @@ PARTS = {
 def lora_settings(loras: Sequence[LoraFile], components: Sequence[str]) -> list[dict[str, Any]]:
     """What of the LoRAs determines the given components: content and scale, in their order."""
     return [
-        {"sha256": hash_large_file(Path(lora.file)), "scale": lora.scale}
+        {"sha256": hash_large_file(find_lora(lora)), "scale": lora.scale}
         for lora in loras
         if parts_of(lora) & set(components)
     ]
+
+
+def find_lora(lora: LoraFile) -> Path:
+    """The file of a LoRA. Raises `BadInputFileError` where there is none."""
+    return find_weights_file(lora.file, "--lora", "FILE or FILE:SCALE")
 
 
 def parts_of(lora: LoraFile) -> set[str]:
@@ -34,7 +39,7 @@ def parts_of(lora: LoraFile) -> set[str]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = find_weights_file(lora.file, "--lora", "FILE or FILE:SCALE")
+    path = find_lora(lora)
     try:
         with safe_open(path, "np") as file:
             keys = list(file.keys())
@@ -97,7 +102,7 @@ def _loader() -> Any:
 
 def _read(lora: LoraFile, unet_config: Any) -> tuple[Any, Any, Any]:
     state_dict, alphas, metadata = _loader().lora_state_dict(
-        lora.file,
+        str(find_lora(lora)),
         unet_config=unet_config,
         use_safetensors=True,
         local_files_only=True,

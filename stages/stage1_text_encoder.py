@@ -12,7 +12,6 @@ Takes   some seconds for the demo checkpoint, under a minute for SDXL; no jax, n
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,10 +36,8 @@ from common.config import (
 )
 from common.errors import BadSettingError
 from common.lora import fuse_into_text_encoders, lora_settings
+from common.prompts import cut_prompts, encode_prompts
 from common.report import StageReport
-
-if TYPE_CHECKING:
-    import torch
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
@@ -67,59 +64,9 @@ def make_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> artifacts.R
         versions=artifacts.package_versions(
             *("torch", "transformers", "diffusers", "tokenizers"),
             *(["peft"] if config.loras else []),
+            *(["compel"] if config.prompt_weighting else []),
         ),
     )
-
-
-def encode_prompts(pipeline: Any, config: GenerationConfig) -> "dict[str, torch.Tensor]":
-    """Encode every prompt by diffusers' `encode_prompt`, one at a time.
-
-    So a prompt's embeddings are the same bits in any company. Negative prompts that repeat are
-    encoded once.
-
-    Returns:
-        prompt_embeds, negative_prompt_embeds [P, L, D], and for SDXL pooled_prompt_embeds,
-        negative_pooled_prompt_embeds [P, E], all in the text encoders' dtype.
-    """
-    import torch
-    from tqdm import tqdm
-
-    is_sdxl = pipeline.__class__.__name__ == "StableDiffusionXLPipeline"
-    names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
-    if is_sdxl:
-        names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    encoded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    if config.clip_skip is not None and not hasattr(pipeline.text_encoder, "text_model"):
-        # diffusers 0.42 reads text_model.final_layer_norm, which transformers 5 has moved up.
-        pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
-    negatives: dict[tuple[str | None, str | None], dict[str, torch.Tensor]] = {}
-    with torch.no_grad():
-        for prompt in tqdm(config.prompts, desc="encode", unit="prompt", leave=False, disable=None):
-            negative = (prompt.negative_prompt, prompt.negative_prompt_2)
-            known: dict[str, Any] = dict(negatives.get(negative, {}))
-            if is_sdxl:
-                known["prompt_2"] = _as_list(prompt.prompt_2)
-                known["negative_prompt_2"] = _as_list(prompt.negative_prompt_2)
-            embeds = pipeline.encode_prompt(
-                prompt=[prompt.prompt],
-                device=torch.device("cpu"),
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-                negative_prompt=_as_list(prompt.negative_prompt),
-                clip_skip=config.clip_skip,
-                **known,
-            )
-            for name, tensor in zip(names, embeds, strict=True):
-                encoded[name].append(tensor)
-            negatives[negative] = {
-                name: encoded[name][-1] for name in names if name.startswith("negative")
-            }
-    return {name: torch.cat(tensors) for name, tensors in encoded.items()}
-
-
-def _as_list(text: str | None) -> list[str] | None:
-    """diffusers takes "" for none, but [""] for what it is."""
-    return None if text is None else [text]
 
 
 def check_prompt_options(config: GenerationConfig, checkpoint: Checkpoint) -> None:
@@ -132,6 +79,8 @@ def check_prompt_options(config: GenerationConfig, checkpoint: Checkpoint) -> No
             raise BadSettingError(
                 f"--{name} is for checkpoints with two text encoders; {config.model_id} has one"
             )
+    if config.clip_skip is not None and config.prompt_weighting is not None:
+        raise BadSettingError("--clip_skip and --prompt_weighting do not go together: give one")
     # diffusers reads SDXL's states from one layer earlier than the others'.
     layers = min(int(checkpoint.config(name)["num_hidden_layers"]) for name in encoders)
     most = layers - (checkpoint.pipeline_class == "StableDiffusionXLPipeline")
@@ -140,25 +89,6 @@ def check_prompt_options(config: GenerationConfig, checkpoint: Checkpoint) -> No
             f"--clip_skip {config.clip_skip} is more than the text encoders of {config.model_id} "
             f"have: at most {most}"
         )
-
-
-def warn_of_cut_prompts(pipeline: Any, config: GenerationConfig) -> None:
-    """Say which words of a prompt are beyond the tokenizer's 77 tokens and so not seen."""
-    tokenizer = pipeline.tokenizer
-    room = tokenizer.model_max_length - 2  # between the start and the end token
-    texts: dict[str, str] = {}
-    for p in config.prompts:
-        texts |= dict.fromkeys(filter(None, (p.prompt, p.prompt_2)), "prompt")
-        negatives = filter(None, (p.negative_prompt, p.negative_prompt_2))
-        texts |= dict.fromkeys(negatives, "negative prompt")
-    for text, kind in texts.items():
-        ids = tokenizer(text, truncation=False, verbose=False).input_ids[1:-1]
-        if len(ids) > room:
-            cut = tokenizer.decode(ids[room:])
-            warn(
-                f"the {kind} {text[:30]!r}… has {len(ids)} tokens, over the {room} that the text "
-                f"encoder reads; cut off: {cut!r}"
-            )
 
 
 def main(
@@ -171,6 +101,8 @@ def main(
     no_negative_prompt: command_line.NoNegativePrompt = False,
     num_images_per_prompt: command_line.NumImagesPerPrompt = None,
     clip_skip: command_line.ClipSkip = None,
+    long_prompts: command_line.LongPrompts = None,
+    prompt_weighting: command_line.PromptWeighting = None,
     embedding: command_line.Embedding = None,
     original_size: command_line.OriginalSize = None,
     target_size: command_line.TargetSize = None,
@@ -192,6 +124,11 @@ def main(
     scheduler_option: command_line.SchedulerOption = None,
     eta: command_line.Eta = None,
     model_id: command_line.ModelId = None,
+    revision: command_line.Revision = None,
+    variant: command_line.Variant = None,
+    single_file_config: command_line.SingleFileConfig = None,
+    unet: command_line.Unet = None,
+    vae: command_line.Vae = None,
     lora: command_line.Lora = None,
     dtype: command_line.StageDtype = None,
     text_encoder_dtype: command_line.TextEncoderDtype = None,
@@ -214,7 +151,7 @@ def main(
     # 1. Settings: defaults < config file < flags
     flags = command_line.given_settings(context.params, "text_encoder_dtype")
     settings = read_run_settings(config, flags)
-    checkpoint = open_checkpoint(settings.model_id, COMPONENTS)
+    checkpoint = open_checkpoint(settings, COMPONENTS)
     resolved = resolve(
         settings,
         native_size=checkpoint.native_size,
@@ -245,7 +182,8 @@ def main(
             load_embedding(pipeline, item)
 
     # 4. Encode
-    warn_of_cut_prompts(pipeline, resolved)
+    for line in cut_prompts(pipeline, resolved):
+        warn(line)
     with report.part("run"):
         tensors = encode_prompts(pipeline, resolved)
 

@@ -306,6 +306,10 @@ def main(
     scheduler_option: command_line.SchedulerOption = None,
     eta: command_line.Eta = None,
     model_id: command_line.ModelId = None,
+    revision: command_line.Revision = None,
+    variant: command_line.Variant = None,
+    single_file_config: command_line.SingleFileConfig = None,
+    unet: command_line.Unet = None,
     lora: command_line.Lora = None,
     dtype: command_line.StageDtype = None,
     unet_dtype: command_line.UnetDtype = None,
@@ -330,7 +334,7 @@ def main(
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "unet_dtype")
-    checkpoint = open_checkpoint(config.model_id, COMPONENTS)
+    checkpoint = open_checkpoint(config, COMPONENTS)
     check_size(config, checkpoint.vae_scale_factor)
     options = read_run_options(context.params)
     parse_mesh(options.mesh)

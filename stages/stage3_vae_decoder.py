@@ -204,6 +204,10 @@ def save_pictures(
 def main(
     context: typer.Context,
     model_id: command_line.ModelId = None,
+    revision: command_line.Revision = None,
+    variant: command_line.Variant = None,
+    single_file_config: command_line.SingleFileConfig = None,
+    vae: command_line.Vae = None,
     dtype: command_line.StageDtype = None,
     vae_dtype: command_line.VaeDtype = None,
     input_dir: command_line.InputDir = None,
@@ -226,7 +230,7 @@ def main(
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
-    checkpoint = open_checkpoint(config.model_id, COMPONENTS)
+    checkpoint = open_checkpoint(config, COMPONENTS)
     options = read_run_options(context.params)
     parse_mesh(options.mesh)
 

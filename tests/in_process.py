@@ -1,6 +1,6 @@
 """The stages' own functions called in one process, beside diffusers' pipeline as the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from common.components import load_embedding, load_text_pipeline
 from common.config import SIZE_CONDITIONS, GenerationConfig, RunOptions
 from common.jax_setup import Programs
 from common.lora import fuse_into_text_encoders
+from common.prompts import encode_prompts
 from common.report import StageReport
-from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
+from stages import stage2_unet, stage3_vae_decoder
 
 PROMPTS = ("a large red star on a blue background", "a small green ring", "black cross on white")
 
@@ -44,14 +45,15 @@ class Ours:
         dtype: str = "float32",
         embeddings: Sequence[str] = (),
         loras: Sequence[str] = (),
+        sources: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         self.dtype = dtype
-        self.checkpoint = open_checkpoint(str(model), ())
+        config = make_config(Path(model), embeddings=embeddings, loras=loras, **(sources or {}))
+        self.checkpoint = open_checkpoint(config, ())
         self.options = RunOptions(**options)
         self.programs = Programs()
         self.text_pipeline = load_text_pipeline(self.checkpoint, torch.float32)
-        config = make_config(Path(model), embeddings=embeddings, loras=loras)
         fuse_into_text_encoders(self.text_pipeline, config.loras, self.checkpoint.config("unet"))
         for embedding in config.embeddings:
             load_embedding(self.text_pipeline, embedding)
@@ -61,7 +63,7 @@ class Ours:
 
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""
-        embeddings = stage1_text_encoder.encode_prompts(self.text_pipeline, config)
+        embeddings = encode_prompts(self.text_pipeline, config)
         return stage2_unet.denoise_images(
             config, self.checkpoint, embeddings, self.denoiser, self.options
         ).numpy()
