@@ -1,10 +1,16 @@
-"""The parity table, written to the file that PARITY_TABLE names when all tests have run."""
+"""The parity table, and a compile cache for the session.
+
+The table is written to the file that PARITY_TABLE names when all tests have run. The cache saves
+compiling the tiny checkpoints' programs, which many tests share; their weights are arguments.
+"""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.parity.parity_table import ParityTable
 
@@ -15,3 +21,23 @@ def parity_table() -> Iterator[ParityTable]:
     yield table
     if "PARITY_TABLE" in os.environ:
         table.write(Path(os.environ["PARITY_TABLE"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def no_compile_cache(compile_cache: None) -> Iterator[None]:
+    """Everything is compiled as on the first day."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", folder)

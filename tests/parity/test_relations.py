@@ -1,5 +1,7 @@
 """Relations that hold whatever the weights: batches, ranges of steps, meshes, guidance."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,10 +9,15 @@ from common.config import GenerationConfig
 from common.errors import BadSettingError
 from common.sharding import make_mesh, parse_mesh
 from tests.conftest import DEMO
-from tests.in_process import make_config, pixel_difference, relative_difference, run_ours
+from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 
 # float32 sums in another order: far below what any picture shows.
 ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ours() -> Ours:
+    return Ours(DEMO)
 
 
 def batch_of_three() -> GenerationConfig:
@@ -18,53 +25,47 @@ def batch_of_three() -> GenerationConfig:
 
 
 @pytest.fixture(scope="module")
-def together() -> tuple[np.ndarray, np.ndarray]:
-    return run_ours(batch_of_three())
+def together(ours: Ours) -> tuple[np.ndarray, np.ndarray]:
+    latents = ours.denoise(batch_of_three())
+    return latents, ours.decode(latents)
 
 
 def test_an_image_of_a_batch_is_the_image_made_alone(
-    together: tuple[np.ndarray, np.ndarray],
+    ours: Ours, together: tuple[np.ndarray, np.ndarray]
 ) -> None:
     config = batch_of_three()
     for index, prompt in enumerate(config.prompts):
         alone = config.model_copy(
             update={"prompts": (prompt,), "seed": config.image_seeds()[index]}
         )
-        latents, pictures = run_ours(alone)
-        assert relative_difference(together[0][index], latents[0]) < ROUNDING
-        assert pixel_difference(together[1][index], pictures[0]) <= 1
+        latents = ours.denoise(alone)
+        assert relative_difference(latents[0], together[0][index]) < ROUNDING
+        assert pixel_difference(ours.decode(latents)[0], together[1][index]) <= 1
 
 
-def test_groups_with_padding_give_the_same_images(
-    together: tuple[np.ndarray, np.ndarray],
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 2}, {"mesh": "data=2"}, {"steps_per_call": 2}],
+    ids=["groups with padding", "two devices", "a loop on the device"],
+)
+def test_how_it_is_computed_changes_nothing(
+    options: dict[str, Any], together: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    latents, pictures = run_ours(batch_of_three(), batch_size=2)
+    other = Ours(DEMO, **options)
+    latents = other.denoise(batch_of_three())
     assert relative_difference(latents, together[0]) < ROUNDING
-    assert pixel_difference(pictures, together[1]) <= 1
-
-
-def test_a_loop_on_the_device_equals_steps_from_the_host(
-    together: tuple[np.ndarray, np.ndarray],
-) -> None:
-    latents, _ = run_ours(batch_of_three(), steps_per_call=2)
-    assert relative_difference(latents, together[0]) < ROUNDING
-
-
-def test_two_devices_equal_one(together: tuple[np.ndarray, np.ndarray]) -> None:
-    latents, pictures = run_ours(batch_of_three(), mesh="data=2")
-    assert relative_difference(latents, together[0]) < ROUNDING
-    assert pixel_difference(pictures, together[1]) <= 1
+    assert pixel_difference(other.decode(latents), together[1]) <= 1
 
 
 def test_warm_up_changes_nothing(together: tuple[np.ndarray, np.ndarray]) -> None:
-    latents, _ = run_ours(batch_of_three(), warmup_steps=2)
+    latents = Ours(DEMO, warmup_steps=2).denoise(batch_of_three())
     assert np.array_equal(latents, together[0])
 
 
-def test_guidance_1_ignores_the_negative_prompt_and_more_does_not() -> None:
+def test_guidance_1_ignores_the_negative_prompt_and_more_does_not(ours: Ours) -> None:
     def latents(guidance: float, negative: str | None) -> np.ndarray:
         config = make_config(DEMO, guidance_scale=guidance, negative_prompt=negative)
-        return run_ours(config)[0]
+        return ours.denoise(config)
 
     assert np.array_equal(latents(1.0, "blurry"), latents(1.0, None))
     three = [latents(5.0, negative) for negative in ("blurry", "", None)]

@@ -202,7 +202,7 @@ def test_one_program_serves_every_scheduler_step_count_and_guidance(
 
 
 @pytest.fixture
-def compilations() -> Iterator[list[str]]:
+def compilations(no_compile_cache: None) -> Iterator[list[str]]:
     """The names of the programs that XLA compiles from now on, by jax's own events."""
     import jax
 

@@ -12,7 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import Run
-from tests.in_process import pixel_difference, relative_difference
+from tests.in_process import (
+    Ours,
+    load_pipeline,
+    make_config,
+    pixel_difference,
+    relative_difference,
+    run_pipeline,
+)
 from tests.tiny_checkpoints import save_sd
 
 PROMPTS = ["a red star", "a blue ring on white"]
@@ -54,3 +61,24 @@ def test_sd_equals_diffusers_through_the_files(
     report = json.loads((run_dir / "stage1_report.json").read_text())
     assert set(report["shapes"]) == {"prompt_embeds", "negative_prompt_embeds"}
     shutil.rmtree(run_dir)
+
+
+def test_an_old_scheduler_config_is_read_as_diffusers_reads_it(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    """Early SD checkpoints name no steps_offset and no clip_sample; the pipeline mends them."""
+    model = tmp_path / "old"
+    shutil.copytree(tiny_sd, model)
+    config_file = model / "scheduler" / "scheduler_config.json"
+    content = json.loads(config_file.read_text())
+    del content["steps_offset"], content["clip_sample"]
+    config_file.write_text(json.dumps(content))
+    ours, pipeline = Ours(model), load_pipeline(model)
+    assert (pipeline.scheduler.config.steps_offset, pipeline.scheduler.config.clip_sample) == (
+        1,
+        False,
+    )
+    for scheduler in (None, "ddim", "euler"):
+        config = make_config(model, height=64, width=64, num_inference_steps=4, scheduler=scheduler)
+        expected, _ = run_pipeline(pipeline, config)
+        assert relative_difference(ours.denoise(config), expected) < 1e-4
