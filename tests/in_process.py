@@ -45,11 +45,11 @@ class Ours:
         dtype: str = "float32",
         embeddings: Sequence[str] = (),
         loras: Sequence[str] = (),
-        sources: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.dtype = dtype
-        config = make_config(Path(model), embeddings=embeddings, loras=loras, **(sources or {}))
+        config = make_config(Path(model), embeddings=embeddings, loras=loras, **(settings or {}))
         self.checkpoint = open_checkpoint(config, ())
         self.options = RunOptions(**options)
         self.programs = Programs()
@@ -116,7 +116,8 @@ def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, n
         return values
 
     try:
-        pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
+        if config.scheduler is not None or options:
+            pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
         images = pipeline(
             prompt=[prompt.prompt for prompt in config.prompts],
             negative_prompt=None if negatives[0] is None else negatives,

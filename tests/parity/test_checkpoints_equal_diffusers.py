@@ -79,7 +79,7 @@ def rename_to_variant(folder: Path, variant: str) -> None:
         path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
 
 
-def check_equal(ours: Ours, pipeline: Any, model: str | Path, **sources: str) -> np.ndarray:
+def check_equal(ours: Ours, pipeline: Any, model: str | Path) -> np.ndarray:
     """Latents and pictures beside diffusers'. Returns the latents."""
     config = make_config(Path(model), **SMALL)
     latents = ours.denoise(config)
@@ -96,10 +96,11 @@ def test_a_single_file(family: str, sdxl: Path, sd: Path, tmp_path: Path) -> Non
     # Only configs, so that no weights can come from there.
     configs = tmp_path / "configs"
     shutil.copytree(folder, configs, ignore=shutil.ignore_patterns("*.safetensors"))
-    ours = Ours(file, sources={"single_file_config": str(configs)})
+    ours = Ours(file, settings={"single_file_config": str(configs)})
     check_equal(ours, load_pipeline(folder), file)
 
 
+@pytest.mark.slow
 def test_a_single_file_by_the_stages(sdxl: Path, tmp_path: Path, stage: Run) -> None:
     file = save_original(sdxl, tmp_path / "model.safetensors")
     small = ["--num_inference_steps", 2, "--output_dir"]
@@ -145,7 +146,7 @@ def test_a_unet_from_elsewhere(
     }[form]
     pipeline = load_pipeline(sdxl)
     pipeline.unet = UNet2DConditionModel.from_pretrained(other / "unet")
-    latents = check_equal(Ours(sdxl, sources={"unet": str(unet)}), pipeline, sdxl)
+    latents = check_equal(Ours(sdxl, settings={"unet": str(unet)}), pipeline, sdxl)
     own = Ours(sdxl).denoise(make_config(sdxl, **SMALL))
     assert relative_difference(latents, own) > 1e-3
 
@@ -155,7 +156,7 @@ def test_a_vae_from_elsewhere(form: str, sdxl: Path, other: Path) -> None:
     vae = other / "vae" if form == "folder" else other / "vae" / WEIGHTS
     pipeline = load_pipeline(sdxl)
     pipeline.vae = AutoencoderKL.from_pretrained(other / "vae")
-    ours = Ours(sdxl, sources={"vae": str(vae)})
+    ours = Ours(sdxl, settings={"vae": str(vae)})
     latents = check_equal(ours, pipeline, sdxl)
     assert pixel_difference(ours.decode(latents), Ours(sdxl).decode(latents)) > 2
 
@@ -170,7 +171,7 @@ def test_a_vae_of_its_own_scaling(sdxl: Path, tmp_path: Path) -> None:
     pipeline = load_pipeline(sdxl)
     pipeline.vae = AutoencoderKL.from_pretrained(vae)
     pipeline.vae.to(torch.float32)
-    check_equal(Ours(sdxl, sources={"vae": str(vae)}), pipeline, sdxl)
+    check_equal(Ours(sdxl, settings={"vae": str(vae)}), pipeline, sdxl)
 
 
 @pytest.mark.parametrize("source", ["folder", "hub"])
@@ -187,7 +188,7 @@ def test_a_variant(source: str, sdxl: Path, other: Path, tmp_path: Path, hub: Pa
         put_into_hub(hub, "maker/both", folder)
         model = "maker/both"
     pipeline = load_pipeline(other)
-    check_equal(Ours(model, sources={"variant": "fp16"}), pipeline, model)
+    check_equal(Ours(model, settings={"variant": "fp16"}), pipeline, model)
     plain, variant = (
         open_checkpoint(RunSettings(model_id=str(model), variant=name), ["unet"])
         for name in (None, "fp16")
@@ -198,7 +199,7 @@ def test_a_variant(source: str, sdxl: Path, other: Path, tmp_path: Path, hub: Pa
 def test_a_revision_of_a_hub_id(sdxl: Path, other: Path, tmp_path: Path, hub: Path) -> None:
     put_into_hub(hub, "maker/model", other, revision="v2")
     check_equal(
-        Ours("maker/model", sources={"revision": "v2"}), load_pipeline(other), "maker/model"
+        Ours("maker/model", settings={"revision": "v2"}), load_pipeline(other), "maker/model"
     )
     with pytest.raises(UnfitEnvironmentError, match="maker/model is not on this machine"):
         open_checkpoint(RunSettings(model_id="maker/model", revision="v1"), ["unet"])

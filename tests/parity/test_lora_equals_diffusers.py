@@ -107,6 +107,7 @@ def test_only_what_a_lora_changes_becomes_stale(sdxl: Path, tmp_path: Path) -> N
     assert lora_settings([LoraFile(file=str(moved))], ["unet"]) != [entry]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_loras(sdxl: Path, tmp_path: Path, run_all: Run, stage: Run) -> None:
     file = make_lora(sdxl, tmp_path / "a.safetensors", 1, list(TARGETS))
     run_dir = tmp_path / "run"

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from common.config import GenerationConfig
-from common.errors import BadSettingError
-from common.sharding import make_mesh, parse_mesh
 from tests.conftest import DEMO
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 
@@ -71,13 +69,3 @@ def test_guidance_1_ignores_the_negative_prompt_and_more_does_not(ours: Ours) ->
     three = [latents(5.0, negative) for negative in ("blurry", "", None)]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert relative_difference(three[first], three[second]) > 1e-3
-
-
-def test_a_mesh_that_cannot_be_is_one_sentence() -> None:
-    assert parse_mesh("single") == {"data": 1}
-    assert parse_mesh("data=4") == {"data": 4}
-    for text in ("data", "data=0", "rows=2", "data=2,data=2", "data=-1", ""):
-        with pytest.raises(BadSettingError, match="--mesh"):
-            parse_mesh(text)
-    with pytest.raises(BadSettingError, match="needs 64 devices"):
-        make_mesh(parse_mesh("data=64"))

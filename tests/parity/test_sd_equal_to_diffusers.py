@@ -30,7 +30,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sd(tmp_path_factory.mktemp("tiny") / "sd")
 
 
-@pytest.mark.parametrize("negative", ["blurry", None])
+@pytest.mark.parametrize("negative", [pytest.param("blurry", marks=pytest.mark.slow), None])
 def test_sd_equals_diffusers_through_the_files(
     tiny_sd: Path, tmp_path: Path, run_all: Run, negative: str | None
 ) -> None:
@@ -69,16 +69,21 @@ def test_an_old_scheduler_config_is_read_as_diffusers_reads_it(
     """Early SD checkpoints name no steps_offset and no clip_sample; the pipeline mends them."""
     model = tmp_path / "old"
     shutil.copytree(tiny_sd, model)
-    config_file = model / "scheduler" / "scheduler_config.json"
-    content = json.loads(config_file.read_text())
-    del content["steps_offset"], content["clip_sample"]
-    config_file.write_text(json.dumps(content))
+    for path, name in (
+        ("scheduler/scheduler_config.json", "_class_name"),
+        ("model_index.json", ""),
+    ):
+        content = json.loads((model / path).read_text())
+        if name:
+            del content["steps_offset"], content["clip_sample"]
+            content[name] = "DDIMScheduler"
+        else:
+            content["scheduler"] = ["diffusers", "DDIMScheduler"]
+        (model / path).write_text(json.dumps(content))
     ours, pipeline = Ours(model), load_pipeline(model)
-    assert (pipeline.scheduler.config.steps_offset, pipeline.scheduler.config.clip_sample) == (
-        1,
-        False,
-    )
-    for scheduler in (None, "ddim", "euler"):
+    settings = pipeline.scheduler.config
+    assert (settings.steps_offset, settings.clip_sample) == (1, False), "mended by the pipeline"
+    for scheduler in (None, "euler", "pndm"):
         config = make_config(model, height=64, width=64, num_inference_steps=4, scheduler=scheduler)
         expected, _ = run_pipeline(pipeline, config)
         assert relative_difference(ours.denoise(config), expected) < 1e-4
