@@ -28,7 +28,7 @@ STOP_SIGNALS: dict[int, tuple[str, int]] = {
     signal.SIGTERM: ("terminated", 143),
 }
 PROMPTS, SIZES, SAMPLING = "Prompts", "Size conditions of SDXL", "Sampling"
-MODEL, FILES, RUNNING = "Model", "Files", "Running"
+MODEL, FILES, RUNNING, TPU = "Model", "Files", "Running", "A TPU that is not there"
 
 
 def flag(name: str, metavar: str, group: str, text: str) -> Any:
@@ -177,13 +177,21 @@ ImageFormatFlag = Annotated[
 ]
 
 # Running
-Mesh = Annotated[str | None, _option("mesh", "AXES", "Devices: single, or data=N.")]
+Mesh = Annotated[str | None, _option("mesh", "AXES", "single, or cfg=2,rows=4 ….")]
 BatchSize = Annotated[int | None, _option("batch_size", "N", "Most pictures computed at once.")]
 StepsPerCall = Annotated[
     int | None, flag("steps_per_call", "N", RUNNING, "Steps in one call. [all; 1 on CPU]")
 ]
 WarmupSteps = Annotated[int | None, _option("warmup_steps", "N", "Steps before the timed ones.")]
 Warmup = Annotated[bool, flag("warmup", " ", RUNNING, "Decode once before the timed run.")]
+Topology = Annotated[
+    str | None, flag("topology", "NAME", TPU, "Compile for it and do not run, as v6e:2x4.")
+]
+PicturesShape = Annotated[
+    str | None, flag("pictures_shape", "N,H,W", TPU, "What to decode. [1, the checkpoint's own]")
+]
+SaveHlo = Annotated[Path | None, flag("save_hlo", "FILE", TPU, "The compiled program, as text.")]
+JsonFile = Annotated[Path | None, flag("json", "FILE", TPU, "The estimate, as JSON.")]
 SkipFresh = Annotated[
     bool, flag("skip_fresh", " ", RUNNING, "Do nothing where the outputs are fresh.")
 ]
@@ -269,22 +277,25 @@ def make_command(function: Callable[..., Any]) -> TyperCommand:
     return command
 
 
-def run_command(command: TyperCommand) -> NoReturn:
+def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
     """Run a script's command; end the process with the documented exit code.
 
     Every failure is one sentence; a traceback comes only with `--debug`.
+
+    Args:
+        called: how the user calls it; python and the script's name, if None.
     """
     debug = "--debug" in sys.argv
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
-    name = Path(sys.argv[0]).name
+    called = called or f"python {sys.argv[0]}"
     try:
-        code = command.main(prog_name=name, standalone_mode=False)
+        code = command.main(prog_name=called, standalone_mode=False)
         sys.exit(code or 0)
     except TyperException as error:
         formatted = getattr(error, "format_message", None)
         message = str(formatted() if formatted else error)
-        _fail(f"{message.rstrip('.')} (python {name} --help lists the flags)", 2)
+        _fail(f"{message.rstrip('.')} ({called} --help lists the flags)", 2)
     except StageError as error:
         if debug:
             traceback.print_exc()

@@ -115,6 +115,30 @@ def load_unet(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module"
     return _load_model(UNet2DConditionModel, checkpoint, "unet", dtype)
 
 
+def make_unet_without_weights(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
+    """The UNet by its config alone, on torch's meta device: enough to compile it."""
+    from diffusers import UNet2DConditionModel
+
+    return _make_without_weights(UNet2DConditionModel, checkpoint, "unet", dtype)
+
+
+def make_vae_without_weights(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
+    """The VAE by its config alone, likewise."""
+    from diffusers import AutoencoderKL
+
+    return _make_without_weights(AutoencoderKL, checkpoint, "vae", dtype)
+
+
+def _make_without_weights(
+    model_class: Any, checkpoint: Checkpoint, name: str, dtype: "torch.dtype"
+) -> Any:
+    import torch
+
+    with torch.device("meta"), reading(checkpoint.source(name)):
+        model = model_class.from_config(checkpoint.config(name))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
 def load_vae(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
     """diffusers' AutoencoderKL, on the CPU, for inference."""
     from diffusers import AutoencoderKL

@@ -319,7 +319,7 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mesh: str = "single"
+    mesh: str = "auto"
     batch_size: int = Field(default=8, ge=1)
     steps_per_call: int | None = Field(default=None, ge=1)  # None: 1 on CPU, else all
     warmup_steps: int = Field(default=0, ge=0)

@@ -1,10 +1,13 @@
 """What the tensors of each file must be for the next stage, said in words where they are not."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.artifacts import TensorLayout
 from common.config import GENERATION_CONFIG_FILE
+
+if TYPE_CHECKING:
+    import torch
 
 FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 
@@ -24,10 +27,7 @@ def embeddings_misfit(
         What is wrong, as the end of a sentence that begins with the file's name; None where all
         fits.
     """
-    widths = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), unet["cross_attention_dim"])
-    if unet.get("addition_embed_type") == "text_time":
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        widths |= dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled)
+    widths = embeddings_widths(unet)
     missing = [name for name in widths if name not in tensors]
     if missing:
         return f"lacks {', '.join(missing)}, which the checkpoint's UNet needs"
@@ -42,6 +42,25 @@ def embeddings_misfit(
     if tensors["prompt_embeds"].shape != tensors["negative_prompt_embeds"].shape:
         return "holds prompt_embeds and negative_prompt_embeds of different shapes"
     return None
+
+
+def embeddings_widths(unet: dict[str, Any]) -> dict[str, int]:
+    """The tensors that a UNet needs from stage 1, and their last dimension."""
+    widths = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), unet["cross_attention_dim"])
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        widths |= dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled)
+    return widths
+
+
+def empty_embeddings(prompts: int, unet: dict[str, Any]) -> "dict[str, torch.Tensor]":
+    """Zeros in the shapes of stage 1's tensors for so many prompts of up to 77 tokens."""
+    import torch
+
+    return {
+        name: torch.zeros(prompts, *(() if "pooled" in name else (77,)), width)
+        for name, width in embeddings_widths(unet).items()
+    }
 
 
 def latents_misfit(tensors: Mapping[str, TensorLayout], vae: dict[str, Any]) -> str | None:

@@ -19,12 +19,14 @@ from diffusers.models.embeddings import get_timestep_embedding
 from jax import Array
 from jax.sharding import Mesh
 
+from common.devices import Devices
+from common.fast_ops import finish, norm_weights, prompt_projections, replacements
 from common.jax_setup import Programs
 from common.report import StageReport
 from common.sampler import Sampler
 from common.scheduler_tables import SchedulerTables
-from common.sharding import replicated, split_images
-from common.torchax_runtime import Parameters, as_jax_function, parameters_of, to_numpy
+from common.sharding import ActivationLayout, replicated, rows_of_levels, split_latents
+from common.torchax_runtime import Parameters, as_jax_function, to_numpy
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -107,17 +109,14 @@ def draw_noises(
     return np.stack(drawn)
 
 
-def prepare_state(noise: NoiseBatch, mesh: Mesh) -> tuple[Array, Array]:
+def prepare_state(noise: NoiseBatch) -> tuple[np.ndarray, np.ndarray]:
     """Latents [B, C, h, w] and history [1 + S, B, C, h, w] before the first step.
 
     The history holds the initial latents and the model's outputs so far.
     """
     history = np.zeros((1 + len(noise.noises), *noise.initial_latents.shape), np.float32)
     history[0] = noise.initial_latents
-    return (
-        jax.device_put(noise.initial_latents, split_images(mesh)),
-        jax.device_put(history, split_images(mesh, axis=1)),
-    )
+    return noise.initial_latents, history
 
 
 def prepare_conditions(
@@ -186,9 +185,30 @@ def prepare_guidance(guidance: Guidance) -> dict[str, np.ndarray]:
     }
 
 
+def prepare_model(
+    unet: torch.nn.Module, parameters: Parameters, prompt_embeds: Array
+) -> tuple[Parameters, dict[str, Array]]:
+    """What is the same in all steps: norms' weights in float32, projections of the prompts.
+
+    Returns the parameters to use and the outputs of submodules by their names, each [N, L, C].
+    """
+    in_float32 = norm_weights(unet)
+    given = {}
+    for name, module in prompt_projections(unet).items():
+        own = {kind: parameters[f"{name}.{kind}"] for kind, _ in module.named_parameters()}
+        with jax.named_scope(name):
+            given[name] = as_jax_function(module)(own, prompt_embeds)
+    parameters = {
+        name: array.astype(jnp.float32) if name in in_float32 else array
+        for name, array in parameters.items()
+    }
+    return parameters, given
+
+
 def predict(
     unet: Callable[..., Any],
     parameters: Parameters,
+    given: dict[str, Array],
     model_input: Array,
     timestep: Array,
     conditions: dict[str, Array],
@@ -210,6 +230,7 @@ def predict(
             parameters,
             repeated.astype(dtype),
             timestep,
+            given=given,
             encoder_hidden_states=prompt_embeds,
             timestep_cond=conditions.get("timestep_cond"),
             added_cond_kwargs=added or None,
@@ -229,6 +250,7 @@ def predict(
 def denoise_step(
     unet: Callable[..., Any],
     parameters: Parameters,
+    given: dict[str, Array],
     state: tuple[Array, Array],
     arguments: dict[str, Any],
     i: Array,
@@ -239,6 +261,7 @@ def denoise_step(
     output = predict(
         unet,
         parameters,
+        given,
         latents * schedule["input_scales"][i],
         schedule["timesteps"][i],
         arguments["conditions"],
@@ -262,24 +285,31 @@ class Denoiser:
     def __init__(
         self,
         unet: Any,
+        parameters: Parameters,
         mesh: Mesh,
+        devices: Devices,
         steps_per_call: int | None,
         report: StageReport,
         programs: Programs,
     ) -> None:
-        self.unet = as_jax_function(unet)
-        self.dtype = to_numpy(next(unet.parameters())[:0]).dtype
+        """
+        Args:
+            unet: diffusers' module, for its code.
+            parameters: its weights on the devices of the mesh.
+            devices: those of the mesh; for ones that are not there, programs can only be lowered.
+        """
+        self.unet = unet
+        self.parameters = parameters
+        self.dtype = parameters["conv_in.weight"].dtype
         self.guidance_dimension: int | None = unet.config.time_cond_proj_dim
         self.mesh = mesh
-        self.loops_on_device = jax.default_backend() != "cpu" or steps_per_call is not None
+        self.platform = devices.platform
+        self.loops_on_device = self.platform != "cpu" or steps_per_call is not None
         self.steps_per_call = steps_per_call
         self.report = report
         self.programs = programs
+        self.put = devices.put
         self.compiled: dict[Any, Any] = {}
-        with report.part("host to device"):
-            self.parameters = parameters_of(
-                unet, lambda array: jax.device_put(array, replicated(mesh))
-            )
 
     def start(
         self,
@@ -305,7 +335,7 @@ class Denoiser:
         self.latent_shape = latent_shape
         if tables is None:
             self.evaluations = len(sampler.restart(self.seeds))
-            self.guidance = jax.device_put(prepare_guidance(guidance), replicated(self.mesh))
+            self.guidance = self.put(prepare_guidance(guidance), replicated(self.mesh))
         else:
             self.evaluations = tables.evaluations
             with self.report.part("noise"):
@@ -314,20 +344,39 @@ class Denoiser:
         kinds = {i in self.guided for i in range(self.evaluations)}
         with self.report.part("host to device"):
             self.conditions = {
-                guided: jax.device_put(
+                guided: self.put(
                     prepare_conditions(
                         embeddings, size_conditions, timestep_cond, self.dtype, guided=guided
                     ),
-                    split_images(self.mesh),
+                    self.layout(guided).batch_sharding(),
                 )
                 for guided in kinds
             }
             if tables is not None:
-                self.noises = jax.device_put(self.noise.noises, split_images(self.mesh, axis=1))
-                self.schedule = jax.device_put(
-                    prepare_schedule(tables, guidance), replicated(self.mesh)
-                )
-                self.state = prepare_state(self.noise, self.mesh)
+                self.noises = self.put(self.noise.noises, split_latents(self.mesh, axis=1))
+                self.schedule = self.put(prepare_schedule(tables, guidance), replicated(self.mesh))
+                self.state = self._first_state()
+
+    def _first_state(self) -> tuple[Array, Array]:
+        latents, history = prepare_state(self.noise)
+        return (
+            self.put(latents, split_latents(self.mesh)),
+            self.put(history, split_latents(self.mesh, axis=1)),
+        )
+
+    def layout(self, guided: bool) -> ActivationLayout:
+        """How the UNet's activations are split for the group's shapes."""
+        levels = rows_of_levels(self.latent_shape[1], len(self.unet.config.block_out_channels))
+        return ActivationLayout.of(self.mesh, guided=guided, rows_of_levels=levels)
+
+    def _unet_function(self, guided: bool) -> Callable[..., Any]:
+        """The UNet as a jax function, its operations chosen for the mesh and the platform."""
+        layout = self.layout(guided) if self.mesh.size > 1 else None
+        return as_jax_function(
+            self.unet,
+            replacements=replacements(layout, self.platform),
+            finish=partial(finish, layout=layout, platform=self.platform),
+        )
 
     def compile(self) -> None:
         """Trace and compile the programs that the group needs, each once for its shapes."""
@@ -348,30 +397,63 @@ class Denoiser:
     def lower(self, guided: bool) -> Any:
         """Trace the program for the group's shapes: with guidance, or the conditional half."""
         kind = "guided" if guided else "conditional"
+        unet = self._unet_function(guided)
         if self.tables is None:
-            program = jax.jit(_named(f"predict_{kind}", partial(predict, self.unet)))
+            program = jax.jit(_named(f"predict_{kind}", partial(self._predict, unet)))
             return program.lower(*self._predict_arguments(guided, *self._example_input()))
         shardings = jax.tree.map(lambda array: array.sharding, self.state)
-        step = partial(denoise_step, self.unet)
-        function = self._denoise_range if self.loops_on_device else step
+        function = self._denoise_range if self.loops_on_device else self._denoise_one
         program = jax.jit(
-            _named(f"denoise_{kind}", function), donate_argnums=1, out_shardings=shardings
+            _named(f"denoise_{kind}", partial(function, unet)),
+            donate_argnums=1,
+            out_shardings=shardings,
         )
         index = (np.int32(0),) * (2 if self.loops_on_device else 1)
         return program.lower(self.parameters, self.state, self._arguments(guided), *index)
 
-    def _denoise_range(
+    def _denoise_one(
         self,
+        unet: Callable[..., Any],
         parameters: Parameters,
         state: tuple[Array, Array],
-        arguments: Any,
+        arguments: dict[str, Any],
+        i: Array,
+    ) -> tuple[Array, Array]:
+        """One step."""
+        prompt_embeds = arguments["conditions"]["prompt_embeds"]
+        parameters, given = prepare_model(self.unet, parameters, prompt_embeds)
+        return denoise_step(unet, parameters, given, state, arguments, i)
+
+    def _denoise_range(
+        self,
+        unet: Callable[..., Any],
+        parameters: Parameters,
+        state: tuple[Array, Array],
+        arguments: dict[str, Any],
         start: Array,
         stop: Array,
     ) -> tuple[Array, Array]:
+        """The steps start ≤ i < stop in a loop on the device."""
+        prompt_embeds = arguments["conditions"]["prompt_embeds"]
+        parameters, given = prepare_model(self.unet, parameters, prompt_embeds)
+
         def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            return denoise_step(self.unet, parameters, state, arguments, i)
+            return denoise_step(unet, parameters, given, state, arguments, i)
 
         return jax.lax.fori_loop(start, stop, body, state)
+
+    def _predict(
+        self,
+        unet: Callable[..., Any],
+        parameters: Parameters,
+        model_input: Array,
+        timestep: Array,
+        conditions: dict[str, Array],
+        guidance: dict[str, Array],
+    ) -> Array:
+        """One model evaluation, for a scheduler that steps on the host."""
+        parameters, given = prepare_model(self.unet, parameters, conditions["prompt_embeds"])
+        return predict(unet, parameters, given, model_input, timestep, conditions, guidance)
 
     def _arguments(self, guided: bool) -> dict[str, Any]:
         return {
@@ -383,7 +465,7 @@ class Denoiser:
     def _predict_arguments(self, guided: bool, model_input: np.ndarray, timestep: float) -> Any:
         return (
             self.parameters,
-            jax.device_put(model_input, split_images(self.mesh)),
+            self.put(model_input, split_latents(self.mesh)),
             np.float32(timestep),
             self.conditions[guided],
             self.guidance,
@@ -404,7 +486,7 @@ class Denoiser:
                         arguments = self._predict_arguments(guided, *self._example_input())
                         jax.block_until_ready(program(*arguments))
                 else:
-                    state = prepare_state(self.noise, self.mesh)
+                    state = self._first_state()
                     stop = min(steps, self.evaluations)
                     jax.block_until_ready(self._run_range(state, 0, stop, guided))
 

@@ -1,42 +1,138 @@
-"""The mesh of devices and how arrays are split over it.
+"""The mesh of devices, and how images, rows of the latent and weights are split over it.
 
-One axis so far: `data` splits the images of a batch; weights are on every device.
+Axes: `data` splits the images of a batch; `cfg` the two halves of guidance; `rows` the rows of the
+latents and of every activation (convolutions exchange their borders, attention splits its queries);
+`tensor` the channels of attention and feed-forward (Megatron-LM, Shoeybi et al. 2019).
 """
 
 import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from common.errors import BadSettingError
 
 if TYPE_CHECKING:
+    from jax import Array
     from jax.sharding import Mesh, NamedSharding
 
-MESH_AXES = ("data",)
+MESH_AXES = ("data", "cfg", "rows", "tensor")
+SINGLE = dict.fromkeys(MESH_AXES, 1)
+# Weights of a UNet by their names: the first pattern that matches says which axis splits which
+# dimension; a dimension that does not divide stays whole.
+WEIGHT_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r".*\.attn\d\.to_[qkv]\.weight", ("tensor", None)),
+    (r".*\.attn\d\.to_out\.0\.weight", (None, "tensor")),
+    (r".*\.ff\.net\.0\.proj\.(weight|bias)", ("tensor",)),
+    (r".*\.ff\.net\.2\.weight", (None, "tensor")),
+    (r".*", ()),
+)
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=2` or `single`. Returns the size of each axis.
+def parse_mesh(text: str) -> dict[str, int] | None:
+    """Read `auto` (None), `single`, or sizes as in `data=2,cfg=2,rows=2`; axes left out are 1.
 
     Raises:
         BadSettingError: not of that form.
     """
+    if text == "auto":
+        return None
     if text == "single":
-        return {"data": 1}
-    sizes = {}
+        return dict(SINGLE)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
         if match is None or match[1] not in MESH_AXES or match[1] in sizes:
             raise BadSettingError(
-                f"--mesh {text} is not understood: give single, or sizes such as data=4 "
-                f"(axes: {', '.join(MESH_AXES)})"
+                f"--mesh {text} is not understood: give auto, single, or sizes such as "
+                f"cfg=2,rows=4 (axes: {', '.join(MESH_AXES)})"
             )
         sizes[match[1]] = int(match[2])
-    return sizes
+    if sizes.get("cfg", 1) > 2:
+        raise BadSettingError(f"--mesh {text}: cfg is 1 or 2, the halves of guidance")
+    return SINGLE | sizes
 
 
-def make_mesh(sizes: dict[str, int]) -> "Mesh":
+@dataclass(frozen=True)
+class MeshChoice:
+    """The size of each axis, and what the user should know about it."""
+
+    sizes: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """As `--mesh` takes it."""
+        split = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
+        return ",".join(split) or "single"
+
+
+def choose_mesh(
+    asked: Mapping[str, int] | None,
+    *,
+    devices: int,
+    images: int,
+    guided: bool,
+    rows_of_levels: Sequence[int],
+) -> MeshChoice:
+    """Settle the mesh.
+
+    Without a wish, images go to devices of their own as far as they divide evenly; the devices
+    that are left for each image split the halves of its guidance, then its rows.
+
+    Args:
+        asked: as `parse_mesh` gives it; None to choose.
+        devices: how many there are.
+        images: of one group.
+        guided: whether there are two halves.
+        rows_of_levels: rows of the activations at each level of the model; `rows` must divide all.
+
+    Raises:
+        BadSettingError: there are fewer devices than asked for.
+    """
+    if asked is None:
+        data = max(d for d in _divisors(devices) if images % d == 0)
+        cfg = 2 if guided and devices // data % 2 == 0 else 1
+        wanted = SINGLE | {"data": data, "cfg": cfg, "rows": devices // data // cfg}
+    else:
+        wanted = {**SINGLE, **asked}
+        needed = math.prod(wanted.values())
+        if needed > devices:
+            raise BadSettingError(
+                f"--mesh needs {needed} devices, but there are {devices}: ask for at most that many"
+            )
+    rows = math.gcd(wanted["rows"], *rows_of_levels)
+    if rows == wanted["rows"]:
+        return MeshChoice(wanted)
+    choice = MeshChoice({**wanted, "rows": rows})
+    idle = math.prod(wanted.values()) - math.prod(choice.sizes.values())
+    levels = ", ".join(map(str, rows_of_levels))
+    return MeshChoice(
+        choice.sizes,
+        (
+            f"rows={wanted['rows']} does not divide the rows of every level of the model "
+            f"({levels}): the mesh is {choice}, and {idle} device(s) stay idle",
+        ),
+    )
+
+
+def rows_of_levels(rows: int, levels: int) -> list[int]:
+    """The rows of a UNet's activations, level by level: each halves them, rounding up."""
+    result = [rows]
+    while len(result) < levels:
+        result.append(-(-result[-1] // 2))
+    return result
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> "Mesh":
     """Lay the first devices out as a mesh.
+
+    Args:
+        devices: jax's own unless given.
 
     Raises:
         BadSettingError: there are fewer devices than the mesh needs.
@@ -44,26 +140,99 @@ def make_mesh(sizes: dict[str, int]) -> "Mesh":
     import jax
     import numpy as np
 
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise BadSettingError(
             f"--mesh needs {needed} devices, but there are {len(devices)} "
             f"({devices[0].device_kind}): ask for at most that many"
         )
-    grid = np.array(devices[:needed]).reshape(tuple(sizes.values()))
-    return jax.sharding.Mesh(grid, tuple(sizes))
+    grid = np.array(devices[:needed]).reshape([sizes[axis] for axis in MESH_AXES])
+    return jax.sharding.Mesh(grid, MESH_AXES)
+
+
+def name_of(mesh: "Mesh") -> str:
+    """A mesh as `--mesh` takes it."""
+    return str(MeshChoice(dict(mesh.shape)))
 
 
 def replicated(mesh: "Mesh") -> "NamedSharding":
     """Every device holds the whole array."""
+    return _sharding(mesh)
+
+
+def split_latents(mesh: "Mesh", *, axis: int = 0) -> "NamedSharding":
+    """Split [..., B, C, h, w] by images and rows; `axis` is that of the images."""
+    return _sharding(mesh, *[None] * axis, "data", None, "rows")
+
+
+def split_weight(mesh: "Mesh", name: str, shape: Sequence[int]) -> "NamedSharding":
+    """Where a UNet's weight lies, by `WEIGHT_RULES`."""
+    axes = next(axes for pattern, axes in WEIGHT_RULES if re.fullmatch(pattern, name))
+    fitting = [
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=False)
+    ]
+    return _sharding(mesh, *fitting)
+
+
+@dataclass(frozen=True)
+class ActivationLayout:
+    """How a model's activations [N, C, h, w] and [N, h·w, C] are split.
+
+    Guided, the N rows of a batch are two for each image, and `cfg` splits them like more images.
+    Without guidance the devices of the other half take a share of the rows, where that divides.
+    """
+
+    mesh: "Mesh"
+    batch: tuple[str, ...]
+    rows: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mesh: "Mesh", *, guided: bool, rows_of_levels: Sequence[int]) -> "ActivationLayout":
+        """The layout of the guided program, or of the one that computes one half."""
+        if guided:
+            return cls(mesh, ("data", "cfg"), ("rows",))
+        if math.gcd(*rows_of_levels) % (mesh.shape["rows"] * mesh.shape["cfg"]) == 0:
+            return cls(mesh, ("data",), ("rows", "cfg"))
+        return cls(mesh, ("data",), ("rows",))
+
+    def constrain(self, module: Any, x: "Array") -> "Array":
+        """Fix how a submodule's output is split: pictures, and transformer blocks' tokens."""
+        import jax
+
+        if x.ndim == 4:
+            return jax.lax.with_sharding_constraint(x, self.pictures())
+        if x.ndim == 3 and type(module).__name__ == "BasicTransformerBlock":
+            return jax.lax.with_sharding_constraint(x, self.tokens())
+        return x
+
+    def pictures(self) -> "NamedSharding":
+        """That of activations [N, C, h, w]."""
+        return _sharding(self.mesh, self.batch, None, self.rows)
+
+    def tokens(self) -> "NamedSharding":
+        """That of activations [N, h·w, C]."""
+        return _sharding(self.mesh, self.batch, self.rows)
+
+    def batch_sharding(self) -> "NamedSharding":
+        """That of arrays [N, …] without rows."""
+        return _sharding(self.mesh, self.batch)
+
+
+def say_weights(parameters: Mapping[str, "Array"]) -> str:
+    """How many bytes of the weights each device holds, in words."""
+    whole = split = 0
+    for array in parameters.values():
+        shard = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        if array.sharding.is_fully_replicated:
+            whole += shard
+        else:
+            split += shard
+    return f"{whole / 1e9:.2f} GB whole and {split / 1e9:.2f} GB split on each device"
+
+
+def _sharding(mesh: "Mesh", *axes: Any) -> "NamedSharding":
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def split_images(mesh: "Mesh", *, axis: int = 0) -> "NamedSharding":
-    """Split the given array axis, that of the images, over `data`."""
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    return NamedSharding(mesh, PartitionSpec(*axes))

@@ -6,7 +6,9 @@ jax traces it; weights are arguments of the traced function, never constants ins
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,17 +48,41 @@ with warnings.catch_warnings():
 Parameters = dict[str, Array]
 
 
-def as_jax_function(module: torch.nn.Module, method: str = "forward") -> Callable[..., Any]:
-    """Make `f(parameters, *args, **kwargs)` of a module's method, traceable by `jax.jit`.
+def as_jax_function(
+    module: torch.nn.Module,
+    method: str = "forward",
+    *,
+    replacements: Mapping[Callable[..., Any], Callable[..., Array]] | None = None,
+    finish: Callable[[str, torch.nn.Module, Array], Array] | None = None,
+) -> Callable[..., Any]:
+    """Make `f(parameters, *args, given=None, **kwargs)` of a module's method, for `jax.jit`.
 
     `parameters` are the module's parameters and buffers by their state-dict names; tensors in the
-    arguments and in the result are jax arrays.
+    arguments and in the result are jax arrays. The compiled program's operations carry the names of
+    the submodules that they come from.
+
+    Args:
+        replacements: torch's functions, and jax functions that stand in for them.
+        finish: is given each submodule's name, itself and its output where that is one tensor;
+            returns the output, with a sharding for example.
+
+    The function's `given` are outputs of submodules by their names, which are then not computed.
     """
     environment = torchax.default_env()
     callable_module = _MethodAsForward(module, method)
 
-    def function(parameters: Mapping[str, Array], *args: Any, **kwargs: Any) -> Any:
-        with environment:
+    def function(
+        parameters: Mapping[str, Array],
+        *args: Any,
+        given: Mapping[str, Array] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        with (
+            environment,
+            _replaced(environment, replacements or {}),
+            _watched(module, finish),
+            _bypassed(module, given or {}),
+        ):
             weights, args, kwargs = interop.torch_view((dict(parameters), args, kwargs))
             result = torch.func.functional_call(
                 callable_module,
@@ -67,6 +93,81 @@ def as_jax_function(module: torch.nn.Module, method: str = "forward") -> Callabl
             return interop.jax_view(result)
 
     return function
+
+
+@contextmanager
+def _replaced(
+    environment: Any, replacements: Mapping[Callable[..., Any], Callable[..., Array]]
+) -> Iterator[None]:
+    """Override torchax's operations for the time of a trace."""
+    before = {operation: environment._ops.get(operation) for operation in replacements}
+    for operation, function in replacements.items():
+        environment.override_op_definition(operation, _of_torch_tensors(environment, function))
+    try:
+        yield
+    finally:
+        for operation, definition in before.items():
+            if definition is None:
+                del environment._ops[operation]
+            else:
+                environment._ops[operation] = definition
+
+
+def _of_torch_tensors(environment: Any, function: Callable[..., Array]) -> Callable[..., Any]:
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = environment.t2j_iso((args, kwargs))
+        return environment.j2t_iso(function(*args, **kwargs))
+
+    return operation
+
+
+@contextmanager
+def _watched(
+    module: torch.nn.Module, finish: Callable[[str, torch.nn.Module, Array], Array] | None
+) -> Iterator[None]:
+    """Name operations after their submodules, and hand each submodule's output to `finish`."""
+    scopes: list[Any] = []
+
+    def enter(name: str, *_: Any) -> None:
+        scopes.append(jax.named_scope(name))
+        scopes[-1].__enter__()
+
+    def leave(name: str, submodule: torch.nn.Module, _: Any, output: Any) -> Any:
+        scopes.pop().__exit__(None, None, None)
+        if finish is None or not isinstance(output, torch.Tensor):
+            return output
+        return interop.torch_view(finish(name, submodule, interop.jax_view(output)))
+
+    hooks = []
+    for name, submodule in module.named_modules():
+        if name:
+            last = name.rsplit(".", 1)[-1]
+            # A numbered submodule is named with its list: "resnets.0".
+            label = ".".join(name.split(".")[-2:]) if last.isdigit() else last
+            hooks.append(submodule.register_forward_pre_hook(partial(enter, label)))
+            hooks.append(submodule.register_forward_hook(partial(leave, name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _bypassed(module: torch.nn.Module, given: Mapping[str, Array]) -> Iterator[None]:
+    """Let submodules return what is given in place of what they would compute."""
+    submodules = [(module.get_submodule(name), array) for name, array in given.items()]
+    for submodule, array in submodules:
+        submodule.forward = partial(_return, interop.torch_view(array))
+    try:
+        yield
+    finally:
+        for submodule, _ in submodules:
+            del submodule.forward
+
+
+def _return(output: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return output
 
 
 class _MethodAsForward(torch.nn.Module):
@@ -81,17 +182,15 @@ class _MethodAsForward(torch.nn.Module):
         return getattr(self.module, self.method)(*args, **kwargs)
 
 
-def parameters_of(
-    module: torch.nn.Module, put: Callable[[np.ndarray], Array] = jax.numpy.asarray
-) -> Parameters:
+def parameters_of(module: torch.nn.Module, put: Callable[[str, np.ndarray], Array]) -> Parameters:
     """Copy a module's parameters and buffers to the device, one at a time, keeping their dtypes.
 
-    `put` places one numpy array on the device or devices. The module itself is left without data
-    (on torch's meta device), so that host memory holds the weights only once.
+    `put` places one numpy array, given its name, on the device or devices. The module itself is
+    left without data (on torch's meta device), so that host memory holds the weights only once.
     """
     parameters = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        parameters[name] = put(to_numpy(tensor))
+        parameters[name] = put(name, to_numpy(tensor))
     module.to("meta")
     return parameters
 

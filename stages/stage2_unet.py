@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from common import artifacts, command_line
+from common import artifacts, command_line, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_unet, quiet_libraries
+from common.components import load_unet, make_unet_without_weights, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
@@ -36,19 +36,21 @@ from common.config import (
     read_run_options,
     write_generation_config,
 )
-from common.contracts import embeddings_misfit
+from common.contracts import embeddings_misfit, empty_embeddings
 from common.errors import BadInputFileError, BadSettingError
 from common.images import group_size, groups, prompt_indices
 from common.lora import fuse_into_unet, lora_settings
 from common.report import StageReport
 from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
-from common.sharding import parse_mesh
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from common.denoising import Denoiser
+    from common.devices import Devices
     from common.jax_setup import Programs
+    from common.scheduler_tables import SchedulerTables
 
 COMPONENTS = ("unet", "scheduler")
 # Settings that determine the latents just as they stand.
@@ -208,18 +210,89 @@ def load_denoiser(
     options: RunOptions,
     report: StageReport,
     programs: "Programs",
+    devices: "Devices | None" = None,
 ) -> "Denoiser":
-    """The UNet: a PyTorch module for its code, its weights on the devices."""
+    """The UNet: a PyTorch module for its code, its weights on the devices (jax's own, if None)."""
     import torch
 
-    from common import sharding
     from common.denoising import Denoiser
+    from common.devices import Devices
 
-    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
+    devices = devices or Devices.present()
+    choice = settle_mesh(config, checkpoint, options, devices)
+    for note in choice.notes:
+        warn(note)
+    mesh = sharding.make_mesh(choice.sizes, devices.devices)
+    dtype = getattr(torch, unet_dtype)
     with report.part("checkpoint read"):
-        unet = load_unet(checkpoint, getattr(torch, unet_dtype))
-        fuse_into_unet(unet, config.loras)
-    return Denoiser(unet, mesh, options.steps_per_call, report, programs)
+        if devices.are_there:
+            unet = load_unet(checkpoint, dtype)
+            fuse_into_unet(unet, config.loras)
+        else:
+            unet = make_unet_without_weights(checkpoint, dtype)
+    with report.part("host to device"):
+        parameters = devices.put_weights(
+            unet, lambda name, shape: sharding.split_weight(mesh, name, shape)
+        )
+    if mesh.size > 1:
+        say(f"  mesh {choice}, {mesh.size} devices; weights: {sharding.say_weights(parameters)}")
+    return Denoiser(unet, parameters, mesh, devices, options.steps_per_call, report, programs)
+
+
+def settle_mesh(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    options: RunOptions,
+    devices: "Devices",
+) -> sharding.MeshChoice:
+    """The mesh that is asked for, or that is best for the pictures asked for."""
+    unet_config = checkpoint.config("unet")
+    return sharding.choose_mesh(
+        devices.mesh_by_default(sharding.parse_mesh(options.mesh)),
+        devices=len(devices.devices),
+        images=min(len(config.image_seeds()), options.batch_size),
+        guided=config.guidance_scale > 1 and unet_config.get("time_cond_proj_dim") is None,
+        rows_of_levels=sharding.rows_of_levels(
+            config.height // checkpoint.vae_scale_factor, len(unet_config["block_out_channels"])
+        ),
+    )
+
+
+def latent_shape(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """One image's latents, [C, h, w]."""
+    factor, channels = checkpoint.vae_scale_factor, checkpoint.config("unet")["in_channels"]
+    return channels, config.height // factor, config.width // factor
+
+
+def start_group(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    embeddings: "dict[str, torch.Tensor]",
+    denoiser: "Denoiser",
+    sampler: Sampler,
+    tables: "SchedulerTables | None",
+    chosen: "np.ndarray",
+) -> None:
+    """Make the denoiser ready for the chosen images, by their indices."""
+    from common.denoising import Guidance
+
+    seeds = config.image_seeds()
+    prompt_of = prompt_indices(len(config.prompts), config.num_images_per_prompt)
+    takes_sizes = checkpoint.config("unet").get("addition_embed_type") == "text_time"
+    denoiser.start(
+        {key: tensor[prompt_of[chosen]] for key, tensor in embeddings.items()},
+        [seeds[index] for index in chosen],
+        sampler,
+        tables,
+        Guidance(
+            scale=config.guidance_scale,
+            rescale=config.guidance_rescale,
+            start=config.guidance_start,
+            end=config.guidance_end,
+        ),
+        time_ids(config) if takes_sizes else None,
+        latent_shape(config, checkpoint),
+    )
 
 
 def denoise_images(
@@ -234,7 +307,6 @@ def denoise_images(
     import torch
     from tqdm import tqdm
 
-    from common.denoising import Guidance
     from common.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 
     # The scheduler as data, probed on the CPU
@@ -245,35 +317,15 @@ def denoise_images(
         except NotLinearError as reason:
             say(f"  {sampler.name} steps on the host between model evaluations ({reason})")
             tables = None
-    guidance = Guidance(
-        scale=config.guidance_scale,
-        rescale=config.guidance_rescale,
-        start=config.guidance_start,
-        end=config.guidance_end,
-    )
-
-    seeds = config.image_seeds()
-    prompt_of = prompt_indices(len(config.prompts), config.num_images_per_prompt)
-    factor, unet_config = checkpoint.vae_scale_factor, checkpoint.config("unet")
-    shape = (unet_config["in_channels"], config.height // factor, config.width // factor)
-    has_size_conditions = unet_config.get("addition_embed_type") == "text_time"
-
-    latents = np.empty((len(seeds), *shape), np.float32)
-    size = group_size(len(seeds), options.batch_size, denoiser.mesh.shape["data"])
+    count = len(config.image_seeds())
+    latents = np.empty((count, *latent_shape(config, checkpoint)), np.float32)
+    size = group_size(count, options.batch_size, denoiser.mesh.shape["data"])
     evaluations = len(sampler.restart())
     with tqdm(
-        total=-(-len(seeds) // size) * evaluations, desc="denoise", unit="step", disable=None
+        total=-(-count // size) * evaluations, desc="denoise", unit="step", disable=None
     ) as progress:
-        for chosen, real in groups(len(seeds), size):
-            denoiser.start(
-                {key: tensor[prompt_of[chosen]] for key, tensor in embeddings.items()},
-                [seeds[index] for index in chosen],
-                sampler,
-                tables,
-                guidance,
-                time_ids(config) if has_size_conditions else None,
-                shape,
-            )
+        for chosen, real in groups(count, size):
+            start_group(config, checkpoint, embeddings, denoiser, sampler, tables, chosen)
             denoiser.compile()
             denoiser.warm_up(options.warmup_steps)
             progress.unpause()
@@ -281,6 +333,49 @@ def denoise_images(
                 progress.update(steps_done)
             latents[chosen[:real]] = denoiser.latents()[:real]
     return torch.from_numpy(latents)
+
+
+def compile_for_tpu(
+    topology: str,
+    parameters: dict[str, Any],
+    source_dir: Path | None,
+) -> None:
+    """Compile one denoising step for a TPU that is not there, and print what it would cost.
+
+    Settings are the built-in ones and the flags, or those of the run in `source_dir`; of the
+    checkpoint only configs are read.
+    """
+    chip = tpu_compiler.chip_of(topology)
+    tpu_compiler.prepare_environment()
+    config, checkpoint = tpu_compiler.read_settings(
+        source_dir, parameters, "unet_dtype", COMPONENTS
+    )
+    options = read_run_options(parameters)
+    quiet_libraries()
+    from common import jax_setup, torchax_runtime  # noqa: F401
+    from common.devices import Devices
+    from common.scheduler_tables import make_tables
+
+    devices = Devices.described(tpu_compiler.devices_of(topology))
+    dtype = "bfloat16" if config.unet_dtype == "auto" else config.unet_dtype
+    report, programs = StageReport(2), jax_setup.Programs()
+    denoiser = load_denoiser(config, checkpoint, dtype, options, report, programs, devices)
+    sampler = make_sampler(config, checkpoint)
+    size = group_size(len(config.image_seeds()), options.batch_size, denoiser.mesh.shape["data"])
+    embeddings = empty_embeddings(size, checkpoint.config("unet"))
+    group = next(groups(len(config.image_seeds()), size))[0]
+    start_group(config, checkpoint, embeddings, denoiser, sampler, make_tables(sampler), group)
+    tpu_compiler.compile_and_say(
+        lambda: denoiser.lower(bool(denoiser.guided)),
+        chip,
+        denoiser.mesh,
+        title=f"one step of {config.model_id}, {config.width}×{config.height}, {dtype}",
+        images=size,
+        steps=denoiser.evaluations,
+        topology=topology,
+        hlo_file=parameters["save_hlo"],
+        json_file=parameters["json"],
+    )
 
 
 def main(
@@ -319,6 +414,9 @@ def main(
     batch_size: command_line.BatchSize = None,
     steps_per_call: command_line.StepsPerCall = None,
     warmup_steps: command_line.WarmupSteps = None,
+    topology: command_line.Topology = None,
+    save_hlo: command_line.SaveHlo = None,
+    json: command_line.JsonFile = None,
     skip_fresh: command_line.SkipFresh = False,
     debug: command_line.Debug = False,
 ) -> None:
@@ -330,6 +428,9 @@ def main(
     run_dir = output_dir or input_dir or DEFAULT_OUTPUT_DIR
     source_dir = input_dir or run_dir
     path = run_dir / artifacts.LATENTS_FILE
+    if topology is not None:
+        compile_for_tpu(topology, context.params, input_dir or output_dir)
+        return
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config = read_generation_config(source_dir)
@@ -337,7 +438,7 @@ def main(
     checkpoint = open_checkpoint(config, COMPONENTS)
     check_size(config, checkpoint.vae_scale_factor)
     options = read_run_options(context.params)
-    parse_mesh(options.mesh)
+    sharding.parse_mesh(options.mesh)
 
     # 2. The input, whole and fitting; and are the latents fresh already?
     embeddings = artifacts.inspect(source_dir / artifacts.EMBEDDINGS_FILE)
@@ -374,7 +475,7 @@ def main(
         provenance = {
             "model_id": config.model_id,
             "platform": jax_setup.platform(),
-            "mesh": options.mesh,
+            "mesh": sharding.name_of(denoiser.mesh),
             "unet_dtype_asked": config.unet_dtype,
             "overrides": overrides,
         }
@@ -384,7 +485,7 @@ def main(
     report.facts |= {
         "shapes": {"latents": list(latents.shape)},
         "dtype": dtype_used,
-        "mesh": options.mesh,
+        "mesh": sharding.name_of(denoiser.mesh),
         "platform": jax_setup.platform(),
         "programs": asdict(programs),
         "versions": recipe.versions,

@@ -12,6 +12,7 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from common import artifacts, command_line, pictures
+from common import artifacts, command_line, pictures, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_vae, quiet_libraries
+from common.components import load_vae, make_vae_without_weights, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
     RunOptions,
+    check_size,
     read_generation_config,
     read_run_options,
 )
@@ -35,12 +37,14 @@ from common.contracts import latents_misfit
 from common.errors import NotFiniteError
 from common.images import group_size, groups, prompt_indices
 from common.report import StageReport, read_report
-from common.sharding import parse_mesh
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
+    from common.devices import Devices
     from common.jax_setup import Programs
+    from common.torchax_runtime import Parameters
 
 COMPONENTS = ("vae",)
 
@@ -102,31 +106,22 @@ def decode_images(
 ) -> "np.ndarray":
     """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
-    import torch
     from tqdm import tqdm
 
-    from common import sharding, torchax_runtime
-    from common.decoding import make_decoder
+    from common.devices import Devices
 
-    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh))
-    with report.part("checkpoint read"):
-        vae = load_vae(checkpoint, getattr(torch, vae_dtype))
-    with report.part("host to device"):
-        weights = torchax_runtime.parameters_of(
-            vae, lambda array: jax.device_put(array, sharding.replicated(mesh))
-        )
-    decode = torchax_runtime.as_jax_function(vae, "decode")
-    decoder = jax.jit(make_decoder(decode, checkpoint.config("vae"), jnp.dtype(vae_dtype)))
-
+    decoder, weights, mesh = load_decoder(
+        checkpoint, vae_dtype, latents.shape, options, report, Devices.present()
+    )
+    report.facts["mesh"] = sharding.name_of(mesh)
     compiled = None
     size = group_size(len(latents), options.batch_size, mesh.shape["data"])
     decoded = []
     with tqdm(total=len(latents), desc="decode", unit="image", leave=False, disable=None) as bar:
         for chosen, real in groups(len(latents), size):
             with report.part("host to device"):
-                group = jax.device_put(latents[chosen], sharding.split_images(mesh))
+                group = jax.device_put(latents[chosen], sharding.split_latents(mesh))
             if compiled is None:
                 with report.part("trace"):
                     lowered = decoder.lower(weights, group)
@@ -146,6 +141,109 @@ def decode_images(
                 decoded.append(np.asarray(pixels)[:real])
             bar.update(real)
     return np.concatenate(decoded)
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    vae_dtype: str,
+    shape: tuple[int, ...],
+    options: RunOptions,
+    report: StageReport,
+    devices: "Devices",
+) -> "tuple[Any, Parameters, Mesh]":
+    """The decoding program to lower, the VAE's weights on the devices, and the mesh of these.
+
+    Args:
+        shape: of all latents, [B, C, h, w].
+    """
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    from common.decoding import make_decoder
+    from common.fast_ops import finish, replacements
+    from common.torchax_runtime import as_jax_function
+
+    choice = settle_mesh(options, shape, devices)
+    for note in choice.notes:
+        warn(note)
+    mesh = sharding.make_mesh(choice.sizes, devices.devices)
+    dtype = getattr(torch, vae_dtype)
+    with report.part("checkpoint read"):
+        load = load_vae if devices.are_there else make_vae_without_weights
+        vae = load(checkpoint, dtype)
+    with report.part("host to device"):
+        weights = devices.put_weights(vae, lambda *_: sharding.replicated(mesh))
+    layout = sharding.ActivationLayout(mesh, ("data",), ("rows",)) if mesh.size > 1 else None
+    decode = as_jax_function(
+        vae,
+        "decode",
+        replacements=replacements(layout, devices.platform),
+        finish=partial(finish, layout=layout, platform=devices.platform),
+    )
+    decoder = jax.jit(make_decoder(decode, checkpoint.config("vae"), jnp.dtype(vae_dtype)))
+    return decoder, weights, mesh
+
+
+def settle_mesh(
+    options: RunOptions, shape: tuple[int, ...], devices: "Devices"
+) -> sharding.MeshChoice:
+    """The mesh that is asked for, or that is best for latents of this shape.
+
+    There are no halves of guidance any more: `cfg` and `tensor` of a mesh that is asked for go to
+    the rows.
+    """
+    asked = devices.mesh_by_default(sharding.parse_mesh(options.mesh))
+    if asked is not None:
+        rows = asked["rows"] * asked["cfg"] * asked["tensor"]
+        asked = sharding.SINGLE | {"data": asked["data"], "rows": rows}
+    return sharding.choose_mesh(
+        asked,
+        devices=len(devices.devices),
+        images=min(shape[0], options.batch_size),
+        guided=False,
+        rows_of_levels=[shape[2]],  # the decoder only doubles them
+    )
+
+
+def compile_for_tpu(topology: str, parameters: dict[str, Any], source_dir: Path | None) -> None:
+    """Compile the decoding program for a TPU that is not there, and print what it would cost.
+
+    Settings are the built-in ones and the flags, or those of the run in `source_dir`; of the
+    checkpoint only configs are read.
+    """
+    chip = tpu_compiler.chip_of(topology)
+    tpu_compiler.prepare_environment()
+    config, checkpoint = tpu_compiler.read_settings(source_dir, parameters, "vae_dtype", COMPONENTS)
+    options = read_run_options(parameters)
+    quiet_libraries()
+    from common import jax_setup, torchax_runtime  # noqa: F401
+    from common.devices import Devices
+
+    devices = Devices.described(tpu_compiler.devices_of(topology))
+    vae_config, factor = checkpoint.config("vae"), checkpoint.vae_scale_factor
+    dtype = config.vae_dtype
+    if dtype == "auto":
+        dtype = "float32" if vae_config.get("force_upcast", True) else "bfloat16"
+    count, height, width = tpu_compiler.pictures_shape(parameters["pictures_shape"], config)
+    check_size(config.model_copy(update={"height": height, "width": width}), factor)
+    shape = (count, vae_config["latent_channels"], height // factor, width // factor)
+    decoder, weights, mesh = load_decoder(
+        checkpoint, dtype, shape, options, StageReport(3), devices
+    )
+    size = group_size(count, options.batch_size, mesh.shape["data"])
+    latents = devices.describe((size, *shape[1:]), "float32", sharding.split_latents(mesh))
+    tpu_compiler.compile_and_say(
+        lambda: decoder.lower(weights, latents),
+        chip,
+        mesh,
+        title=f"decoding {config.model_id}, {width}×{height}, {dtype}",
+        images=size,
+        steps=0,
+        topology=topology,
+        hlo_file=parameters["save_hlo"],
+        json_file=parameters["json"],
+    )
 
 
 def picture_settings(header: Header | None, index: int | None) -> dict[str, Any]:
@@ -216,6 +314,10 @@ def main(
     mesh: command_line.Mesh = None,
     batch_size: command_line.BatchSize = None,
     warmup: command_line.Warmup = False,
+    topology: command_line.Topology = None,
+    pictures_shape: command_line.PicturesShape = None,
+    save_hlo: command_line.SaveHlo = None,
+    json: command_line.JsonFile = None,
     skip_fresh: command_line.SkipFresh = False,
     debug: command_line.Debug = False,
 ) -> None:
@@ -226,13 +328,16 @@ def main(
     report = StageReport(3)
     run_dir = output_dir or input_dir or DEFAULT_OUTPUT_DIR
     source_dir = input_dir or run_dir
+    if topology is not None:
+        compile_for_tpu(topology, context.params, input_dir or output_dir)
+        return
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
     options = read_run_options(context.params)
-    parse_mesh(options.mesh)
+    sharding.parse_mesh(options.mesh)
 
     # 2. The input, whole and fitting; and are the pictures fresh already?
     latents = artifacts.inspect(source_dir / artifacts.LATENTS_FILE)
@@ -271,7 +376,6 @@ def main(
         "shapes": {"images": list(images.shape)},
         "dtype": dtype_used,
         "vae_dtype_asked": config.vae_dtype,
-        "mesh": options.mesh,
         "platform": jax_setup.platform(),
         "programs": asdict(programs),
         "versions": recipe.versions,

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run on the CPU, with four virtual devices for the sharded ones."""
+"""Shared fixtures. Tests run on the CPU, with eight virtual devices for the sharded ones."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

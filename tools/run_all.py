@@ -27,6 +27,7 @@ from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 STAGES = (stage1_text_encoder, stage2_unet, stage3_vae_decoder)
 DTYPES = ("text_encoder_dtype", "unet_dtype", "vae_dtype")
 RUN_ALL = "Which stages"
+FOR_ONE_STAGE = ("topology", "pictures_shape", "save_hlo", "json")
 
 
 def main(
@@ -74,7 +75,7 @@ def make_command() -> TyperCommand:
     """One command with this program's own flags and those of all stages."""
     command = command_line.make_command(main)
     own = [parameter.name for parameter in command.params]
-    names = {*own, "skip_fresh"}
+    names = {*own, "skip_fresh", *FOR_ONE_STAGE}
     for stage_command in stage_commands():
         for parameter in stage_command.params:
             if parameter.name not in names:
@@ -172,4 +173,4 @@ def picture_path(run_dir: Path, image_format: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    command_line.run_command(make_command())
+    command_line.run_command(make_command(), "./run_all.sh")

@@ -8,6 +8,10 @@ import torch
 from common import torchax_runtime
 
 
+def put(_: str, array: np.ndarray) -> jax.Array:
+    return jax.numpy.asarray(array)
+
+
 class Scaled(torch.nn.Module):
     """A module with a parameter and a buffer that is not in its state dict."""
 
@@ -29,7 +33,7 @@ def test_a_module_becomes_a_function_of_its_weights(method: str) -> None:
     module = Scaled().requires_grad_(False)
     x = torch.randn(4, 3)
     expected = getattr(module, method)(x).numpy()
-    weights = torchax_runtime.parameters_of(module)
+    weights = torchax_runtime.parameters_of(module, put)
     function = jax.jit(torchax_runtime.as_jax_function(module, method))
     np.testing.assert_allclose(function(weights, x.numpy()), expected, rtol=1e-6, atol=1e-6)
     # The weights are arguments: others give another result from the same compiled program.
@@ -39,7 +43,7 @@ def test_a_module_becomes_a_function_of_its_weights(method: str) -> None:
 
 def test_weights_leave_the_module_and_torchax_stays_off() -> None:
     module = Scaled().requires_grad_(False)
-    torchax_runtime.parameters_of(module)
+    torchax_runtime.parameters_of(module, put)
     assert all(parameter.is_meta for parameter in module.parameters())
     assert isinstance(torch.ones(2) + 1, torch.Tensor)
     assert (torch.ones(2) + 1).device.type == "cpu"

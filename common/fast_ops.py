@@ -1,0 +1,261 @@
+"""Attention and norms as pure jax functions, in place of torchax's own.
+
+torchax's group norm lowers to a loop and rounds its statistics to bfloat16, and its attention
+writes all scores to memory and takes the softmax in bfloat16. These keep statistics and softmax in
+float32; on TPUs attention over pictures runs in jax's bundled Pallas kernel.
+docs/decisions.md has what each of them gains.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from common.sharding import ActivationLayout
+
+# Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
+FEWEST_KEYS_FOR_KERNEL = 1024
+
+
+# Least largest error of 0.5·x·(1 + tanh(x·(a + b·x² + c·x⁴))) against the gelu on [0, 6].
+ERF_AS_TANH = (0.7975052754, 0.0370080200, -0.000351902393)
+NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+
+
+def norm_weights(module: torch.nn.Module) -> set[str]:
+    """The names of a model's norms' weights and biases, which are used in float32."""
+    return {
+        f"{name}.{kind}"
+        for name, submodule in module.named_modules()
+        if isinstance(submodule, NORMS)
+        for kind, _ in submodule.named_parameters()
+    }
+
+
+def prompt_projections(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """A UNet's submodules that see the prompt alone, so that one result serves all steps."""
+    return {
+        name: submodule
+        for name, submodule in unet.named_modules()
+        if name.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+
+
+def conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Sequence[int] | int = 1,
+    padding: Sequence[int] | int | str = 0,
+    dilation: Sequence[int] | int = 1,
+    groups: int = 1,
+) -> Array:
+    """torch's `conv2d` of [N, C, h, w] with a weight that lies as `arrange_weight` lays it."""
+
+    def pair(value: Sequence[int] | int) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+    edges: str | list[tuple[int, int]]
+    edges = padding.upper() if isinstance(padding, str) else [(p, p) for p in pair(padding)]
+    result = jax.lax.conv_general_dilated(
+        x,
+        weight,
+        pair(stride),
+        edges,
+        rhs_dilation=pair(dilation),
+        dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        feature_group_count=groups,
+    )
+    return result if bias is None else result + bias[:, None, None]
+
+
+def arrange_weight(name: str, array: np.ndarray) -> np.ndarray:
+    """Lay a weight out as the programs want it: a convolution's as [kh, kw, in, out].
+
+    XLA brings it there anyhow, on CPUs in every step.
+    """
+    is_convolution = array.ndim == 4 and name.endswith("weight")
+    return array.transpose(2, 3, 1, 0) if is_convolution else array
+
+
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """torch's `group_norm` (Wu & He 2018) of [N, C, …], with float32 statistics in two passes."""
+    channels = x.shape[1]
+    grouped = x.reshape(x.shape[0], num_groups, channels // num_groups, *x.shape[2:])
+    normed = _normalize(grouped, tuple(range(2, grouped.ndim)), eps).reshape(x.shape)
+    per_channel = (channels,) + (1,) * (x.ndim - 2)
+    return _scale_and_shift(normed, weight, bias, per_channel).astype(x.dtype)
+
+
+def layer_norm(
+    x: Array,
+    normalized_shape: tuple[int, ...],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """torch's `layer_norm` (Ba et al. 2016), with float32 statistics in two passes."""
+    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    normed = _normalize(x, axes, eps)
+    return _scale_and_shift(normed, weight, bias, tuple(normalized_shape)).astype(x.dtype)
+
+
+def _normalize(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """(x − mean) / √(variance + eps) as one product and one sum, like torch's own.
+
+    Written with sums in place of means, so that XLA has no operation for a mean alone: every one
+    costs its start on TPUs, however small it is.
+    """
+    x = x.astype(jnp.float32)
+    count = math.prod(x.shape[axis] for axis in axes)
+    total = jnp.sum(x, axes, keepdims=True)
+    squares = jnp.sum(jnp.square(x * count - total), axes, keepdims=True)  # count² times as large
+    scale = jax.lax.rsqrt(squares / float(count) ** 3 + eps)
+    return x * scale - total * scale / count
+
+
+def _scale_and_shift(
+    normed: Array, weight: Array | None, bias: Array | None, shape: tuple[int, ...]
+) -> Array:
+    if weight is not None:
+        normed *= weight.astype(jnp.float32).reshape(shape)
+    if bias is not None:
+        normed += bias.astype(jnp.float32).reshape(shape)
+    return normed
+
+
+def gelu(x: Array, approximate: str = "none", *, platform: str) -> Array:
+    """torch's `gelu` (Hendrycks & Gimpel 2016), in float32.
+
+    A bfloat16 result on TPUs is taken from tanh(x·(a + b·x² + c·x⁴)), fitted to erf(x/√2) to
+    2.6e-5 of the gelu, a hundredth of bfloat16's rounding at 1: tanh is one instruction there, erf
+    some thirty.
+    """
+    wide = x.astype(jnp.float32)
+    if approximate != "none" or platform != "tpu" or x.dtype != jnp.bfloat16:
+        return jax.nn.gelu(wide, approximate=approximate == "tanh").astype(x.dtype)
+    square = jnp.minimum(wide * wide, 40.0)  # beyond, tanh is 1 and the polynomial turns
+    a, b, c = ERF_AS_TANH
+    inner = wide * (a + square * (b + square * c))
+    return (0.5 * wide * (1.0 + jnp.tanh(inner))).astype(x.dtype)
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: ActivationLayout | None,
+    platform: str,
+) -> Array:
+    """torch's `scaled_dot_product_attention` without a mask.
+
+    Args:
+        query: [N, heads, S, d]; its S, rows of the picture, stay split over the mesh.
+        key, value: [N, heads, T, d]; gathered, every device needs all of them.
+        layout: how N and S are split.
+        platform: tpu, gpu or cpu.
+    """
+    if attn_mask is not None or is_causal or dropout_p or enable_gqa:
+        raise NotImplementedError("diffusers' UNets and VAEs attend to everything")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if layout is not None:
+        key, value = (_constrain(array, layout, None) for array in (key, value))
+        query = _constrain(query, layout, layout.rows)
+    if platform == "tpu" and key.shape[2] >= FEWEST_KEYS_FOR_KERNEL:
+        return _flash_attention(query, key, value, scale, layout)
+    scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
+    return jnp.einsum("nhst,nhtd->nhsd", weights, value)
+
+
+def _constrain(x: Array, layout: ActivationLayout, rows: Any) -> Array:
+    """Split [N, heads, S, d]; the heads are the partitioner's to split."""
+    spec = PartitionSpec(layout.batch, PartitionSpec.UNCONSTRAINED, rows, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def _flash_attention(
+    query: Array, key: Array, value: Array, scale: float, layout: ActivationLayout | None
+) -> Array:
+    """jax's bundled Pallas kernel for TPUs (Dao et al. 2022), each device on its own queries."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+
+    def kernel(query: Array, key: Array, value: Array) -> Array:
+        sizes = BlockSizes(
+            block_q=_block(query.shape[2]),
+            block_k_major=_block(key.shape[2]),
+            block_k=_block(key.shape[2]),
+            block_b=1,
+        )
+        return flash_attention(query, key, value, sm_scale=scale, block_sizes=sizes)
+
+    if layout is None:
+        return kernel(query, key, value)
+    heads = "tensor" if query.shape[1] % layout.mesh.shape["tensor"] == 0 else None
+    split = PartitionSpec(layout.batch, heads, layout.rows, None)
+    whole = PartitionSpec(layout.batch, heads, None, None)
+    return jax.shard_map(
+        kernel,
+        mesh=layout.mesh,
+        in_specs=(split, whole, whole),
+        out_specs=split,
+        check_vma=False,
+    )(query, key, value)
+
+
+def _block(length: int, most: int = 1024) -> int:
+    """The largest divisor of a length that is at most `most` and fits the kernel's tiles."""
+    fitting = [size for size in range(128, most + 1, 128) if length % size == 0]
+    return fitting[-1] if fitting else length
+
+
+def finish(
+    name: str,
+    module: torch.nn.Module,
+    x: Array,
+    *,
+    layout: ActivationLayout | None,
+    platform: str,
+) -> Array:
+    """What is done to a submodule's output: fix how it is split, keep it from being fused badly."""
+    if layout is not None:
+        x = layout.constrain(module, x)
+    # XLA would lay out pictures inside of the product that ends a transformer.
+    if platform == "tpu" and name.endswith("proj_out") and x.ndim == 3:
+        x = jax.lax.optimization_barrier(x)
+    return x
+
+
+def replacements(
+    layout: ActivationLayout | None, platform: str
+) -> dict[Callable[..., Any], Callable[..., Array]]:
+    """torch's functions and what stands in for them."""
+    functional = torch.nn.functional
+    return {
+        functional.conv2d: conv2d,
+        functional.group_norm: group_norm,
+        functional.layer_norm: layer_norm,
+        functional.gelu: partial(gelu, platform=platform),
+        functional.scaled_dot_product_attention: partial(
+            attention, layout=layout, platform=platform
+        ),
+    }

@@ -1,0 +1,213 @@
+"""Compile for a TPU that is not there, with the compiler in the `libtpu` wheel."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common import command_line, tpu_estimate
+from common.checkpoint import Checkpoint, open_checkpoint
+from common.config import (
+    GenerationConfig,
+    check_size,
+    read_generation_config,
+    read_run_settings,
+    resolve,
+)
+from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
+from common.sharding import name_of
+from common.tpu_estimate import CHIPS, Chip
+from common.whole_files import write_text_whole
+
+FORM = re.compile(r"(\w+):(\d+x\d+(?:x\d+)?)")
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as v6e:2x4.
+
+    Raises:
+        BadSettingError: not of that form, or a chip whose figures are not known.
+    """
+    match = FORM.fullmatch(topology)
+    if match is None or match[1] not in CHIPS:
+        raise BadSettingError(
+            f"--topology {topology} is not understood: give a chip and its grid, such as v6e:2x4 "
+            f"(chips: {', '.join(CHIPS)})"
+        )
+    return CHIPS[match[1]]
+
+
+def prepare_environment() -> None:
+    """Keep jax from looking for a chip; call before jax is imported."""
+    if find_spec("libtpu") is None:
+        raise UnfitEnvironmentError(
+            "--topology needs the TPU compiler: pip install 'jax[tpu]', or tools/set_up.sh tpu"
+        )
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Another process may compile at the same time; nothing here touches a chip.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    # Without these the library complains of a machine that is none of a TPU's.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology, to make a mesh of.
+
+    Raises:
+        BadSettingError: the compiler knows no such grid.
+    """
+    from jax.experimental import topologies
+
+    grid = topology.split(":")[1]
+    single = {"chips_per_host_bounds": (1, 1, 1)} if set(grid) <= {"1", "x"} else {}
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **single)
+    except Exception as error:
+        raise BadSettingError(
+            f"--topology {topology}: the TPU compiler refuses it ({in_one_line(error)}): choose "
+            "another grid"
+        ) from None
+    return list(description.devices)
+
+
+def read_settings(
+    source_dir: Path | None,
+    parameters: Mapping[str, Any],
+    stage_dtype: str,
+    components: Sequence[str],
+) -> tuple[GenerationConfig, Checkpoint]:
+    """The settings to compile for: those of a run, or the built-in ones, with the flags."""
+    if source_dir is not None:
+        config = read_generation_config(source_dir)
+        config, _ = command_line.apply_overrides(config, parameters, stage_dtype)
+        checkpoint = open_checkpoint(config, components)
+        check_size(config, checkpoint.vae_scale_factor)
+        return config, checkpoint
+    settings = read_run_settings(None, command_line.given_settings(parameters, stage_dtype))
+    checkpoint = open_checkpoint(settings, components)
+    config = resolve(
+        settings, native_size=checkpoint.native_size, size_factor=checkpoint.vae_scale_factor
+    )
+    return config, checkpoint
+
+
+def pictures_shape(text: str | None, config: GenerationConfig) -> tuple[int, int, int]:
+    """Number, height and width of the pictures to decode, as `N,H,W` or else by the settings.
+
+    Raises:
+        BadSettingError: not of that form.
+    """
+    if text is None:
+        return len(config.image_seeds()), config.height, config.width
+    match = re.fullmatch(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)", text)
+    if match is None:
+        raise BadSettingError(f"--pictures_shape {text} is not understood: give N,HEIGHT,WIDTH")
+    count, height, width = map(int, match.groups())
+    return count, height, width
+
+
+def compile_and_say(
+    lower: Callable[[], Any],
+    chip: Chip,
+    mesh: Any,
+    *,
+    title: str,
+    images: int,
+    steps: int,
+    topology: str,
+    hlo_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Compile a program and print what it would need and cost.
+
+    Args:
+        lower: traces the program.
+        images: that one call works on.
+        steps: of the program's loop, to make them; 0 without a loop.
+        hlo_file: to write the compiled program to.
+        json_file: to write all figures to.
+    """
+    began = time.perf_counter()
+    lowered = lower()
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - traced
+    text = compiled.as_text()
+    if hlo_file is not None:
+        write_text_whole(hlo_file, text)
+    once, step = tpu_estimate.estimate(text, chip)
+    seconds = once.total_seconds + steps * step.total_seconds
+    memory = tpu_estimate.memory_of(compiled)
+    content = {
+        "title": title,
+        "topology": topology,
+        "chips": mesh.size,
+        "mesh": name_of(mesh),
+        "images": images,
+        "steps": steps,
+        "trace_seconds": traced - began,
+        "compile_seconds": compile_seconds,
+        "memory_bytes": memory,
+        "chip_memory_bytes": chip.memory_bytes,
+        "fits": memory["total"] <= chip.memory_bytes,
+        "once": once.as_json(),
+        "step": step.as_json(),
+        "images_per_second": images / seconds,
+    }
+    if json_file is not None:
+        write_text_whole(json_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    command_line.say(in_words(content))
+
+
+def in_words(content: Mapping[str, Any]) -> str:
+    """An estimate as the table that is printed."""
+    memory = content["memory_bytes"]
+    lines = [
+        f"{content['title']}: an estimate without a TPU (docs/tpu.md has the method)",
+        f"  topology   {content['topology']}, {content['chips']} chip(s), mesh {content['mesh']}, "
+        f"{content['images']} image(s)",
+        f"  memory     {memory['total'] / 1e9:.2f} of {content['chip_memory_bytes'] / 1e9:.0f} GB "
+        f"a chip (weights and inputs {memory['arguments'] / 1e9:.2f}, temporaries "
+        f"{memory['temporaries'] / 1e9:.2f}){'' if content['fits'] else ': DOES NOT FIT'}",
+    ]
+    if content["steps"]:
+        lines += _part_in_words("one step", content["step"])
+        once = content["once"]
+        lines.append(
+            f"  before     {1e3 * once['total_seconds']:.2f} ms once, {once['cycles'] / 1e6:.1f} M "
+            "cycles"
+        )
+    else:
+        lines += _part_in_words("all", content["once"])
+    count = f" with {content['steps']} steps" if content["steps"] else ""
+    lines += [
+        f"  speed      {content['images_per_second']:.2f} images/s{count}",
+        f"  compiled   in {content['compile_seconds']:.0f} s, traced in "
+        f"{content['trace_seconds']:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _part_in_words(name: str, estimate: Mapping[str, Any]) -> list[str]:
+    total = estimate["total_seconds"]
+    lines = [
+        f"  {name:10} {1e3 * total:.2f} ms; {estimate['cycles'] / 1e6:.1f} M cycles in "
+        f"{estimate['operations']} operations, kernels among them "
+        f"{estimate['kernel_cycles'] / 1e6:.1f} M"
+    ]
+    moved = ", ".join(
+        f"{count} {kind} ({estimate['collective_bytes'][kind] / 1e6:.1f} MB)"
+        for kind, count in sorted(estimate["collectives"].items())
+    )
+    for part, seconds in estimate["seconds"].items():
+        share = seconds / total if total else 0.0
+        more = f"  {moved}" if part == "collectives" and moved else ""
+        lines.append(f"    {part:12} {1e3 * seconds:7.2f} ms {share:6.1%}{more}")
+    return lines

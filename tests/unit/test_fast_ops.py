@@ -1,0 +1,144 @@
+"""Norms and attention beside float64, torch's own float32 and torchax's default operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.fast_ops import attention, gelu, group_norm, layer_norm
+from common.torchax_runtime import as_jax_function
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def random(*shape: int, mean: float = 0.0) -> torch.Tensor:
+    return torch.randn(shape, generator=GENERATOR) + mean
+
+
+def error(actual: Any, exact: torch.Tensor) -> float:
+    return float((torch.as_tensor(np.array(actual, np.float64)) - exact).norm() / exact.norm())
+
+
+class Call(torch.nn.Module):
+    """A torch function as a module, for torchax."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self.function(*arguments)
+
+
+def by_torchax(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> np.ndarray:
+    """torchax's default operation in bfloat16."""
+    arrays = [jnp.asarray(argument.numpy(), jnp.bfloat16) for argument in arguments]
+    return np.asarray(jax.jit(as_jax_function(Call(function)))({}, *arrays), np.float64)
+
+
+NORMS = {
+    "group": (
+        (2, 64, 16, 24),
+        lambda x, w, b: F.group_norm(x, 32, w, b, 1e-5),
+        lambda x, w, b: group_norm(x, 32, w, b, 1e-5),
+        64,
+    ),
+    "group, tokens": (
+        (2, 64, 384),
+        lambda x, w, b: F.group_norm(x, 8, w, b, 1e-6),
+        lambda x, w, b: group_norm(x, 8, w, b, 1e-6),
+        64,
+    ),
+    "layer": (
+        (2, 77, 640),
+        lambda x, w, b: F.layer_norm(x, (640,), w, b, 1e-5),
+        lambda x, w, b: layer_norm(x, (640,), w, b, 1e-5),
+        640,
+    ),
+}
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 10.0, 30.0])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_are_as_exact_as_torchs(norm: str, mean: float) -> None:
+    shape, torchs, ours, channels = NORMS[norm]
+    x, weight, bias = random(*shape, mean=mean), random(channels), random(channels)
+    exact = torchs(*(tensor.double() for tensor in (x, weight, bias)))
+    arrays = [jnp.asarray(tensor.numpy()) for tensor in (x, weight, bias)]
+    assert error(jax.jit(ours)(*arrays), exact) <= 2 * error(torchs(x, weight, bias), exact)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_in_bfloat16_are_closer_than_torchaxs(norm: str, mean: float) -> None:
+    shape, torchs, ours, channels = NORMS[norm]
+    tensors = [random(*shape, mean=mean), random(channels), random(channels)]
+    tensors = [tensor.bfloat16().float() for tensor in tensors]
+    exact = torchs(*(tensor.double() for tensor in tensors))
+    arrays = [jnp.asarray(tensor.numpy(), jnp.bfloat16) for tensor in tensors]
+    result = jax.jit(ours)(*arrays)
+    assert result.dtype == jnp.bfloat16
+    assert error(result, exact) < error(by_torchax(torchs, *tensors), exact)
+
+
+SHAPES = {
+    "self": ((2, 5, 256, 64), (2, 5, 256, 64)),
+    "cross": ((2, 5, 256, 64), (2, 5, 77, 64)),
+    "one head of the VAE": ((1, 1, 256, 512), (1, 1, 256, 512)),
+}
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 5.0])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_attention_is_as_exact_as_torchs(shapes: str, sharpness: float) -> None:
+    queries, keys = SHAPES[shapes]
+    tensors = [random(*queries) * sharpness, random(*keys), random(*keys)]
+    exact = F.scaled_dot_product_attention(*(tensor.double() for tensor in tensors))
+
+    def ours(*arrays: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return attention(*arrays, layout=None, platform="cpu")
+
+    arrays = [jnp.asarray(tensor.numpy()) for tensor in tensors]
+    own = error(F.scaled_dot_product_attention(*tensors), exact)
+    # XLA on CPU adds a product's terms up in one chain, so 512 of them cost a little more.
+    factor = 2 if queries[-1] <= 256 else 3
+    assert error(jax.jit(ours)(*arrays), exact) <= factor * own
+
+    rounded = [tensor.bfloat16().float() for tensor in tensors]
+    exact = F.scaled_dot_product_attention(*(tensor.double() for tensor in rounded))
+    arrays = [jnp.asarray(tensor.numpy(), jnp.bfloat16) for tensor in rounded]
+    result = jax.jit(ours)(*arrays)
+    assert result.dtype == jnp.bfloat16
+    default = by_torchax(F.scaled_dot_product_attention, *rounded)
+    assert error(result, exact) < error(default, exact)
+
+
+def test_attention_with_a_mask_is_refused() -> None:
+    x = jnp.zeros((1, 1, 4, 8))
+    with pytest.raises(NotImplementedError):
+        attention(x, x, x, is_causal=True, layout=None, platform="cpu")
+
+
+def test_gelu_in_bfloat16_on_tpus_is_closer_than_torchaxs() -> None:
+    x = torch.cat([torch.linspace(-30, 30, 6001), random(20000)]).bfloat16().float()
+    exact = F.gelu(x.double())
+    result = gelu(jnp.asarray(x.numpy(), jnp.bfloat16), platform="tpu")
+    assert result.dtype == jnp.bfloat16
+    assert error(result, exact) <= error(by_torchax(F.gelu, x), exact)
+    wide = np.asarray(result, np.float64)
+    rounding = np.abs(exact.numpy()) * 2**-8 + 3e-5
+    assert (np.abs(wide - exact.numpy()) <= rounding).all()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gelu_in_float32_is_exact(platform: str) -> None:
+    x = random(20000) * 3
+    exact = F.gelu(x.double())
+    ours = gelu(jnp.asarray(x.numpy()), platform=platform)
+    assert error(ours, exact) <= 2 * error(F.gelu(x), exact)

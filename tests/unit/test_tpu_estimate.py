@@ -1,0 +1,48 @@
+"""The estimate of a TPU program, on HLO text small enough to add up by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import BadSettingError
+from common.tpu_compiler import chip_of
+from common.tpu_estimate import CHIPS, estimate, parse
+
+V6E = CHIPS["v6e"]
+HLO = (Path(__file__).parent / "small_program.hlo").read_text()
+
+
+def test_an_estimate_adds_up() -> None:
+    result, step = estimate(HLO, V6E)
+    milliseconds = {part: 1e3 * seconds for part, seconds in result.seconds.items()}
+    # The loop with a known count three times; what is inside a fusion not at all.
+    assert milliseconds["convolution"] == pytest.approx(3 * 1000 / V6E.clock * 1e3)
+    assert milliseconds["norm"] == pytest.approx(70 / V6E.clock * 1e3)
+    assert milliseconds["copies"] == pytest.approx(30 / V6E.clock * 1e3)
+    # Attention by its arithmetic: 4·20·4096·1024·64 products at a quarter of the peak, or the
+    # exponentials of 20·4096·1024 scores, of which the former take longer.
+    scores = 20 * 4096 * 1024
+    kernel = max(4 * scores * 64 / (V6E.peak_flops / 4), scores / 2048 / V6E.clock)
+    assert milliseconds["attention"] == pytest.approx(1e3 * kernel)
+    assert result.kernel_cycles == pytest.approx(kernel * V6E.clock)
+    assert result.cycles == pytest.approx(3100 + result.kernel_cycles)
+    assert result.collectives == {"all-gather": 1, "all-reduce": 1}
+    assert result.collective_bytes == {"all-gather": 16000, "all-reduce": 400}
+    assert milliseconds["collectives"] == pytest.approx(1e3 * (16400 / 400e9 + 2 * 5e-6))
+    assert result.total_seconds == pytest.approx(sum(result.seconds.values()))
+    # The loop whose length is not known, apart.
+    assert (step.cycles, step.operations) == (1000, 1)
+
+
+def test_computations_are_told_apart() -> None:
+    computations, entry = parse(HLO)
+    assert entry == "main"
+    assert set(computations) == {"fused", "body", "cond", "main"}
+    assert [i.opcode for i in computations["body"]] == ["parameter", "fusion", "tuple"]
+
+
+@pytest.mark.parametrize("topology", ["v6e", "v9:2x2", "v6e:8", "2x4", ""])
+def test_an_unknown_topology_is_one_sentence(topology: str) -> None:
+    assert chip_of("v5e:2x2") is CHIPS["v5e"]
+    with pytest.raises(BadSettingError, match=r"--topology .*chips: v6e, v5e"):
+        chip_of(topology)
