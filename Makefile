@@ -1,17 +1,22 @@
 # make test sets up .venv on its own; see CONTRIBUTING.md.
 PYTHON_BIN := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
+# Some processes at once, each with whole files of tests, so that a file's models are loaded once.
+PYTEST := $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup test test-all parity check format clean
+.PHONY: setup test test-slow test-all parity check format clean
 
 setup:
 	tools/set_up.sh dev
 
 test: setup
-	$(PYTHON_BIN) -m pytest
+	$(PYTEST)
+
+test-slow: setup
+	$(PYTEST) -m "slow and not tpu_compiler and not gpu"
 
 test-all: setup
-	$(PYTHON_BIN) -m pytest -m "not tpu_compiler and not gpu"
+	$(PYTEST) -m "not tpu_compiler and not gpu"
 
 # Every scheduler and variation beside diffusers; takes some 20 minutes on two cores.
 parity: setup
