@@ -18,7 +18,7 @@ test-slow: setup
 test-all: setup
 	$(PYTEST) -m "not tpu_compiler and not gpu"
 
-# Every scheduler and variation beside diffusers; takes some 20 minutes on two cores.
+# Every scheduler and variation beside diffusers; takes some 6 minutes on two cores.
 parity: setup
 	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" tests/parity/test_schedulers_equal_diffusers.py
 

@@ -12,8 +12,7 @@ the same for every program so that they compare:
 A loop whose trip count is not known is the one over the denoising steps: its body is estimated
 once and apart from what comes before it.
 
-Known to be some 1.6 times high on one chip (95.8 ms estimated against 60 ms measured for torchax's
-default operations on a v6e), and good for comparing programs.
+The compiler's cycles are a model: estimates are for comparing programs.
 """
 
 import math
