@@ -1,8 +1,9 @@
 # make test sets up .venv on its own; see CONTRIBUTING.md.
 PYTHON_BIN := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
-# Some processes at once, each with whole files of tests, so that a file's models are loaded once.
-PYTEST := $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# Some processes at once, each with whole files of tests, so that a file's models are loaded once,
+# and with one thread for torch, which otherwise wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: setup test test-slow test-all parity check format clean
 
@@ -12,8 +13,9 @@ setup:
 test: setup
 	$(PYTEST)
 
+# One long file is most of these, so one process is as fast as several.
 test-slow: setup
-	$(PYTEST) -m "slow and not tpu_compiler and not gpu"
+	$(PYTHON_BIN) -m pytest -m "slow and not tpu_compiler and not gpu"
 
 test-all: setup
 	$(PYTEST) -m "not tpu_compiler and not gpu"
