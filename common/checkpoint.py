@@ -181,6 +181,12 @@ class Checkpoint:
                 "model.safetensors): name a --variant if it has one, or save the checkpoint with "
                 "safe_serialization=True"
             )
+        for index in (path for path in weights if ".index." in path.name):
+            shards = set(self._read_json(index).get("weight_map", {}).values())
+            if missing := sorted(shards - {path.name for path in weights}):
+                raise BadInputFileError(
+                    f"{folder} lacks {missing[0]}, which {index.name} names: restore it"
+                )
         return [folder / "config.json", *weights]
 
     def _read_json(self, path: Path) -> dict[str, Any]:
@@ -188,7 +194,7 @@ class Checkpoint:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BadInputFileError(
-                f"{path} is missing: --model_id must name a checkpoint in diffusers' layout"
+                f"{path} is missing: name a checkpoint, or a part of one, in diffusers' layout"
             ) from None
         except (OSError, ValueError) as error:
             raise BadInputFileError(f"{path} is damaged: {error}") from None
@@ -303,7 +309,8 @@ def _find_replacement(component: str, value: str, checkpoint: Checkpoint, needed
     said = f"--{component} {value}"
     own_folder = checkpoint.folder / component
     if value.endswith(".safetensors"):
-        return Source(said, own_folder, find_weights_file(value, f"--{component}", "FILE"))
+        file = find_weights_file(value, f"--{component}", "FILE") if needed else Path(value)
+        return Source(said, own_folder, file)
 
     def source(folder: Path, variant: str | None) -> Source:
         inner = folder if (folder / "config.json").is_file() else folder / component
@@ -352,19 +359,24 @@ def _find_local(path: str) -> Path | None:
 
 
 def _patterns(folder: str, variant: str | None) -> list[str]:
-    """Patterns of the files of a component on the hub, by `weights_name`."""
-    patterns = [f"{folder}*.json", f"{folder}*.txt"]
-    if variant is None:
-        return [
-            *patterns,
-            f"{folder}*model.safetensors",
-            f"{folder}*model-?????-of-?????.safetensors",
-        ]
-    return [
-        *patterns,
-        f"{folder}*model.{variant}*.safetensors",
-        f"{folder}*model-*.{variant}.safetensors",
+    """Patterns of the files in a folder of a repository, by `weights_name`.
+
+    The hub's star crosses folders, so no pattern begins with one.
+    """
+    v = "" if variant is None else f".{variant}"
+    shard = "-?????-of-?????"
+    weights = [
+        f"{folder}{stem}{kind}"
+        for stem in ("diffusion_pytorch_model", "model")
+        for kind in (
+            f"{v}.safetensors",
+            f"{v}{shard}.safetensors",
+            f"{shard}{v}.safetensors",
+            f".safetensors.index{v}.json",
+        )
     ]
+    texts = [f"{folder}*.json", f"{folder}*.txt"] if folder else []
+    return [*texts, *weights]
 
 
 def find_weights_file(file: str, flag: str, form: str, revision: str | None = None) -> Path:

@@ -226,6 +226,13 @@ def given_settings(parameters: Mapping[str, Any], stage_dtype: str | None = None
     return given
 
 
+def refuse_topology_flags(parameters: Mapping[str, Any]) -> None:
+    """Raise `BadSettingError` for flags that mean something only with `--topology`."""
+    for name in ("pictures_shape", "save_hlo", "json"):
+        if parameters.get(name) is not None:
+            raise BadSettingError(f"--{name} is for --topology: give that as well, or leave it out")
+
+
 def apply_overrides(
     config: GenerationConfig, parameters: Mapping[str, Any], stage_dtype: str
 ) -> tuple[GenerationConfig, list[str]]:

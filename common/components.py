@@ -61,12 +61,21 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
         source = checkpoint.source(name)
         _, class_name = index[name]
         with reading(source):
-            arguments: dict[str, Any] = {"local_files_only": True}
-            if not name.startswith("tokenizer"):
-                arguments |= {"use_safetensors": True, "variant": source.variant, "dtype": dtype}
-            options[name] = getattr(transformers, class_name).from_pretrained(
-                source.folder, **arguments
+            component_class = getattr(transformers, class_name)
+            if name.startswith("tokenizer"):
+                options[name] = component_class.from_pretrained(
+                    source.folder, local_files_only=True
+                )
+                continue
+            options[name], found = component_class.from_pretrained(
+                source.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=source.variant,
+                dtype=dtype,
+                output_loading_info=True,
             )
+            _refuse_missing(sorted(found["missing_keys"]))
     return pipeline_class(**options)
 
 
@@ -153,6 +162,9 @@ def _load_model(model_class: Any, checkpoint: Checkpoint, name: str, dtype: "tor
     source = checkpoint.source(name)
     with reading(source):
         if source.file is not None:
+            _refuse_other_config(
+                _make_without_weights(model_class, checkpoint, name, dtype), source.file
+            )
             model = model_class.from_single_file(
                 str(source.file),
                 config=str(source.folder),
@@ -174,9 +186,31 @@ def _load_model(model_class: Any, checkpoint: Checkpoint, name: str, dtype: "tor
 def _check_complete(model: Any) -> None:
     """Raise `ValueError` where the file that was read lacked some of a model's weights."""
     parameters = model.named_parameters() if hasattr(model, "named_parameters") else ()
-    missing = [name for name, parameter in parameters if parameter.is_meta]
-    if missing:
-        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+    _refuse_missing([name for name, parameter in parameters if parameter.is_meta])
+
+
+def _refuse_missing(names: list[str]) -> None:
+    if names:
+        raise ValueError(f"{len(names)} weights are missing, such as {names[0]}")
+
+
+def _refuse_other_config(model: Any, file: Path) -> None:
+    """Raise `ValueError` where a file in diffusers' layout is for a model of another config.
+
+    diffusers would take it for one in the original layout and fail in words of its own.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as tensors:
+        names, own = set(tensors.keys()), set(model.state_dict())
+    if not names & own:
+        return  # the original layout
+    _refuse_missing(sorted(own - names))
+    if foreign := sorted(names - own):
+        raise ValueError(
+            f"{len(foreign)} weights are for a model of another config, such as {foreign[0]}: "
+            "name the folder that has its config"
+        )
 
 
 @contextlib.contextmanager

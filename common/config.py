@@ -115,6 +115,11 @@ class ModelSettings(BaseModel):
     unet: str | None = None  # folder, hub id or file of another UNet
     vae: str | None = None  # likewise of another VAE
 
+    def model_settings(self) -> dict[str, str]:
+        """Which checkpoint is read, by those of these settings that are given."""
+        values = {name: getattr(self, name) for name in ModelSettings.model_fields}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class SamplingSettings(ModelSettings):
     """Settings that mean the same before and after they are resolved."""

@@ -196,13 +196,18 @@ def prepare_model(
     given = {}
     for name, module in prompt_projections(unet).items():
         own = {kind: parameters[f"{name}.{kind}"] for kind, _ in module.named_parameters()}
-        with jax.named_scope(name):
+        with jax.named_scope(name), products_for(prompt_embeds.dtype):
             given[name] = as_jax_function(module)(own, prompt_embeds)
     parameters = {
         name: array.astype(jnp.float32) if name in in_float32 else array
         for name, array in parameters.items()
     }
     return parameters, given
+
+
+def products_for(dtype: Any) -> Any:
+    """float32 weights ask for float32 products, which TPUs and GPUs otherwise round."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def predict(
@@ -224,8 +229,7 @@ def predict(
     halves = len(prompt_embeds) // len(model_input)
     repeated = jnp.repeat(model_input, halves, axis=0)  # [2B, C, h, w]
     added = {key: conditions[key] for key in ("text_embeds", "time_ids") if key in conditions}
-    # float32 weights ask for float32 products, which TPUs and GPUs otherwise round.
-    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+    with products_for(dtype):
         output = unet(
             parameters,
             repeated.astype(dtype),
@@ -363,6 +367,10 @@ class Denoiser:
             self.put(latents, split_latents(self.mesh)),
             self.put(history, split_latents(self.mesh, axis=1)),
         )
+
+    def frees_a_half(self) -> bool:
+        """Whether steps without guidance leave the devices of the other half without their work."""
+        return self.mesh.shape["cfg"] > 1 and False in self.conditions
 
     def layout(self, guided: bool) -> ActivationLayout:
         """How the UNet's activations are split for the group's shapes."""

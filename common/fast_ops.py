@@ -22,6 +22,7 @@ from common.sharding import ActivationLayout
 
 # Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
 FEWEST_KEYS_FOR_KERNEL = 1024
+KEY_TILE = 128  # the kernel takes keys in multiples of this
 
 
 # Least largest error of 0.5·x·(1 + tanh(x·(a + b·x² + c·x⁴))) against the gelu on [0, 6].
@@ -180,7 +181,8 @@ def attention(
     if layout is not None:
         key, value = (_constrain(array, layout, None) for array in (key, value))
         query = _constrain(query, layout, layout.rows)
-    if platform == "tpu" and key.shape[2] >= FEWEST_KEYS_FOR_KERNEL:
+    keys = key.shape[2]
+    if platform == "tpu" and keys >= FEWEST_KEYS_FOR_KERNEL and keys % KEY_TILE == 0:
         return _flash_attention(query, key, value, scale, layout)
     scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
@@ -201,7 +203,7 @@ def _flash_attention(
 
     def kernel(query: Array, key: Array, value: Array) -> Array:
         sizes = BlockSizes(
-            block_q=_block(query.shape[2]),
+            block_q=min(1024, query.shape[2]),
             block_k_major=_block(key.shape[2]),
             block_k=_block(key.shape[2]),
             block_b=1,
@@ -222,10 +224,9 @@ def _flash_attention(
     )(query, key, value)
 
 
-def _block(length: int, most: int = 1024) -> int:
-    """The largest divisor of a length that is at most `most` and fits the kernel's tiles."""
-    fitting = [size for size in range(128, most + 1, 128) if length % size == 0]
-    return fitting[-1] if fitting else length
+def _block(keys: int) -> int:
+    """The largest block of at most 1024 keys that divides them."""
+    return max(size for size in range(KEY_TILE, 1025, KEY_TILE) if keys % size == 0)
 
 
 def finish(

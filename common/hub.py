@@ -31,14 +31,17 @@ def find_snapshot(
     """
     with _reaching_the_hub(said):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
+        cached: Path | None = None
         try:
-            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-            if is_complete(folder):
-                return folder
+            cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except IncompleteSnapshotError as error:
+            cached = Path(error.snapshot_path)  # by the hub's list; what we need may be there
         except LocalEntryNotFoundError:
             pass
+        if cached is not None and is_complete(cached):
+            return cached
         for patterns in tries:
             folder = Path(
                 snapshot_download(repository, revision=revision, allow_patterns=[*patterns])

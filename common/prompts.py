@@ -155,9 +155,10 @@ def cut_prompts(pipeline: Any, config: GenerationConfig) -> list[str]:
         ids = tokenizer(converted, truncation=False, verbose=False).input_ids[1:-1]
         if len(ids) > room:
             cut = tokenizer.decode(ids[room:])
+            mend = " (--long_prompts chunk reads all)" if config.long_prompts == "cut" else ""
             lines.append(
                 f"the {kind} {text[:30]!r}… has {len(ids)} tokens, over the {room} that the text "
-                f"encoder reads; cut off: {cut!r} (--long_prompts chunk reads all)"
+                f"encoder reads; cut off: {cut!r}{mend}"
             )
     return lines
 

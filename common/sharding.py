@@ -128,26 +128,14 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> "Mesh":
-    """Lay the first devices out as a mesh.
-
-    Args:
-        devices: jax's own unless given.
-
-    Raises:
-        BadSettingError: there are fewer devices than the mesh needs.
-    """
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> "Mesh":
+    """Lay the first of the devices out as a mesh that `choose_mesh` chose."""
     import jax
     import numpy as np
 
-    devices = jax.devices() if devices is None else devices
-    needed = math.prod(sizes.values())
-    if needed > len(devices):
-        raise BadSettingError(
-            f"--mesh needs {needed} devices, but there are {len(devices)} "
-            f"({devices[0].device_kind}): ask for at most that many"
-        )
-    grid = np.array(devices[:needed]).reshape([sizes[axis] for axis in MESH_AXES])
+    grid = np.array(devices[: math.prod(sizes.values())]).reshape(
+        [sizes[axis] for axis in MESH_AXES]
+    )
     return jax.sharding.Mesh(grid, MESH_AXES)
 
 
@@ -196,6 +184,12 @@ class ActivationLayout:
         if math.gcd(*rows_of_levels) % (mesh.shape["rows"] * mesh.shape["cfg"]) == 0:
             return cls(mesh, ("data",), ("rows", "cfg"))
         return cls(mesh, ("data",), ("rows",))
+
+    def freed_half(self) -> str:
+        """What the devices of the other half do in steps without guidance, in words."""
+        if "cfg" in self.rows:
+            return "the devices of the other half take their share of the rows"
+        return "the devices of the other half compute the same as their twins"
 
     def constrain(self, module: Any, x: "Array") -> "Array":
         """Fix how a submodule's output is split: pictures, and transformer blocks' tokens."""

@@ -13,6 +13,7 @@ from common import command_line, tpu_estimate
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.config import (
     GenerationConfig,
+    ModelSettings,
     check_size,
     read_generation_config,
     read_run_settings,
@@ -87,15 +88,22 @@ def read_settings(
     if source_dir is not None:
         config = read_generation_config(source_dir)
         config, _ = command_line.apply_overrides(config, parameters, stage_dtype)
-        checkpoint = open_checkpoint(config, components)
+        checkpoint = _open_configs(config, components)
         check_size(config, checkpoint.vae_scale_factor)
         return config, checkpoint
     settings = read_run_settings(None, command_line.given_settings(parameters, stage_dtype))
-    checkpoint = open_checkpoint(settings, components)
+    checkpoint = _open_configs(settings, components)
     config = resolve(
         settings, native_size=checkpoint.native_size, size_factor=checkpoint.vae_scale_factor
     )
     return config, checkpoint
+
+
+def _open_configs(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
+    """A checkpoint of which no weights are needed."""
+    checkpoint = open_checkpoint(settings, ())
+    checkpoint.check_supported(components)
+    return checkpoint
 
 
 def pictures_shape(text: str | None, config: GenerationConfig) -> tuple[int, int, int]:
@@ -137,7 +145,15 @@ def compile_and_say(
     began = time.perf_counter()
     lowered = lower()
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UnfitEnvironmentError(
+            f"{title} does not fit into the {chip.memory_bytes / 1e9:.0f} GB of a {chip.name} "
+            f"({in_one_line(error)}): ask for fewer pictures at once, or more chips"
+        ) from None
     compile_seconds = time.perf_counter() - traced
     text = compiled.as_text()
     if hlo_file is not None:

@@ -189,7 +189,7 @@ def main(
 
     # 5. Write
     with report.part("writing"):
-        provenance = {"model_id": resolved.model_id, "device": "cpu"}
+        provenance = {**resolved.model_settings(), "device": "cpu"}
         artifacts.save_tensors(path, tensors, recipe, provenance)
         write_generation_config(run_dir, resolved)
     report.facts |= {

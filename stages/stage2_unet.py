@@ -326,6 +326,8 @@ def denoise_images(
     ) as progress:
         for chosen, real in groups(count, size):
             start_group(config, checkpoint, embeddings, denoiser, sampler, tables, chosen)
+            if chosen[0] == 0 and denoiser.frees_a_half():
+                say(f"  steps without guidance: {denoiser.layout(guided=False).freed_half()}")
             denoiser.compile()
             denoiser.warm_up(options.warmup_steps)
             progress.unpause()
@@ -354,7 +356,7 @@ def compile_for_tpu(
     quiet_libraries()
     from common import jax_setup, torchax_runtime  # noqa: F401
     from common.devices import Devices
-    from common.scheduler_tables import make_tables
+    from common.scheduler_tables import NotLinearError, make_tables
 
     devices = Devices.described(tpu_compiler.devices_of(topology))
     dtype = "bfloat16" if config.unet_dtype == "auto" else config.unet_dtype
@@ -364,7 +366,16 @@ def compile_for_tpu(
     size = group_size(len(config.image_seeds()), options.batch_size, denoiser.mesh.shape["data"])
     embeddings = empty_embeddings(size, checkpoint.config("unet"))
     group = next(groups(len(config.image_seeds()), size))[0]
-    start_group(config, checkpoint, embeddings, denoiser, sampler, make_tables(sampler), group)
+    try:
+        tables = make_tables(sampler)
+    except NotLinearError as reason:
+        raise BadSettingError(
+            f"--topology compiles schedulers that are data; {sampler.name} steps on the host "
+            f"({reason}): choose another --scheduler or --scheduler_option"
+        ) from None
+    if config.guidance_start > 0 or config.guidance_end < 1:
+        warn("--guidance_start and --guidance_end: the steps without guidance are not estimated")
+    start_group(config, checkpoint, embeddings, denoiser, sampler, tables, group)
     tpu_compiler.compile_and_say(
         lambda: denoiser.lower(bool(denoiser.guided)),
         chip,
@@ -431,6 +442,7 @@ def main(
     if topology is not None:
         compile_for_tpu(topology, context.params, input_dir or output_dir)
         return
+    command_line.refuse_topology_flags(context.params)
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config = read_generation_config(source_dir)
@@ -473,7 +485,7 @@ def main(
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)
     with report.part("writing"):
         provenance = {
-            "model_id": config.model_id,
+            **config.model_settings(),
             "platform": jax_setup.platform(),
             "mesh": sharding.name_of(denoiser.mesh),
             "unet_dtype_asked": config.unet_dtype,

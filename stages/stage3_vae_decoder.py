@@ -28,6 +28,7 @@ from common.components import load_vae, make_vae_without_weights, quiet_librarie
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
+    ModelSettings,
     RunOptions,
     check_size,
     read_generation_config,
@@ -255,7 +256,11 @@ def picture_settings(header: Header | None, index: int | None) -> dict[str, Any]
     seconds = settings.pop("prompts_2", prompts)
     negative_seconds = settings.pop("negative_prompts_2", negatives)
     seeds = settings.pop("seeds", [])
-    settings["model_id"] = header.provenance.get("model_id")
+    settings |= {
+        name: header.provenance[name]
+        for name in ModelSettings.model_fields
+        if name in header.provenance
+    }
     if index is not None and index < len(seeds):
         prompt = prompt_indices(len(prompts), settings["num_images_per_prompt"])[index]
         settings |= {
@@ -275,12 +280,15 @@ def save_pictures(
     config: GenerationConfig,
     header: Header | None,
     recipe: Recipe,
+    overrides: list[str],
 ) -> Path:
     """Save all pictures and the grid, remove those of an earlier run. Returns the main one."""
     from common.decoding import make_grid
 
     names, grid_name = pictures.picture_names(len(images), config.image_format)
     own = {"vae_dtype": recipe.settings["vae_dtype"], "image_format": config.image_format}
+    if config.vae is not None:
+        own["vae"] = config.vae
     files: list[tuple[str, Any, int | None]] = [
         (name, image, index) for index, (name, image) in enumerate(zip(names, images, strict=True))
     ]
@@ -292,7 +300,9 @@ def save_pictures(
             "pixels_sha256": pictures.hash_pixels(image),
             "fingerprint": recipe.fingerprint(),
             "inputs": recipe.inputs,
+            "weights": recipe.weights,
             "versions": recipe.versions,
+            "overrides": overrides,
         }
         pictures.save_picture(run_dir / name, image, record)
     pictures.remove_others(run_dir, {name for name, _, _ in files})
@@ -331,6 +341,7 @@ def main(
     if topology is not None:
         compile_for_tpu(topology, context.params, input_dir or output_dir)
         return
+    command_line.refuse_topology_flags(context.params)
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config = read_generation_config(source_dir)
@@ -371,7 +382,7 @@ def main(
     # 5. Write
     recipe = make_recipe(config, checkpoint, latents, dtype_used)
     with report.part("writing"):
-        main_picture = save_pictures(run_dir, images, config, latents.header, recipe)
+        main_picture = save_pictures(run_dir, images, config, latents.header, recipe, overrides)
     report.facts |= {
         "shapes": {"images": list(images.shape)},
         "dtype": dtype_used,

@@ -50,7 +50,7 @@ class Ours:
     ) -> None:
         self.dtype = dtype
         config = make_config(Path(model), embeddings=embeddings, loras=loras, **(settings or {}))
-        self.checkpoint = open_checkpoint(config, ())
+        self.checkpoint = open_checkpoint(config, ("unet", "vae"))
         self.options = RunOptions(**options)
         self.programs = Programs()
         self.text_pipeline = load_text_pipeline(self.checkpoint, torch.float32)

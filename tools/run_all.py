@@ -122,10 +122,14 @@ def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[
         raise BadSettingError(
             f"--from_stage {from_stage} --to_stage {to_stage}: stages are 1 to 3, in this order"
         )
+    for_all: set[str] = set()
     if "dtype" in given:
         # To all three stages: settings of the run, so that each stage finds its own.
         dtype = given.pop("dtype")
+        for_all = set(DTYPES) - given.keys()
         given = dict.fromkeys(DTYPES, dtype) | given
+    if "input_dir" in given:
+        given.setdefault("output_dir", given["input_dir"])
     commands, known = [], set()
     for number in range(from_stage, to_stage + 1):
         arguments, names = flags_for(
@@ -135,7 +139,7 @@ def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[
         script = PROJECT_DIR / "stages" / f"{STAGES[number - 1].__name__.split('.')[-1]}.py"
         skipping = [] if force else ["--skip_fresh"]
         commands.append([sys.executable, str(script), *arguments, *skipping])
-    unused = given.keys() - known - set(DTYPES)
+    unused = given.keys() - known - for_all
     if unused:
         flags = ", ".join(f"--{name}" for name in sorted(unused))
         raise BadSettingError(f"{flags}: no stage from {from_stage} to {to_stage} takes it")

@@ -41,6 +41,8 @@ def expect(result: object, code: int, *words: str) -> None:
         (2, ["--mesh", "data=x"], ["--mesh data=x"]),
         (3, ["--image_format", "gif"], ["image_format", "png"]),
         (3, ["--seed", "1"], ["--seed"]),
+        (2, ["--save_hlo", "x"], ["--save_hlo", "--topology"]),
+        (3, ["--pictures_shape", "1,8,8"], ["--pictures_shape", "--topology"]),
     ],
 )
 def test_a_bad_flag_exits_2(

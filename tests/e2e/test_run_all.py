@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common.pictures import read_picture_record
 from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run, file_contents
 
 LATENTS = "stage2_latents.safetensors"
@@ -235,3 +236,17 @@ def test_another_output_dir_becomes_a_run_of_its_own(
     assert result.returncode == 0, result.stderr
     assert (elsewhere / "output_grid.png").exists()
     assert json.loads((elsewhere / "generation_config.json").read_text())["seed"] == 3
+
+
+@pytest.mark.slow
+def test_the_rest_of_a_run_elsewhere_stays_there(run_copy: Path, run_all: Run) -> None:
+    """With --input_dir alone every stage works in that directory; pictures say what made them."""
+    vae = DEMO / "vae"
+    result = run_all("--from_stage", 2, "--input_dir", run_copy, "--seed", 5, "--vae", vae)
+    assert result.returncode == 0, result.stderr
+    assert f"picture: {run_copy / 'output_grid.png'}" in result.stdout
+    record = read_picture_record(run_copy / "output_image_0000.png")
+    assert record is not None
+    assert (record["settings"]["seed"], record["settings"]["vae"]) == (5, str(vae))
+    assert record["overrides"] == [f"vae None → {vae}"]
+    assert set(record["weights"]) == {"vae"}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import Checkpoint, open_checkpoint
-from common.components import load_unet
+from common.components import load_text_pipeline, load_unet
 from common.config import RunSettings
 from common.errors import BadInputFileError, BadSettingError, StageError, UnfitEnvironmentError
 from tests.conftest import Run
@@ -70,6 +71,13 @@ def put_into_hub(hub: Path, repository: str, content: Path, revision: str = "mai
     (root / "refs").mkdir(parents=True)
     (root / "refs" / revision).write_text(COMMIT)
     shutil.copytree(content, root / "snapshots" / COMMIT)
+    # What the hub lists, of which a download by patterns leaves some out.
+    names = [str(path.relative_to(content)) for path in content.rglob("*") if path.is_file()]
+    entries = {
+        name: TreeCacheEntry(size=1, blob_id="0" * 40)
+        for name in [*names, "safety_checker/model.bin"]
+    }
+    write_tree_cache(root, COMMIT, entries)
     return root / "snapshots" / COMMIT
 
 
@@ -265,6 +273,46 @@ def test_weights_that_lack_some_are_refused(form: str, sdxl: Path, tmp_path: Pat
     checkpoint = open_checkpoint(RunSettings(model_id=str(sdxl), unet=str(source)), ["unet"])
     with pytest.raises(BadInputFileError, match="cannot be loaded"):
         load_unet(checkpoint, torch.float32)
+
+
+def test_text_weights_that_are_missing_are_refused(sdxl: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(sdxl, model)
+    file = model / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["text_projection.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(RunSettings(model_id=str(model)), ["text_encoder"])
+    with pytest.raises(BadInputFileError, match=r"1 weights are missing, such as text_projection"):
+        load_text_pipeline(checkpoint, torch.float32)
+
+
+def test_a_file_for_another_config_is_refused(sdxl: Path, tmp_path: Path) -> None:
+    """A consistency model's UNet has one weight more, without which it draws something else."""
+    tensors = load_file(sdxl / "unet" / WEIGHTS)
+    tensors["time_embedding.cond_proj.weight"] = torch.zeros(128, 32)
+    save_file(tensors, tmp_path / "lcm.safetensors")
+    settings = RunSettings(model_id=str(sdxl), unet=str(tmp_path / "lcm.safetensors"))
+    with pytest.raises(BadInputFileError, match="are for a model of another config"):
+        load_unet(open_checkpoint(settings, ["unet"]), torch.float32)
+
+
+def test_a_shard_that_is_missing_is_named(sdxl: Path, tmp_path: Path) -> None:
+    unet = tmp_path / "unet"
+    shutil.copytree(sdxl / "unet", unet)
+    stem = WEIGHTS.removesuffix(".safetensors")
+    (unet / WEIGHTS).rename(unet / f"{stem}-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": f"{stem}-00001-of-00002.safetensors"}}
+    index["weight_map"]["b"] = f"{stem}-00002-of-00002.safetensors"
+    (unet / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(RunSettings(model_id=str(sdxl), unet=str(unet)), ["unet"])
+    with pytest.raises(BadInputFileError, match=r"lacks .*00002-of-00002"):
+        checkpoint.weights_fingerprint("unet")
+
+
+def test_other_stages_need_no_unet_file(sdxl: Path) -> None:
+    settings = RunSettings(model_id=str(sdxl), unet="elsewhere.safetensors")
+    assert open_checkpoint(settings, ["vae"]).native_size == 64
 
 
 def test_a_checkpoint_is_found_by_its_folder_alone(sdxl: Path) -> None:

@@ -53,10 +53,14 @@ def test_every_mesh_equals_one_device(single: Single, mesh: str) -> None:
 @pytest.mark.parametrize(
     "mesh", ["cfg=2,rows=4", pytest.param("data=2,cfg=2", marks=pytest.mark.slow)]
 )
-def test_guidance_in_a_part_of_the_steps(mesh: str, tmp_path: Path) -> None:
+def test_guidance_in_a_part_of_the_steps(
+    mesh: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without guidance the devices of the other half share the rows."""
     single = Single(save_sdxl(tmp_path / "model"), guidance_start=0.3, guidance_end=0.7)
     check_equal(Ours(single.config.model_id, mesh=mesh), single.config, single)
+    said = "steps without guidance: the devices of the other half take their share of the rows"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_a_size_that_rows_do_not_divide_says_so(

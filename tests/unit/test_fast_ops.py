@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.denoising import prepare_model
 from common.fast_ops import attention, gelu, group_norm, layer_norm
 from common.torchax_runtime import as_jax_function
 
@@ -117,6 +118,27 @@ def test_attention_is_as_exact_as_torchs(shapes: str, sharpness: float) -> None:
     assert result.dtype == jnp.bfloat16
     default = by_torchax(F.scaled_dot_product_attention, *rounded)
     assert error(result, exact) < error(default, exact)
+
+
+def test_keys_that_no_kernel_takes_are_attended_to_all_the_same() -> None:
+    """4032 tokens of 1152×896 are no multiple of the kernel's 128."""
+    tensors = [random(1, 2, 64, 64), random(1, 2, 1100, 64), random(1, 2, 1100, 64)]
+    exact = F.scaled_dot_product_attention(*(tensor.double() for tensor in tensors))
+    arrays = [jnp.asarray(tensor.numpy()) for tensor in tensors]
+    assert error(attention(*arrays, layout=None, platform="tpu"), exact) < 1e-5
+
+
+def test_float32_models_have_float32_products_everywhere() -> None:
+    """Also where the prompts are projected, outside of the UNet's own call."""
+    block = torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict()})
+    block["attn2"]["to_k"] = torch.nn.Linear(8, 4, bias=False)
+    unet = torch.nn.ModuleDict({"block": block})
+    parameters = {"block.attn2.to_k.weight": jnp.ones((4, 8))}
+    program = jax.make_jaxpr(lambda p, x: prepare_model(unet, p, x)[1])(
+        parameters, jnp.ones((1, 3, 8))
+    )
+    assert str(program).count("dot_general") == 1
+    assert "HIGHEST" in str(program)
 
 
 def test_attention_with_a_mask_is_refused() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadSettingError
-from common.sharding import SINGLE, choose_mesh, make_mesh, parse_mesh, rows_of_levels
+from common.sharding import SINGLE, choose_mesh, parse_mesh, rows_of_levels
 
 
 def test_a_mesh_on_the_command_line() -> None:
@@ -15,8 +15,6 @@ def test_a_mesh_on_the_command_line() -> None:
     for text in ("data", "data=0", "depth=2", "data=2,data=2", "data=-1", "", "cfg=3"):
         with pytest.raises(BadSettingError, match="--mesh"):
             parse_mesh(text)
-    with pytest.raises(BadSettingError, match="needs 64 devices"):
-        make_mesh(SINGLE | {"data": 64})
 
 
 @pytest.mark.parametrize(
