@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.checkpoint import Checkpoint, Source, find_weights_file
+from common.checkpoint import SUPPORTED_CLASSES, Checkpoint, Source, find_weights_file
 from common.config import TokenFile
 from common.errors import BadInputFileError, in_one_line
 
@@ -117,54 +117,15 @@ def text_components(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.listed(("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
 
 
-def load_unet(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
-    """diffusers' UNet2DConditionModel, on the CPU, for inference."""
-    from diffusers import UNet2DConditionModel
-
-    return _load_model(UNet2DConditionModel, checkpoint, "unet", dtype)
-
-
-def make_unet_without_weights(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
-    """The UNet by its config alone, on torch's meta device: enough to compile it."""
-    from diffusers import UNet2DConditionModel
-
-    return _make_without_weights(UNet2DConditionModel, checkpoint, "unet", dtype)
-
-
-def make_vae_without_weights(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
-    """The VAE by its config alone, likewise."""
-    from diffusers import AutoencoderKL
-
-    return _make_without_weights(AutoencoderKL, checkpoint, "vae", dtype)
-
-
-def _make_without_weights(
-    model_class: Any, checkpoint: Checkpoint, name: str, dtype: "torch.dtype"
-) -> Any:
-    import torch
-
-    with torch.device("meta"), reading(checkpoint.source(name)):
-        model = model_class.from_config(checkpoint.config(name))
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def load_vae(checkpoint: Checkpoint, dtype: "torch.dtype") -> "torch.nn.Module":
-    """diffusers' AutoencoderKL, on the CPU, for inference."""
-    from diffusers import AutoencoderKL
-
-    return _load_model(AutoencoderKL, checkpoint, "vae", dtype)
-
-
-def _load_model(model_class: Any, checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
+def load_model(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
+    """diffusers' UNet ("unet") or VAE ("vae") of a checkpoint, on the CPU, for inference."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    source = checkpoint.source(name)
+    model_class, source = _class_of(name), checkpoint.source(name)
     with reading(source):
         if source.file is not None:
-            _refuse_other_config(
-                _make_without_weights(model_class, checkpoint, name, dtype), source.file
-            )
+            _refuse_other_config(make_without_weights(checkpoint, name, dtype), source.file)
             model = model_class.from_single_file(
                 str(source.file),
                 config=str(source.folder),
@@ -181,6 +142,22 @@ def _load_model(model_class: Any, checkpoint: Checkpoint, name: str, dtype: "tor
             )
         _check_complete(model)
     return model.eval().requires_grad_(False)
+
+
+def make_without_weights(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
+    """The same by its config alone, on torch's meta device: enough to compile it."""
+    import torch
+
+    with torch.device("meta"), reading(checkpoint.source(name)):
+        model = _class_of(name).from_config(checkpoint.config(name))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def _class_of(name: str) -> Any:
+    import diffusers
+
+    (class_name,) = SUPPORTED_CLASSES[name]
+    return getattr(diffusers, class_name)
 
 
 def _check_complete(model: Any) -> None:

@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import command_line, tpu_estimate
 from common.checkpoint import Checkpoint, open_checkpoint
+from common.components import quiet_libraries
 from common.config import (
     GenerationConfig,
     ModelSettings,
+    RunOptions,
     check_size,
     read_generation_config,
+    read_run_options,
     read_run_settings,
     resolve,
 )
@@ -23,6 +26,9 @@ from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
 from common.sharding import name_of
 from common.tpu_estimate import CHIPS, Chip
 from common.whole_files import write_text_whole
+
+if TYPE_CHECKING:
+    from common.devices import Devices
 
 FORM = re.compile(r"(\w+):(\d+x\d+(?:x\d+)?)")
 
@@ -76,6 +82,28 @@ def devices_of(topology: str) -> list[Any]:
             "another grid"
         ) from None
     return list(description.devices)
+
+
+def prepare(
+    topology: str,
+    parameters: Mapping[str, Any],
+    source_dir: Path | None,
+    stage_dtype: str,
+    components: Sequence[str],
+) -> "tuple[Chip, GenerationConfig, Checkpoint, RunOptions, Devices]":
+    """What a stage compiles for a TPU that is not there: its chip, settings, configs and devices.
+
+    Settings are the built-in ones and the flags, or those of the run in `source_dir`; of the
+    checkpoint only configs are read. Imports jax and torchax.
+    """
+    chip = chip_of(topology)
+    prepare_environment()
+    config, checkpoint = read_settings(source_dir, parameters, stage_dtype, components)
+    options = read_run_options(parameters)
+    quiet_libraries()
+    from common.devices import Devices
+
+    return chip, config, checkpoint, options, Devices.described(devices_of(topology))
 
 
 def read_settings(

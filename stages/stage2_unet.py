@@ -23,7 +23,7 @@ from common import artifacts, command_line, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_unet, make_unet_without_weights, quiet_libraries
+from common.components import load_model, make_without_weights, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
@@ -226,10 +226,10 @@ def load_denoiser(
     dtype = getattr(torch, unet_dtype)
     with report.part("checkpoint read"):
         if devices.are_there:
-            unet = load_unet(checkpoint, dtype)
+            unet = load_model(checkpoint, "unet", dtype)
             fuse_into_unet(unet, config.loras)
         else:
-            unet = make_unet_without_weights(checkpoint, dtype)
+            unet = make_without_weights(checkpoint, "unet", dtype)
     with report.part("host to device"):
         parameters = devices.put_weights(
             unet, lambda name, shape: sharding.split_weight(mesh, name, shape)
@@ -342,23 +342,13 @@ def compile_for_tpu(
     parameters: dict[str, Any],
     source_dir: Path | None,
 ) -> None:
-    """Compile one denoising step for a TPU that is not there, and print what it would cost.
-
-    Settings are the built-in ones and the flags, or those of the run in `source_dir`; of the
-    checkpoint only configs are read.
-    """
-    chip = tpu_compiler.chip_of(topology)
-    tpu_compiler.prepare_environment()
-    config, checkpoint = tpu_compiler.read_settings(
-        source_dir, parameters, "unet_dtype", COMPONENTS
+    """Compile one denoising step for a TPU that is not there, and print what it would cost."""
+    chip, config, checkpoint, options, devices = tpu_compiler.prepare(
+        topology, parameters, source_dir, "unet_dtype", COMPONENTS
     )
-    options = read_run_options(parameters)
-    quiet_libraries()
-    from common import jax_setup, torchax_runtime  # noqa: F401
-    from common.devices import Devices
+    from common import jax_setup
     from common.scheduler_tables import NotLinearError, make_tables
 
-    devices = Devices.described(tpu_compiler.devices_of(topology))
     dtype = "bfloat16" if config.unet_dtype == "auto" else config.unet_dtype
     report, programs = StageReport(2), jax_setup.Programs()
     denoiser = load_denoiser(config, checkpoint, dtype, options, report, programs, devices)

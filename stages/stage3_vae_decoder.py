@@ -24,7 +24,7 @@ from common import artifacts, command_line, pictures, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_vae, make_vae_without_weights, quiet_libraries
+from common.components import load_model, make_without_weights, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
@@ -171,8 +171,8 @@ def load_decoder(
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
     dtype = getattr(torch, vae_dtype)
     with report.part("checkpoint read"):
-        load = load_vae if devices.are_there else make_vae_without_weights
-        vae = load(checkpoint, dtype)
+        load = load_model if devices.are_there else make_without_weights
+        vae = load(checkpoint, "vae", dtype)
     with report.part("host to device"):
         weights = devices.put_weights(vae, lambda *_: sharding.replicated(mesh))
     layout = sharding.ActivationLayout(mesh, ("data",), ("rows",)) if mesh.size > 1 else None
@@ -208,20 +208,10 @@ def settle_mesh(
 
 
 def compile_for_tpu(topology: str, parameters: dict[str, Any], source_dir: Path | None) -> None:
-    """Compile the decoding program for a TPU that is not there, and print what it would cost.
-
-    Settings are the built-in ones and the flags, or those of the run in `source_dir`; of the
-    checkpoint only configs are read.
-    """
-    chip = tpu_compiler.chip_of(topology)
-    tpu_compiler.prepare_environment()
-    config, checkpoint = tpu_compiler.read_settings(source_dir, parameters, "vae_dtype", COMPONENTS)
-    options = read_run_options(parameters)
-    quiet_libraries()
-    from common import jax_setup, torchax_runtime  # noqa: F401
-    from common.devices import Devices
-
-    devices = Devices.described(tpu_compiler.devices_of(topology))
+    """Compile the decoding program for a TPU that is not there, and print what it would cost."""
+    chip, config, checkpoint, options, devices = tpu_compiler.prepare(
+        topology, parameters, source_dir, "vae_dtype", COMPONENTS
+    )
     vae_config, factor = checkpoint.config("vae"), checkpoint.vae_scale_factor
     dtype = config.vae_dtype
     if dtype == "auto":

@@ -14,7 +14,7 @@ from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import Checkpoint, open_checkpoint
-from common.components import load_text_pipeline, load_unet
+from common.components import load_model, load_text_pipeline
 from common.config import RunSettings
 from common.errors import BadInputFileError, BadSettingError, StageError, UnfitEnvironmentError
 from tests.conftest import Run
@@ -272,7 +272,7 @@ def test_weights_that_lack_some_are_refused(form: str, sdxl: Path, tmp_path: Pat
     source = unet if form == "folder" else unet / WEIGHTS
     checkpoint = open_checkpoint(RunSettings(model_id=str(sdxl), unet=str(source)), ["unet"])
     with pytest.raises(BadInputFileError, match="cannot be loaded"):
-        load_unet(checkpoint, torch.float32)
+        load_model(checkpoint, "unet", torch.float32)
 
 
 def test_text_weights_that_are_missing_are_refused(sdxl: Path, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_file_for_another_config_is_refused(sdxl: Path, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "lcm.safetensors")
     settings = RunSettings(model_id=str(sdxl), unet=str(tmp_path / "lcm.safetensors"))
     with pytest.raises(BadInputFileError, match="are for a model of another config"):
-        load_unet(open_checkpoint(settings, ["unet"]), torch.float32)
+        load_model(open_checkpoint(settings, ["unet"]), "unet", torch.float32)
 
 
 def test_a_shard_that_is_missing_is_named(sdxl: Path, tmp_path: Path) -> None:
