@@ -8,6 +8,7 @@ docs/decisions.md has what each of them gains.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from common.sharding import ActivationLayout
 # Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
 FEWEST_KEYS_FOR_KERNEL = 1024
 KEY_TILE = 128  # the kernel takes keys in multiples of this
+# Of more pictures on a device XLA's own convolution makes a good batch.
+MOST_PICTURES_BY_ROWS = 4
 
 
 # Least largest error of 0.5·x·(1 + tanh(x·(a + b·x² + c·x⁴))) against the gelu on [0, 6].
@@ -57,24 +60,121 @@ def conv2d(
     padding: Sequence[int] | int | str = 0,
     dilation: Sequence[int] | int = 1,
     groups: int = 1,
+    *,
+    layout: ActivationLayout | None,
+    platform: str,
 ) -> Array:
     """torch's `conv2d` of [N, C, h, w] with a weight that lies as `arrange_weight` lays it."""
 
     def pair(value: Sequence[int] | int) -> tuple[int, int]:
         return (value, value) if isinstance(value, int) else (value[0], value[1])
 
-    edges: str | list[tuple[int, int]]
-    edges = padding.upper() if isinstance(padding, str) else [(p, p) for p in pair(padding)]
+    if platform == "tpu" and not isinstance(padding, str):
+        rows = _RowsOfKernel.of(weight, pair(stride), pair(padding))
+        if groups == 1 and pair(dilation) == (1, 1) and rows.fit(x, layout):
+            return _conv2d_by_rows(x, weight, bias, rows, layout)
     result = jax.lax.conv_general_dilated(
         x,
         weight,
         pair(stride),
-        edges,
+        padding.upper() if isinstance(padding, str) else [(p, p) for p in pair(padding)],
         rhs_dilation=pair(dilation),
         dimension_numbers=("NCHW", "HWIO", "NCHW"),
         feature_group_count=groups,
     )
     return result if bias is None else result + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class _RowsOfKernel:
+    """How the rows of a convolution's kernel lie over those of a picture."""
+
+    stride: tuple[int, int]
+    above: int  # rows above a device's own that the kernel reaches
+    below: int
+    edge: int  # columns of zeros at both sides
+
+    @classmethod
+    def of(
+        cls, weight: Array, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> "_RowsOfKernel":
+        return cls(stride, padding[0], weight.shape[0] - stride[0] - padding[0], padding[1])
+
+    def fit(self, x: Array, layout: ActivationLayout | None) -> bool:
+        """Whether every device computes its share from few pictures and its neighbours' borders."""
+        pictures, rows = x.shape[0], x.shape[2]
+        if layout is not None:
+            pictures //= layout.size_of(layout.batch)
+            rows //= layout.size_of(layout.rows)
+        return (
+            pictures <= MOST_PICTURES_BY_ROWS
+            and rows % self.stride[0] == 0
+            and 0 <= self.below <= rows
+            and self.above <= rows
+        )
+
+
+def _conv2d_by_rows(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    kernel: _RowsOfKernel,
+    layout: ActivationLayout | None,
+) -> Array:
+    """A convolution as a sum of those along the width, one for each row of the kernel.
+
+    Their batch are the rows of one picture, their sum is float32. A batch of few pictures is too
+    small for XLA on TPUs, which cuts them into strips and lays activations out again around it.
+    """
+    bias = jnp.zeros(weight.shape[-1], weight.dtype) if bias is None else bias
+
+    def convolve(x: Array, weight: Array, bias: Array) -> Array:
+        x = _with_borders(x, kernel.above, kernel.below, layout)
+        summed = jnp.stack([convolve_one(picture, weight) for picture in x])
+        return (summed + bias.astype(jnp.float32)[:, None, None]).astype(x.dtype)
+
+    def convolve_one(x: Array, weight: Array) -> Array:
+        x = x.transpose(1, 2, 0)  # [h, w, C]
+        step = kernel.stride[0]
+        last = len(x) - kernel.above - kernel.below - step + 1
+        summed = sum(
+            jax.lax.conv_general_dilated(
+                x[first : first + last : step],
+                weight[first],
+                kernel.stride[1:],
+                [(kernel.edge, kernel.edge)],
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                preferred_element_type=jnp.float32,
+            )
+            for first in range(len(weight))
+        )
+        return jnp.asarray(summed).transpose(2, 0, 1)
+
+    if layout is None:
+        return convolve(x, weight, bias)
+    pictures = layout.pictures().spec
+    return jax.shard_map(
+        convolve,
+        mesh=layout.mesh,
+        in_specs=(pictures, PartitionSpec(), PartitionSpec()),
+        out_specs=pictures,
+        check_vma=False,
+    )(x, weight, bias)
+
+
+def _with_borders(x: Array, above: int, below: int, layout: ActivationLayout | None) -> Array:
+    """A device's rows of [N, C, h, w] and its neighbours' around them, zeros beyond the picture."""
+    devices = 1 if layout is None else layout.size_of(layout.rows)
+    if layout is None or devices == 1:
+        return jnp.pad(x, ((0, 0), (0, 0), (above, below), (0, 0)))
+    parts = [x]
+    if above:
+        down = [(device, device + 1) for device in range(devices - 1)]
+        parts.insert(0, jax.lax.ppermute(x[:, :, -above:], layout.rows, down))
+    if below:
+        up = [(device + 1, device) for device in range(devices - 1)]
+        parts.append(jax.lax.ppermute(x[:, :, :below], layout.rows, up))
+    return jnp.concatenate(parts, 2)
 
 
 def arrange_weight(name: str, array: np.ndarray) -> np.ndarray:
@@ -252,7 +352,7 @@ def replacements(
     """torch's functions and what stands in for them."""
     functional = torch.nn.functional
     return {
-        functional.conv2d: conv2d,
+        functional.conv2d: partial(conv2d, layout=layout, platform=platform),
         functional.group_norm: group_norm,
         functional.layer_norm: layer_norm,
         functional.gelu: partial(gelu, platform=platform),

@@ -74,6 +74,7 @@ def choose_mesh(
     images: int,
     guided: bool,
     rows_of_levels: Sequence[int],
+    split_rows: bool = True,
 ) -> MeshChoice:
     """Settle the mesh.
 
@@ -86,14 +87,13 @@ def choose_mesh(
         images: of one group.
         guided: whether there are two halves.
         rows_of_levels: rows of the activations at each level of the model; `rows` must divide all.
+        split_rows: whether rows are split without a wish; else devices may stay idle.
 
     Raises:
         BadSettingError: there are fewer devices than asked for.
     """
     if asked is None:
-        data = max(d for d in _divisors(devices) if images % d == 0)
-        cfg = 2 if guided and devices // data % 2 == 0 else 1
-        wanted = SINGLE | {"data": data, "cfg": cfg, "rows": devices // data // cfg}
+        wanted = _mesh_by_default(devices, images, guided, split_rows)
     else:
         wanted = {**SINGLE, **asked}
         needed = math.prod(wanted.values())
@@ -114,6 +114,15 @@ def choose_mesh(
             f"({levels}): the mesh is {choice}, and {idle} device(s) stay idle",
         ),
     )
+
+
+def _mesh_by_default(devices: int, images: int, guided: bool, split_rows: bool) -> dict[str, int]:
+    if not split_rows:
+        data = max(d for d in range(1, devices + 1) if images % d == 0)
+        return SINGLE | {"data": data, "cfg": 2 if guided and devices // data > 1 else 1}
+    data = max(d for d in _divisors(devices) if images % d == 0)
+    cfg = 2 if guided and devices // data % 2 == 0 else 1
+    return SINGLE | {"data": data, "cfg": cfg, "rows": devices // data // cfg}
 
 
 def rows_of_levels(rows: int, levels: int) -> list[int]:
@@ -184,6 +193,10 @@ class ActivationLayout:
         if math.gcd(*rows_of_levels) % (mesh.shape["rows"] * mesh.shape["cfg"]) == 0:
             return cls(mesh, ("data",), ("rows", "cfg"))
         return cls(mesh, ("data",), ("rows",))
+
+    def size_of(self, axes: Sequence[str]) -> int:
+        """The number of parts that mesh axes split into."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def freed_half(self) -> str:
         """What the devices of the other half do in steps without guidance, in words."""

@@ -1,6 +1,8 @@
 """Norms and attention beside float64, torch's own float32 and torchax's default operations."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from common.denoising import prepare_model
-from common.fast_ops import attention, gelu, group_norm, layer_norm
+from common.fast_ops import attention, conv2d, gelu, group_norm, layer_norm
+from common.sharding import SINGLE, ActivationLayout, make_mesh
 from common.torchax_runtime import as_jax_function
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -164,3 +167,63 @@ def test_gelu_in_float32_is_exact(platform: str) -> None:
     exact = F.gelu(x.double())
     ours = gelu(jnp.asarray(x.numpy()), platform=platform)
     assert error(ours, exact) <= 2 * error(F.gelu(x), exact)
+
+
+CONVOLUTIONS = {
+    "3×3": ((2, 24, 16, 12), 3, 1, 1),
+    "1×1": ((1, 24, 16, 12), 1, 1, 0),
+    "downsampling": ((2, 24, 16, 12), 3, 2, 1),
+    "5×5": ((1, 24, 16, 12), 5, 1, 2),
+    "many pictures": ((9, 8, 8, 8), 3, 1, 1),
+    "rows that a stride does not divide": ((1, 8, 9, 8), 3, 2, 1),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_by_rows_are_as_exact_as_torchs(case: str) -> None:
+    """The way that TPUs take, on the CPU."""
+    shape, size, stride, padding = CONVOLUTIONS[case]
+    x, bias = random(*shape), random(32)
+    weight = random(32, shape[1], size, size)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
+    by_torch = error(F.conv2d(x, weight, bias, stride, padding), exact)
+
+    def ours(dtype: Any) -> jax.Array:
+        arrays = [jnp.asarray(a, dtype) for a in (x.numpy(), to_hwio(weight), bias.numpy())]
+        function = partial(conv2d, stride=stride, padding=padding, layout=None, platform="tpu")
+        return jax.jit(function)(*arrays)
+
+    with jax.default_matmul_precision("highest"):
+        assert error(ours(jnp.float32), exact) <= 2 * by_torch
+    rounded = [tensor.bfloat16().float() for tensor in (x, weight, bias)]
+    exact = F.conv2d(*(tensor.double() for tensor in rounded), stride, padding)
+    result = ours(jnp.bfloat16)
+    assert result.dtype == jnp.bfloat16
+    # One rounding at the end, to 8 bits; XLA's own convolution rounds before the bias as well.
+    by_rows = case not in ("many pictures", "rows that a stride does not divide")
+    assert error(result, exact) < 2**-9 * (1 if by_rows else 1.5)
+
+
+def to_hwio(weight: torch.Tensor) -> np.ndarray:
+    return weight.permute(2, 3, 1, 0).contiguous().numpy()
+
+
+@pytest.mark.parametrize(("size", "stride", "permutes"), [(3, 1, 2), (3, 2, 1), (1, 1, 0)])
+def test_a_convolution_over_split_rows_exchanges_its_borders_once(
+    size: int, stride: int, permutes: int
+) -> None:
+    mesh = make_mesh(SINGLE | {"cfg": 2, "rows": 4}, jax.devices())
+    layout = ActivationLayout.of(mesh, guided=True, rows_of_levels=[16])
+    x, weight, bias = random(2, 24, 16, 12), random(32, 24, size, size), random(32)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, size // 2)
+    function = partial(conv2d, stride=stride, padding=size // 2, layout=layout, platform="tpu")
+    put = jax.device_put(x.numpy(), layout.pictures())
+    program = (
+        jax.jit(function, out_shardings=layout.pictures())
+        .lower(put, to_hwio(weight), bias.numpy())
+        .compile()
+    )
+    assert error(program(put, to_hwio(weight), bias.numpy()), expected) < 1e-6
+    text = program.as_text()
+    assert len(re.findall(r"= \S+ collective-permute(?:-start)?\(", text)) == permutes
+    assert "all-gather" not in text and "all-reduce" not in text
