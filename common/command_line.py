@@ -176,6 +176,8 @@ ImageFormatFlag = Annotated[
     str | None, _setting("image_format", "FORMAT", FILES, "png, webp, jpg.")
 ]
 
+Tile = Annotated[bool | None, flag("tile", " ", MODEL, "Decode large pictures in tiles.")]
+
 # Running
 Mesh = Annotated[str | None, _option("mesh", "AXES", "single, or cfg=2,rows=4 ….")]
 BatchSize = Annotated[int | None, _option("batch_size", "N", "Most pictures computed at once.")]
@@ -184,6 +186,10 @@ StepsPerCall = Annotated[
 ]
 WarmupSteps = Annotated[int | None, _option("warmup_steps", "N", "Steps before the timed ones.")]
 Warmup = Annotated[bool, flag("warmup", " ", RUNNING, "Decode once before the timed run.")]
+Distributed = Annotated[
+    str | None,
+    flag("distributed", "PLACE", RUNNING, "Of several: auto, or HOST:PORT,COUNT,INDEX."),
+]
 Topology = Annotated[
     str | None, flag("topology", "NAME", TPU, "Compile for it and do not run, as v6e:2x4.")
 ]

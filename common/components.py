@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from common.errors import BadInputFileError, in_one_line
 
 if TYPE_CHECKING:
     import torch
+
+    Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 def quiet_libraries() -> None:
@@ -117,8 +119,66 @@ def text_components(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.listed(("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
 
 
-def load_model(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
-    """diffusers' UNet ("unet") or VAE ("vae") of a checkpoint, on the CPU, for inference."""
+def load_model(
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: "torch.dtype",
+    change: Callable[[Any], None] | None = None,
+) -> tuple[Any, "Weights"]:
+    """diffusers' UNet ("unet") or VAE ("vae") of a checkpoint, for its code, and its weights.
+
+    Weights under diffusers' names are read from their files one by one, when their turn comes, so
+    that the host never holds all. Those in the original layout or under older names, and those
+    that are changed, are read by diffusers itself.
+
+    Args:
+        change: changes the module's weights, by a LoRA for example.
+    """
+    source, module = checkpoint.source(name), make_without_weights(checkpoint, name, dtype)
+    with reading(source):
+        files = weights_files(checkpoint, name)
+        if change is None and _hold_exactly(files, module):
+            return module, _read_in_turn(source, files, dtype)
+        module = _load_whole(checkpoint, name, dtype)
+    if change is not None:
+        change(module)
+    return module, weights_of(module)
+
+
+def weights_of(module: Any) -> "Weights":
+    """A module's parameters and buffers, one by one; it is left without data (torch's meta)."""
+    yield from [*module.named_parameters(), *module.named_buffers()]
+    module.to("meta")
+
+
+def weights_files(checkpoint: Checkpoint, name: str) -> list[Path]:
+    """The safetensors files that hold a component's weights."""
+    return [path for path in checkpoint.files_read(name) if path.suffix == ".safetensors"]
+
+
+def _hold_exactly(files: Sequence[Path], module: Any) -> bool:
+    """Whether files hold a module's parameters and buffers, each once, and nothing else."""
+    from safetensors import safe_open
+
+    wanted = {name: list(tensor.shape) for name, tensor in weights_of(module)}
+    found: list[tuple[str, list[int]]] = []
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found += [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+    return dict(found) == wanted and len(found) == len(wanted)
+
+
+def _read_in_turn(source: Source, files: Sequence[Path], dtype: "torch.dtype") -> "Weights":
+    """The weights in files, each mapped into memory or, where its dtype is another, converted."""
+    from safetensors import safe_open
+
+    for file in files:
+        with reading(source), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name).to(dtype)
+
+
+def _load_whole(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
@@ -145,7 +205,7 @@ def load_model(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
 
 
 def make_without_weights(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
-    """The same by its config alone, on torch's meta device: enough to compile it."""
+    """A UNet or VAE by its config alone, on torch's meta device: enough to compile it."""
     import torch
 
     with torch.device("meta"), reading(checkpoint.source(name)):

@@ -152,6 +152,7 @@ class SamplingSettings(ModelSettings):
     text_encoder_dtype: Dtype = "float32"
     unet_dtype: DeviceDtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU
     vae_dtype: DeviceDtype = "auto"  # float32 where the VAE says `force_upcast`, else as the UNet
+    tile: bool = False  # decode large pictures in overlapping tiles, as diffusers' `enable_tiling`
     image_format: ImageFormat = "png"
 
     @field_validator("scheduler")
@@ -329,6 +330,7 @@ class RunOptions(BaseModel):
     steps_per_call: int | None = Field(default=None, ge=1)  # None: 1 on CPU, else all
     warmup_steps: int = Field(default=0, ge=0)
     warmup: bool = False
+    distributed: str | None = None
 
 
 def read_run_options(parameters: Mapping[str, Any]) -> RunOptions:

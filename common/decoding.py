@@ -1,14 +1,22 @@
-"""The compiled decoding program: latents to 8-bit pictures."""
+"""The compiled decoding programs: latents to 8-bit pictures, whole or in tiles."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import Array
+from jax.sharding import Mesh
 
-from common.torchax_runtime import Parameters
+from common.devices import Devices, fetch
+from common.fast_ops import finish, replacements
+from common.jax_setup import Programs
+from common.report import StageReport
+from common.sharding import ActivationLayout, split_latents
+from common.torchax_runtime import Parameters, as_jax_function
 
 
 def unscale_latents(latents: Array, config: dict[str, Any]) -> Array:
@@ -27,23 +35,138 @@ def unscale_latents(latents: Array, config: dict[str, Any]) -> Array:
     return latents / config["scaling_factor"]
 
 
-def make_decoder(
-    decode: Callable[..., Any], config: dict[str, Any], dtype: Any
-) -> Callable[[Parameters, Array], tuple[Array, Array]]:
-    """Make the function to compile: latents [B, C, h, w] to [B, H, W, 3] uint8.
+def to_pixels(images: Array) -> tuple[Array, Array]:
+    """[B, 3, H, W] float32 to [B, H, W, 3] uint8, and whether all values were finite.
 
-    The second result says whether the decoded values were finite.
+    diffusers' VaeImageProcessor: denormalize, clamp, to 8 bits by rounding.
     """
+    pixels = jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return pixels.transpose(0, 2, 3, 1), jnp.isfinite(images).all()
 
-    def decode_latents(parameters: Parameters, latents: Array) -> tuple[Array, Array]:
-        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-            scaled = unscale_latents(latents, config).astype(dtype)
-            images = decode(parameters, scaled, return_dict=False)[0].astype(jnp.float32)
-        # diffusers' VaeImageProcessor: denormalize, clamp, to 8 bits by rounding.
-        pixels = jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-        return pixels.transpose(0, 2, 3, 1), jnp.isfinite(images).all()
 
-    return decode_latents
+class Tiles:
+    """diffusers' own cutting into overlapping tiles and blending, around a decoder of tiles."""
+
+    def __init__(self, vae: Any) -> None:
+        """`vae` gives up its modules; another one has to hold the code of the decoder."""
+        self.vae = vae
+        self.vae.post_quant_conv = torch.nn.Identity()
+
+    @property
+    def size(self) -> int:
+        """The most rows and columns of latents in a tile."""
+        return int(self.vae.tile_latent_min_size)
+
+    def rows(self, height: int) -> list[int]:
+        """The rows of every tile of latents with so many rows, from above to below."""
+        step = int(self.size * (1 - self.vae.tile_overlap_factor))
+        return [min(self.size, height - first) for first in range(0, height, step)]
+
+    def decode(self, scaled: np.ndarray, decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """[B, C, h, w] to [B, 3, H, W], by a function that decodes a tile of that form."""
+        self.vae.decoder = _AsModule(decode)
+        images = self.vae.tiled_decode(torch.from_numpy(scaled), return_dict=False)[0]
+        return np.asarray(images.numpy())
+
+
+class _AsModule(torch.nn.Module):
+    """A function of numpy arrays where diffusers wants a module."""
+
+    def __init__(self, function: Callable[[np.ndarray], np.ndarray]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.function(x.numpy()).copy())
+
+
+class Decoder:
+    """The VAE on its devices, and its compiled programs: one, or one for each shape of a tile."""
+
+    def __init__(
+        self,
+        vae: Any,
+        parameters: Parameters,
+        mesh: Mesh,
+        devices: Devices,
+        tiles: Tiles | None,
+        report: StageReport,
+        programs: Programs,
+    ) -> None:
+        """
+        Args:
+            vae: diffusers' module, for its code.
+            parameters: its weights on the devices of the mesh.
+            devices: those of the mesh; for ones that are not there, programs can only be lowered.
+            tiles: None to decode pictures whole.
+        """
+        self.config = vae.config
+        self.dtype = parameters["decoder.conv_in.weight"].dtype
+        self.parameters = parameters
+        self.mesh = mesh
+        self.devices = devices
+        self.tiles = tiles
+        self.report = report
+        self.programs = programs
+        self.compiled: dict[tuple[int, ...], Any] = {}
+        layout = ActivationLayout(mesh, ("data",), ("rows",)) if mesh.size > 1 else None
+        self.vae = as_jax_function(
+            vae,
+            "decode",
+            replacements=replacements(layout, devices.platform),
+            finish=partial(finish, layout=layout, platform=devices.platform),
+        )
+
+    def decode(self, latents: np.ndarray, *, warm_up: bool = False) -> tuple[np.ndarray, bool]:
+        """Latents [B, C, h, w] float32 to [B, H, W, 3] uint8, and whether all was finite.
+
+        Args:
+            warm_up: run each program once before it is timed, when it is compiled.
+        """
+        if self.tiles is None:
+            pixels, finite = self._run(latents, warm_up)
+            return pixels, bool(finite)
+        with self.report.part("blending"):
+            scaled = np.array(unscale_latents(jnp.asarray(latents), self.config))
+            images = self.tiles.decode(scaled, lambda tile: self._run(tile, warm_up))
+            pixels, finite = jax.jit(to_pixels)(images)
+            return np.asarray(pixels), bool(finite)
+
+    def lower(self, shape: tuple[int, ...]) -> Any:
+        """Trace the program for latents [B, C, h, w], of whole pictures or of tiles."""
+        latents = self.devices.describe(shape, "float32", split_latents(self.mesh))
+        program = self._decode_whole if self.tiles is None else self._decode_tile
+        return jax.jit(program).lower(self.parameters, latents)
+
+    def _decode_whole(self, parameters: Parameters, latents: Array) -> tuple[Array, Array]:
+        return to_pixels(self._decode_tile(parameters, unscale_latents(latents, self.config)))
+
+    def _decode_tile(self, parameters: Parameters, scaled: Array) -> Array:
+        """[B, C, h, w] as the VAE takes them to [B, 3, H, W] float32."""
+        precision = "highest" if self.dtype == jnp.float32 else "default"
+        with jax.default_matmul_precision(precision):
+            images = self.vae(parameters, scaled.astype(self.dtype), return_dict=False)[0]
+        return images.astype(jnp.float32)
+
+    def _run(self, latents: np.ndarray, warm_up: bool) -> Any:
+        """Run the program for the latents' shape, which is compiled the first time."""
+        with self.report.part("host to device"):
+            latents_there = self.devices.put(latents, split_latents(self.mesh))
+        if latents.shape not in self.compiled:
+            with self.report.part("trace"):
+                lowered = self.lower(latents.shape)
+            with self.report.part("compile"):
+                self.compiled[latents.shape] = self.programs.compile(lowered)
+            if warm_up:
+                with self.report.part("warm-up"):
+                    program = self.compiled[latents.shape]
+                    jax.block_until_ready(program(self.parameters, latents_there))
+        with self.report.part("run"):
+            result = jax.block_until_ready(
+                self.compiled[latents.shape](self.parameters, latents_there)
+            )
+        with self.report.part("device to host"):
+            return jax.tree.map(fetch, result)
 
 
 def make_grid(pictures: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ range of steps inside a loop; on CPUs one call runs one step, because XLA on CPU
 many times slower than the same program called from the host.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from jax import Array
 from jax.sharding import Mesh
 
-from common.devices import Devices
+from common.devices import Devices, fetch
 from common.fast_ops import finish, norm_weights, prompt_projections, replacements
 from common.jax_setup import Programs
 from common.report import StageReport
@@ -29,6 +30,7 @@ from common.sharding import ActivationLayout, replicated, rows_of_levels, split_
 from common.torchax_runtime import Parameters, as_jax_function, to_numpy
 
 HIGHEST = jax.lax.Precision.HIGHEST
+RANGES_AHEAD = 1  # handed to the devices beyond the one that runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,7 +411,10 @@ class Denoiser:
         if self.tables is None:
             program = jax.jit(_named(f"predict_{kind}", partial(self._predict, unet)))
             return program.lower(*self._predict_arguments(guided, *self._example_input()))
-        shardings = jax.tree.map(lambda array: array.sharding, self.state)
+        shardings = (
+            jax.tree.map(lambda array: array.sharding, self.state),
+            replicated(self.mesh),
+        )
         function = self._denoise_range if self.loops_on_device else self._denoise_one
         program = jax.jit(
             _named(f"denoise_{kind}", partial(function, unet)),
@@ -426,11 +431,11 @@ class Denoiser:
         state: tuple[Array, Array],
         arguments: dict[str, Any],
         i: Array,
-    ) -> tuple[Array, Array]:
-        """One step."""
+    ) -> tuple[tuple[Array, Array], Array]:
+        """One step. Returns the state, and the next step as something to wait for."""
         prompt_embeds = arguments["conditions"]["prompt_embeds"]
         parameters, given = prepare_model(self.unet, parameters, prompt_embeds)
-        return denoise_step(unet, parameters, given, state, arguments, i)
+        return denoise_step(unet, parameters, given, state, arguments, i), i + 1
 
     def _denoise_range(
         self,
@@ -440,15 +445,15 @@ class Denoiser:
         arguments: dict[str, Any],
         start: Array,
         stop: Array,
-    ) -> tuple[Array, Array]:
-        """The steps start ≤ i < stop in a loop on the device."""
+    ) -> tuple[tuple[Array, Array], Array]:
+        """The steps start ≤ i < stop in a loop on the device. Returns as `_denoise_one` does."""
         prompt_embeds = arguments["conditions"]["prompt_embeds"]
         parameters, given = prepare_model(self.unet, parameters, prompt_embeds)
 
         def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             return denoise_step(unet, parameters, given, state, arguments, i)
 
-        return jax.lax.fori_loop(start, stop, body, state)
+        return jax.lax.fori_loop(start, stop, body, state), stop
 
     def _predict(
         self,
@@ -499,7 +504,11 @@ class Denoiser:
                     jax.block_until_ready(self._run_range(state, 0, stop, guided))
 
     def run(self) -> Iterator[int]:
-        """Run all steps, in ranges. Yields the number of steps after each range."""
+        """Run all steps, in ranges. Yields the number of steps after each range.
+
+        A range is handed to the devices before the one before it is finished, so that they never
+        wait for the host.
+        """
         if self.tables is None:
             yield from self._run_on_host()
             return
@@ -507,22 +516,31 @@ class Denoiser:
         # Where guidance begins or ends, another program takes over.
         borders = {*range(0, self.evaluations, step), self.guided.start, self.guided.stop}
         starts = sorted(border for border in borders if border < self.evaluations)
+        running: deque[tuple[int, Array]] = deque()  # steps, and what is there when they are done
         for start, stop in zip(starts, [*starts[1:], self.evaluations], strict=True):
             with self.report.part("run"):
-                state = self._run_range(self.state, start, stop, start in self.guided)
-                self.state = jax.block_until_ready(state)
-            yield stop - start
+                self.state, done = self._run_range(self.state, start, stop, start in self.guided)
+            running.append((stop - start, done))
+            if len(running) > RANGES_AHEAD:
+                yield self._wait(*running.popleft())
+        for range_running in running:
+            yield self._wait(*range_running)
+
+    def _wait(self, steps: int, done: Array) -> int:
+        with self.report.part("run"):
+            jax.block_until_ready(done)
+        return steps
 
     def _run_range(
         self, state: tuple[Array, Array], start: int, stop: int, guided: bool
-    ) -> tuple[Array, Array]:
-        """Run the steps start ≤ i < stop; `state` is given away."""
+    ) -> tuple[tuple[Array, Array], Array]:
+        """Start the steps start ≤ i < stop; `state` is given away."""
         program, arguments = self.compiled[self._program_key(guided)], self._arguments(guided)
         if self.loops_on_device:
             return program(self.parameters, state, arguments, np.int32(start), np.int32(stop))
         for i in range(start, stop):
-            state = program(self.parameters, state, arguments, np.int32(i))
-        return state
+            state, done = program(self.parameters, state, arguments, np.int32(i))
+        return state, done
 
     def _run_on_host(self) -> Iterator[int]:
         """Step the scheduler itself between compiled model evaluations."""
@@ -537,7 +555,7 @@ class Denoiser:
                 model_input = self.sampler.scale_model_input(sample, timestep)
                 arguments = self._predict_arguments(guided, model_input.numpy(), float(timestep))
                 output = self.compiled[self._program_key(guided)](*arguments)
-                output = torch.from_numpy(np.array(output))
+                output = torch.from_numpy(fetch(output).copy())
                 sample = self.sampler.step(output, timestep, sample, generators)
             yield 1
         self.sample = sample
@@ -547,7 +565,7 @@ class Denoiser:
         if self.tables is None:
             return self.sample.numpy()
         with self.report.part("device to host"):
-            return np.asarray(self.state[0])
+            return fetch(self.state[0])
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

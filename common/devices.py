@@ -1,16 +1,21 @@
 """The devices that a program is compiled for: jax's own, or those of a TPU that is not there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+from jax.experimental import multihost_utils
 
 from common.fast_ops import arrange_weight
-from common.sharding import SINGLE
-from common.torchax_runtime import Parameters, parameters_of
+from common.jax_setup import usable_cores
+from common.sharding import MeshChoice, choose_mesh
+from common.torchax_runtime import Parameters, to_numpy
+
+CPU_ALIGNMENT = 64  # bytes
+MOST_UNDER_WAY = 256 * 2**20  # bytes of weights that the host holds until they are on the devices
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,41 @@ class Devices:
         """tpu, gpu or cpu."""
         return str(self.devices[0].platform)
 
-    def mesh_by_default(self, asked: Mapping[str, int] | None) -> Mapping[str, int] | None:
-        """The mesh that is asked for; several CPU devices are one machine's, so none is chosen."""
-        return SINGLE if asked is None and self.platform == "cpu" else asked
+    def choose_mesh(
+        self,
+        asked: Mapping[str, int] | None,
+        *,
+        images: int,
+        guided: bool,
+        rows_of_levels: Sequence[int],
+    ) -> MeshChoice:
+        """Settle the mesh by `sharding.choose_mesh`.
+
+        Unless asked, a CPU's cores share images and halves of guidance, never rows.
+        """
+        on_cores = asked is None and self.platform == "cpu"
+        count = len(self.devices)
+        return choose_mesh(
+            asked,
+            devices=min(count, usable_cores()) if on_cores else count,
+            images=images,
+            guided=guided,
+            rows_of_levels=rows_of_levels,
+            split_rows=not on_cores,
+        )
 
     def put(self, tree: Any, sharding: Any) -> Any:
-        """Place arrays by a sharding."""
-        if self.are_there:
+        """Place arrays by a sharding; on several hosts each places its own part."""
+        if not self.are_there:
+            return jax.tree.map(lambda x: self.describe(x.shape, x.dtype, sharding), tree)
+        if sharding.is_fully_addressable:
             return jax.device_put(tree, sharding)
-        return jax.tree.map(lambda x: self.describe(x.shape, x.dtype, sharding), tree)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                np.shape(x), sharding, lambda index: np.asarray(x)[index]
+            ),
+            tree,
+        )
 
     @staticmethod
     def describe(shape: Sequence[int], dtype: Any, sharding: Any) -> Any:
@@ -51,24 +82,52 @@ class Devices:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
     def put_weights(
-        self, module: torch.nn.Module, sharding_of: Callable[[str, Sequence[int]], Any]
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        sharding_of: Callable[[str, Sequence[int]], Any],
     ) -> Parameters:
-        """Move a module's weights to the devices, one at a time; the module is left without them.
+        """Move a model's weights to the devices, one at a time, keeping their dtypes.
+
+        The devices of a CPU share one copy of those that are not split.
 
         Args:
+            weights: names and tensors; on torch's meta device for devices that are not there.
             sharding_of: a weight's sharding, by its name and shape.
         """
-
-        def put(name: str, array: Any) -> Any:
+        parameters: Parameters = {}
+        under_way = 0
+        for name, tensor in weights:
+            array = to_numpy(tensor) if self.are_there else _without_data(tensor)
             array = arrange_weight(name, array)
-            return self.put(array, sharding_of(name, array.shape))
+            if self.are_there and self.platform == "cpu":
+                array = _aligned(array)
+            parameters[name] = self.put(array, sharding_of(name, array.shape))
+            under_way += array.nbytes
+            if self.are_there and under_way > MOST_UNDER_WAY:
+                jax.block_until_ready(parameters[name])
+                under_way = 0
+        return parameters
 
-        if self.are_there:
-            return parameters_of(module, put)
-        return {
-            name: put(name, _without_data(tensor))
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        }
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """An array's values on the host; on several hosts all get all of them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The same values where XLA on CPUs needs no copy of its own: in order, from a multiple of 64.
+
+    A copy is made only where they do not lie so.
+    """
+    if array.flags.c_contiguous and array.ctypes.data % CPU_ALIGNMENT == 0:
+        return array
+    buffer = np.empty(array.nbytes + CPU_ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % CPU_ALIGNMENT
+    aligned = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return aligned
 
 
 def _without_data(tensor: torch.Tensor) -> np.ndarray:

@@ -2,14 +2,17 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from common.whole_files import write_text_whole
+
+if TYPE_CHECKING:
+    import torch
 
 
 class StageReport:
@@ -23,15 +26,34 @@ class StageReport:
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._born = psutil.Process().create_time()
+        self._inner = [0.0]  # seconds of parts within each open one
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the seconds of a block to the part `name`; parts do not nest."""
+        """Add the seconds of a block to the part `name`, without those of parts within it."""
         began = time.perf_counter()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.add(name, seconds - self._inner.pop())
+            self._inner[-1] += seconds
+
+    def watch_memory(
+        self, weights: "Iterable[tuple[str, torch.Tensor]]"
+    ) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Hand weights on to devices, and note how much memory of its own the host took meanwhile.
+
+        That is memory that no file backs; on a CPU it holds the devices' copy as well.
+        """
+        before, most, size = own_memory(), 0, 0
+        for name, tensor in weights:
+            size += tensor.nbytes
+            yield name, tensor
+            most = max(most, own_memory() - before)
+        self.facts["weights_bytes"] = size
+        self.facts["host_bytes_while_loading"] = most
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds to a part."""
@@ -54,6 +76,12 @@ class StageReport:
         }
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_text_whole(report_path(output_dir, self.stage), text)
+
+
+def own_memory() -> int:
+    """Bytes of the process's memory that are no pages of files."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def report_path(output_dir: Path, stage: int) -> Path:

@@ -182,19 +182,6 @@ class _MethodAsForward(torch.nn.Module):
         return getattr(self.module, self.method)(*args, **kwargs)
 
 
-def parameters_of(module: torch.nn.Module, put: Callable[[str, np.ndarray], Array]) -> Parameters:
-    """Copy a module's parameters and buffers to the device, one at a time, keeping their dtypes.
-
-    `put` places one numpy array, given its name, on the device or devices. The module itself is
-    left without data (on torch's meta device), so that host memory holds the weights only once.
-    """
-    parameters = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        parameters[name] = put(name, to_numpy(tensor))
-    module.to("meta")
-    return parameters
-
-
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A torch tensor's values as numpy, bfloat16 as jax's own bfloat16 without a detour."""
     tensor = tensor.detach().contiguous().cpu()

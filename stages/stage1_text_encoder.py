@@ -134,6 +134,7 @@ def main(
     text_encoder_dtype: command_line.TextEncoderDtype = None,
     unet_dtype: command_line.UnetDtype = None,
     vae_dtype: command_line.VaeDtype = None,
+    tile: command_line.Tile = None,
     config: command_line.ConfigFile = None,
     output_dir: command_line.OutputDir = None,
     image_format: command_line.ImageFormatFlag = None,

@@ -12,6 +12,7 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from common import artifacts, command_line, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_model, make_without_weights, quiet_libraries
+from common.components import load_model, make_without_weights, quiet_libraries, weights_of
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
@@ -226,13 +227,15 @@ def load_denoiser(
     dtype = getattr(torch, unet_dtype)
     with report.part("checkpoint read"):
         if devices.are_there:
-            unet = load_model(checkpoint, "unet", dtype)
-            fuse_into_unet(unet, config.loras)
+            fuse = partial(fuse_into_unet, loras=config.loras) if config.loras else None
+            unet, weights = load_model(checkpoint, "unet", dtype, change=fuse)
         else:
             unet = make_without_weights(checkpoint, "unet", dtype)
+            weights = weights_of(unet)
     with report.part("host to device"):
         parameters = devices.put_weights(
-            unet, lambda name, shape: sharding.split_weight(mesh, name, shape)
+            report.watch_memory(weights),
+            lambda name, shape: sharding.split_weight(mesh, name, shape),
         )
     if mesh.size > 1:
         say(f"  mesh {choice}, {mesh.size} devices; weights: {sharding.say_weights(parameters)}")
@@ -247,9 +250,8 @@ def settle_mesh(
 ) -> sharding.MeshChoice:
     """The mesh that is asked for, or that is best for the pictures asked for."""
     unet_config = checkpoint.config("unet")
-    return sharding.choose_mesh(
-        devices.mesh_by_default(sharding.parse_mesh(options.mesh)),
-        devices=len(devices.devices),
+    return devices.choose_mesh(
+        sharding.parse_mesh(options.mesh),
         images=min(len(config.image_seeds()), options.batch_size),
         guided=config.guidance_scale > 1 and unet_config.get("time_cond_proj_dim") is None,
         rows_of_levels=sharding.rows_of_levels(
@@ -415,6 +417,7 @@ def main(
     batch_size: command_line.BatchSize = None,
     steps_per_call: command_line.StepsPerCall = None,
     warmup_steps: command_line.WarmupSteps = None,
+    distributed: command_line.Distributed = None,
     topology: command_line.Topology = None,
     save_hlo: command_line.SaveHlo = None,
     json: command_line.JsonFile = None,
@@ -462,7 +465,7 @@ def main(
             quiet_libraries()
         from common import jax_setup, torchax_runtime  # noqa: F401
 
-        jax_setup.set_up_jax()
+        jax_setup.set_up_jax(distributed)
     dtype_used = jax_setup.choose_dtype(config.unet_dtype)
 
     # 4. Denoise
@@ -470,6 +473,9 @@ def main(
     programs = jax_setup.Programs()
     denoiser = load_denoiser(config, checkpoint, dtype_used, options, report, programs)
     latents = denoise_images(config, checkpoint, tensors, denoiser, options)
+    if not jax_setup.is_first_process():
+        say("  the first process writes")
+        return
 
     # 5. Write
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)

@@ -11,8 +11,8 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from common import artifacts, command_line, pictures, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_model, make_without_weights, quiet_libraries
+from common.components import load_model, make_without_weights, quiet_libraries, weights_of
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
@@ -41,11 +41,10 @@ from common.report import StageReport, read_report
 
 if TYPE_CHECKING:
     import numpy as np
-    from jax.sharding import Mesh
 
+    from common.decoding import Decoder
     from common.devices import Devices
     from common.jax_setup import Programs
-    from common.torchax_runtime import Parameters
 
 COMPONENTS = ("vae",)
 
@@ -63,6 +62,7 @@ def make_recipe(
         settings={
             **upstream,
             "vae_dtype": vae_dtype,
+            "tile": in_tiles(config, checkpoint, latents.tensors["latents"].shape),
             "image_format": config.image_format,
         },
         inputs={artifacts.LATENTS_FILE: latents.data_sha256},
@@ -71,6 +71,14 @@ def make_recipe(
             "torch", "torchax", "jax", "jaxlib", "diffusers", "pillow"
         ),
     )
+
+
+def in_tiles(config: GenerationConfig, checkpoint: Checkpoint, shape: Sequence[int]) -> bool:
+    """Whether latents [B, C, h, w] are cut: they are to be, and are larger than diffusers' tile."""
+    sample_size = checkpoint.config("vae").get("sample_size", 32)
+    if isinstance(sample_size, list):
+        sample_size = sample_size[0]
+    return config.tile and max(shape[2:]) > sample_size // checkpoint.vae_scale_factor
 
 
 def why_stale(run_dir: Path, count: int, config: GenerationConfig, recipe: Recipe) -> str | None:
@@ -99,6 +107,7 @@ def expected_dtype(asked: str, run_dir: Path) -> str:
 
 def decode_images(
     latents: "np.ndarray",
+    config: GenerationConfig,
     checkpoint: Checkpoint,
     vae_dtype: str,
     options: RunOptions,
@@ -106,104 +115,89 @@ def decode_images(
     programs: "Programs",
 ) -> "np.ndarray":
     """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8."""
-    import jax
     import numpy as np
     from tqdm import tqdm
 
     from common.devices import Devices
 
-    decoder, weights, mesh = load_decoder(
-        checkpoint, vae_dtype, latents.shape, options, report, Devices.present()
+    decoder = load_decoder(
+        latents.shape, config, checkpoint, vae_dtype, options, report, programs, Devices.present()
     )
-    report.facts["mesh"] = sharding.name_of(mesh)
-    compiled = None
-    size = group_size(len(latents), options.batch_size, mesh.shape["data"])
+    report.facts["mesh"] = sharding.name_of(decoder.mesh)
+    size = group_size(len(latents), options.batch_size, decoder.mesh.shape["data"])
     decoded = []
     with tqdm(total=len(latents), desc="decode", unit="image", leave=False, disable=None) as bar:
         for chosen, real in groups(len(latents), size):
-            with report.part("host to device"):
-                group = jax.device_put(latents[chosen], sharding.split_latents(mesh))
-            if compiled is None:
-                with report.part("trace"):
-                    lowered = decoder.lower(weights, group)
-                with report.part("compile"):
-                    compiled = programs.compile(lowered)
-                if options.warmup:
-                    with report.part("warm-up"):
-                        jax.block_until_ready(compiled(weights, group))
-            with report.part("run"):
-                pixels, finite = jax.block_until_ready(compiled(weights, group))
+            pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
             if not finite:
                 raise NotFiniteError(
                     f"the VAE in {vae_dtype} gave values that are not finite, so no picture was "
                     "written: use --vae_dtype float32"
                 )
-            with report.part("device to host"):
-                decoded.append(np.asarray(pixels)[:real])
+            decoded.append(pixels[:real])
             bar.update(real)
     return np.concatenate(decoded)
 
 
 def load_decoder(
+    shape: tuple[int, ...],
+    config: GenerationConfig,
     checkpoint: Checkpoint,
     vae_dtype: str,
-    shape: tuple[int, ...],
     options: RunOptions,
     report: StageReport,
+    programs: "Programs",
     devices: "Devices",
-) -> "tuple[Any, Parameters, Mesh]":
-    """The decoding program to lower, the VAE's weights on the devices, and the mesh of these.
+) -> "Decoder":
+    """The VAE: a PyTorch module for its code, its weights on the devices.
 
     Args:
         shape: of all latents, [B, C, h, w].
     """
-    import jax
-    import jax.numpy as jnp
     import torch
 
-    from common.decoding import make_decoder
-    from common.fast_ops import finish, replacements
-    from common.torchax_runtime import as_jax_function
+    from common.decoding import Decoder, Tiles
 
-    choice = settle_mesh(options, shape, devices)
+    dtype = getattr(torch, vae_dtype)
+    with report.part("checkpoint read"):
+        if devices.are_there:
+            vae, weights = load_model(checkpoint, "vae", dtype)
+        else:
+            vae = make_without_weights(checkpoint, "vae", dtype)
+            weights = weights_of(vae)
+    tiles = None
+    if in_tiles(config, checkpoint, shape):
+        tiles = Tiles(make_without_weights(checkpoint, "vae", dtype))
+    # The decoder only doubles rows.
+    rows = [shape[2]] if tiles is None else tiles.rows(shape[2])
+    choice = settle_mesh(options, shape[0], rows, devices)
     for note in choice.notes:
         warn(note)
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
-    dtype = getattr(torch, vae_dtype)
-    with report.part("checkpoint read"):
-        load = load_model if devices.are_there else make_without_weights
-        vae = load(checkpoint, "vae", dtype)
     with report.part("host to device"):
-        weights = devices.put_weights(vae, lambda *_: sharding.replicated(mesh))
-    layout = sharding.ActivationLayout(mesh, ("data",), ("rows",)) if mesh.size > 1 else None
-    decode = as_jax_function(
-        vae,
-        "decode",
-        replacements=replacements(layout, devices.platform),
-        finish=partial(finish, layout=layout, platform=devices.platform),
-    )
-    decoder = jax.jit(make_decoder(decode, checkpoint.config("vae"), jnp.dtype(vae_dtype)))
-    return decoder, weights, mesh
+        parameters = devices.put_weights(
+            report.watch_memory(weights), lambda *_: sharding.replicated(mesh)
+        )
+    return Decoder(vae, parameters, mesh, devices, tiles, report, programs)
 
 
 def settle_mesh(
-    options: RunOptions, shape: tuple[int, ...], devices: "Devices"
+    options: RunOptions, images: int, rows_of_levels: list[int], devices: "Devices"
 ) -> sharding.MeshChoice:
-    """The mesh that is asked for, or that is best for latents of this shape.
+    """The mesh that is asked for, or that is best for so many images.
 
     There are no halves of guidance any more: `cfg` and `tensor` of a mesh that is asked for go to
     the rows.
     """
-    asked = devices.mesh_by_default(sharding.parse_mesh(options.mesh))
+    asked = sharding.parse_mesh(options.mesh)
     if asked is not None:
         rows = asked["rows"] * asked["cfg"] * asked["tensor"]
         asked = sharding.SINGLE | {"data": asked["data"], "rows": rows}
-    return sharding.choose_mesh(
+    return devices.choose_mesh(
         asked,
-        devices=len(devices.devices),
-        images=min(shape[0], options.batch_size),
+        images=min(images, options.batch_size),
         guided=False,
-        rows_of_levels=[shape[2]],  # the decoder only doubles them
+        rows_of_levels=rows_of_levels,
     )
 
 
@@ -219,16 +213,21 @@ def compile_for_tpu(topology: str, parameters: dict[str, Any], source_dir: Path 
     count, height, width = tpu_compiler.pictures_shape(parameters["pictures_shape"], config)
     check_size(config.model_copy(update={"height": height, "width": width}), factor)
     shape = (count, vae_config["latent_channels"], height // factor, width // factor)
-    decoder, weights, mesh = load_decoder(
-        checkpoint, dtype, shape, options, StageReport(3), devices
+    from common.jax_setup import Programs
+
+    decoder = load_decoder(
+        shape, config, checkpoint, dtype, options, StageReport(3), Programs(), devices
     )
-    size = group_size(count, options.batch_size, mesh.shape["data"])
-    latents = devices.describe((size, *shape[1:]), "float32", sharding.split_latents(mesh))
+    size = group_size(count, options.batch_size, decoder.mesh.shape["data"])
+    decoded, what = (size, *shape[1:]), f"{width}×{height}"
+    if decoder.tiles is not None:
+        tile = [min(decoder.tiles.size, extent) for extent in shape[2:]]
+        decoded, what = (*decoded[:2], *tile), f"the largest tile of {what}"
     tpu_compiler.compile_and_say(
-        lambda: decoder.lower(weights, latents),
+        lambda: decoder.lower(decoded),
         chip,
-        mesh,
-        title=f"decoding {config.model_id}, {width}×{height}, {dtype}",
+        decoder.mesh,
+        title=f"decoding {config.model_id}, {what}, {dtype}",
         images=size,
         steps=0,
         topology=topology,
@@ -276,7 +275,7 @@ def save_pictures(
     from common.decoding import make_grid
 
     names, grid_name = pictures.picture_names(len(images), config.image_format)
-    own = {"vae_dtype": recipe.settings["vae_dtype"], "image_format": config.image_format}
+    own = {name: recipe.settings[name] for name in ("vae_dtype", "tile", "image_format")}
     if config.vae is not None:
         own["vae"] = config.vae
     files: list[tuple[str, Any, int | None]] = [
@@ -310,10 +309,12 @@ def main(
     vae_dtype: command_line.VaeDtype = None,
     input_dir: command_line.InputDir = None,
     output_dir: command_line.OutputDir = None,
+    tile: command_line.Tile = None,
     image_format: command_line.ImageFormatFlag = None,
     mesh: command_line.Mesh = None,
     batch_size: command_line.BatchSize = None,
     warmup: command_line.Warmup = False,
+    distributed: command_line.Distributed = None,
     topology: command_line.Topology = None,
     pictures_shape: command_line.PicturesShape = None,
     save_hlo: command_line.SaveHlo = None,
@@ -360,14 +361,19 @@ def main(
             quiet_libraries()
         from common import jax_setup, torchax_runtime  # noqa: F401
 
-        jax_setup.set_up_jax()
+        jax_setup.set_up_jax(distributed)
     upcast = bool(vae_config.get("force_upcast", True))  # True is diffusers' own default
     dtype_used = jax_setup.choose_dtype(config.vae_dtype, force_float32=upcast)
 
     # 4. Decode
     tensor = artifacts.load_tensors(latents, warn)["latents"].float()
     programs = jax_setup.Programs()
-    images = decode_images(tensor.numpy(), checkpoint, dtype_used, options, report, programs)
+    images = decode_images(
+        tensor.numpy(), config, checkpoint, dtype_used, options, report, programs
+    )
+    if not jax_setup.is_first_process():
+        say("  the first process writes")
+        return
 
     # 5. Write
     recipe = make_recipe(config, checkpoint, latents, dtype_used)

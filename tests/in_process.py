@@ -50,6 +50,7 @@ class Ours:
     ) -> None:
         self.dtype = dtype
         config = make_config(Path(model), embeddings=embeddings, loras=loras, **(settings or {}))
+        self.config = config
         self.checkpoint = open_checkpoint(config, ("unet", "vae"))
         self.options = RunOptions(**options)
         self.programs = Programs()
@@ -71,7 +72,13 @@ class Ours:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Stage 3. Returns pictures [B, H, W, 3] uint8."""
         return stage3_vae_decoder.decode_images(
-            latents, self.checkpoint, self.dtype, self.options, StageReport(3), self.programs
+            latents,
+            self.config,
+            self.checkpoint,
+            self.dtype,
+            self.options,
+            StageReport(3),
+            self.programs,
         )
 
 

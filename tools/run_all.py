@@ -27,7 +27,7 @@ from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 STAGES = (stage1_text_encoder, stage2_unet, stage3_vae_decoder)
 DTYPES = ("text_encoder_dtype", "unet_dtype", "vae_dtype")
 RUN_ALL = "Which stages"
-FOR_ONE_STAGE = ("topology", "pictures_shape", "save_hlo", "json")
+FOR_ONE_STAGE = ("distributed", "topology", "pictures_shape", "save_hlo", "json")
 
 
 def main(

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from common import torchax_runtime
+from common.components import weights_of
 
 
-def put(_: str, array: np.ndarray) -> jax.Array:
-    return jax.numpy.asarray(array)
+def jax_weights(module: torch.nn.Module) -> dict[str, jax.Array]:
+    return {name: jax.numpy.asarray(tensor.numpy()) for name, tensor in weights_of(module)}
 
 
 class Scaled(torch.nn.Module):
@@ -33,7 +34,7 @@ def test_a_module_becomes_a_function_of_its_weights(method: str) -> None:
     module = Scaled().requires_grad_(False)
     x = torch.randn(4, 3)
     expected = getattr(module, method)(x).numpy()
-    weights = torchax_runtime.parameters_of(module, put)
+    weights = jax_weights(module)
     function = jax.jit(torchax_runtime.as_jax_function(module, method))
     np.testing.assert_allclose(function(weights, x.numpy()), expected, rtol=1e-6, atol=1e-6)
     # The weights are arguments: others give another result from the same compiled program.
@@ -43,7 +44,7 @@ def test_a_module_becomes_a_function_of_its_weights(method: str) -> None:
 
 def test_weights_leave_the_module_and_torchax_stays_off() -> None:
     module = Scaled().requires_grad_(False)
-    torchax_runtime.parameters_of(module, put)
+    jax_weights(module)
     assert all(parameter.is_meta for parameter in module.parameters())
     assert isinstance(torch.ones(2) + 1, torch.Tensor)
     assert (torch.ones(2) + 1).device.type == "cpu"
