@@ -1,10 +1,11 @@
 """How much faster the steps without guidance are, on one machine and in one run.
 
     python benchmarks/guidance.py                       # the demo checkpoint, batch 4
+    python benchmarks/guidance.py --mesh single --mesh auto
 
 Measures the denoising loop alone (stage 2's part "run"), everything compiled and warmed up before:
-full guidance, guidance for the first half of the steps, and none, interleaved; the median of the
-repetitions and the ratios to full guidance.
+full guidance, guidance for the first half of the steps, and none, under each mesh, interleaved; the
+median of the repetitions, the ratio to full guidance under the same mesh and under the first one.
 """
 
 import statistics
@@ -32,6 +33,7 @@ def main(
     batch: Annotated[int, typer.Option("--batch", help="Pictures at once.", min=1)] = 4,
     steps: Annotated[int, typer.Option("--num_inference_steps", help="Steps.", min=2)] = 20,
     repeat: Annotated[int, typer.Option("--repeat", help="Repetitions of each.", min=1)] = 7,
+    mesh: Annotated[list[str] | None, typer.Option("--mesh", help="As stage 2's.")] = None,
 ) -> None:
     """Print the median seconds of the denoising loop and the ratios."""
     quiet_libraries()
@@ -61,25 +63,36 @@ def main(
     pipeline = load_text_pipeline(checkpoint, torch.float32)
     embeddings = encode_prompts(pipeline, base)
     dtype = jax_setup.choose_dtype("auto")
-    options = RunOptions(batch_size=batch)
+    meshes = {name: RunOptions(batch_size=batch, mesh=name) for name in mesh or ["auto"]}
     report = StageReport(2)
-    denoiser = stage2_unet.load_denoiser(
-        base, checkpoint, dtype, options, report, jax_setup.Programs()
-    )
+    denoisers = {
+        name: stage2_unet.load_denoiser(
+            base, checkpoint, dtype, options, report, jax_setup.Programs()
+        )
+        for name, options in meshes.items()
+    }
 
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds: dict[tuple[str, str], list[float]] = {}
     for round_number in tqdm(range(repeat + 1), desc="repetitions"):
-        for name, config in configs.items():
-            before = report.seconds.get("run", 0.0)
-            stage2_unet.denoise_images(config, checkpoint, embeddings, denoiser, options)
-            if round_number:  # the first round compiles and warms up
-                seconds[name].append(report.seconds["run"] - before)
+        for mesh_name, denoiser in denoisers.items():
+            for way, config in configs.items():
+                before = report.seconds.get("run", 0.0)
+                options = meshes[mesh_name]
+                stage2_unet.denoise_images(config, checkpoint, embeddings, denoiser, options)
+                if round_number:  # the first round compiles and warms up
+                    taken = report.seconds["run"] - before
+                    seconds.setdefault((mesh_name, way), []).append(taken)
 
-    full = statistics.median(seconds["full guidance"])
     print(f"{model_id}, batch {batch}, {steps} steps, {dtype}, {jax_setup.platform()}:")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"  {name:17}  {median:6.2f} s  {full / median:4.2f} x  (min {min(values):.2f})")
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    full = next(iter(WAYS))
+    for (mesh_name, way), median in medians.items():
+        own, first = medians[mesh_name, full] / median, next(iter(medians.values())) / median
+        least = min(seconds[mesh_name, way])
+        print(
+            f"  {mesh_name:10} {way:17} {median:6.2f} s (least {least:.2f})  {own:4.2f} x its full "
+            f"guidance, {first:4.2f} x the first"
+        )
 
 
 if __name__ == "__main__":

@@ -186,6 +186,7 @@ StepsPerCall = Annotated[
 ]
 WarmupSteps = Annotated[int | None, _option("warmup_steps", "N", "Steps before the timed ones.")]
 Warmup = Annotated[bool, flag("warmup", " ", RUNNING, "Decode once before the timed run.")]
+Operations = Annotated[str | None, _option("operations", "WHOSE", "fast (ours), torchax.")]
 Distributed = Annotated[
     str | None,
     flag("distributed", "PLACE", RUNNING, "Of several: auto, or HOST:PORT,COUNT,INDEX."),

@@ -330,6 +330,7 @@ class RunOptions(BaseModel):
     steps_per_call: int | None = Field(default=None, ge=1)  # None: 1 on CPU, else all
     warmup_steps: int = Field(default=0, ge=0)
     warmup: bool = False
+    operations: Literal["fast", "torchax"] = "fast"
     distributed: str | None = None
 
 

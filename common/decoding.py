@@ -90,6 +90,7 @@ class Decoder:
         mesh: Mesh,
         devices: Devices,
         tiles: Tiles | None,
+        operations: str,
         report: StageReport,
         programs: Programs,
     ) -> None:
@@ -99,6 +100,7 @@ class Decoder:
             parameters: its weights on the devices of the mesh.
             devices: those of the mesh; for ones that are not there, programs can only be lowered.
             tiles: None to decode pictures whole.
+            operations: "fast" or "torchax".
         """
         self.config = vae.config
         self.dtype = parameters["decoder.conv_in.weight"].dtype
@@ -113,7 +115,7 @@ class Decoder:
         self.vae = as_jax_function(
             vae,
             "decode",
-            replacements=replacements(layout, devices.platform),
+            replacements=replacements(layout, devices.platform, operations),
             finish=partial(finish, layout=layout, platform=devices.platform),
         )
 

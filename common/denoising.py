@@ -20,13 +20,20 @@ from diffusers.models.embeddings import get_timestep_embedding
 from jax import Array
 from jax.sharding import Mesh
 
+from common.config import RunOptions
 from common.devices import Devices, fetch
 from common.fast_ops import finish, norm_weights, prompt_projections, replacements
 from common.jax_setup import Programs
 from common.report import StageReport
 from common.sampler import Sampler
 from common.scheduler_tables import SchedulerTables
-from common.sharding import ActivationLayout, replicated, rows_of_levels, split_latents
+from common.sharding import (
+    ActivationLayout,
+    replicated,
+    rows_of_levels,
+    split_latents,
+    split_weight,
+)
 from common.torchax_runtime import Parameters, as_jax_function, to_numpy
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -188,12 +195,14 @@ def prepare_guidance(guidance: Guidance) -> dict[str, np.ndarray]:
 
 
 def prepare_model(
-    unet: torch.nn.Module, parameters: Parameters, prompt_embeds: Array
+    unet: torch.nn.Module, parameters: Parameters, prompt_embeds: Array, operations: str
 ) -> tuple[Parameters, dict[str, Array]]:
     """What is the same in all steps: norms' weights in float32, projections of the prompts.
 
     Returns the parameters to use and the outputs of submodules by their names, each [N, L, C].
     """
+    if operations == "torchax":
+        return parameters, {}
     in_float32 = norm_weights(unet)
     given = {}
     for name, module in prompt_projections(unet).items():
@@ -294,7 +303,7 @@ class Denoiser:
         parameters: Parameters,
         mesh: Mesh,
         devices: Devices,
-        steps_per_call: int | None,
+        options: RunOptions,
         report: StageReport,
         programs: Programs,
     ) -> None:
@@ -310,8 +319,12 @@ class Denoiser:
         self.guidance_dimension: int | None = unet.config.time_cond_proj_dim
         self.mesh = mesh
         self.platform = devices.platform
-        self.loops_on_device = self.platform != "cpu" or steps_per_call is not None
-        self.steps_per_call = steps_per_call
+        # Weights that are spread over the devices, and where they would lie else.
+        placed = {name: split_weight(mesh, name, a.shape) for name, a in parameters.items()}
+        self.spread = {n: own for n, own in placed.items() if parameters[n].sharding != own}
+        self.loops_on_device = self.platform != "cpu" or options.steps_per_call is not None
+        self.steps_per_call = options.steps_per_call
+        self.operations = options.operations
         self.report = report
         self.programs = programs
         self.put = devices.put
@@ -370,6 +383,9 @@ class Denoiser:
             self.put(history, split_latents(self.mesh, axis=1)),
         )
 
+    def _first_step(self) -> Array:
+        return self.put(np.int32(0), replicated(self.mesh))
+
     def frees_a_half(self) -> bool:
         """Whether steps without guidance leave the devices of the other half without their work."""
         return self.mesh.shape["cfg"] > 1 and False in self.conditions
@@ -382,11 +398,32 @@ class Denoiser:
     def _unet_function(self, guided: bool) -> Callable[..., Any]:
         """The UNet as a jax function, its operations chosen for the mesh and the platform."""
         layout = self.layout(guided) if self.mesh.size > 1 else None
-        return as_jax_function(
+        function = as_jax_function(
             self.unet,
-            replacements=replacements(layout, self.platform),
+            replacements=replacements(layout, self.platform, self.operations),
             finish=partial(finish, layout=layout, platform=self.platform),
         )
+
+        def unet(parameters: Parameters, sample: Array, *args: Any, **kwargs: Any) -> Any:
+            return function(self._gather(parameters, sample), sample, *args, **kwargs)
+
+        return unet
+
+    def _gather(self, parameters: Parameters, after: Array) -> Parameters:
+        """The weights, those that are spread over the devices whole.
+
+        They are gathered when `after` is there: what a step computes, so that no loop gathers them
+        beforehand and keeps them. Left to itself, XLA computes convolutions wrongly whose pictures
+        and weights are split over the same axis.
+        """
+        spread = {name: parameters[name] for name in self.spread}
+        if spread:
+            spread, _ = jax.lax.optimization_barrier((spread, after))
+        whole = {
+            name: jax.lax.with_sharding_constraint(array, self.spread[name])
+            for name, array in spread.items()
+        }
+        return {**parameters, **whole}
 
     def compile(self) -> None:
         """Trace and compile the programs that the group needs, each once for its shapes."""
@@ -424,6 +461,11 @@ class Denoiser:
         index = (np.int32(0),) * (2 if self.loops_on_device else 1)
         return program.lower(self.parameters, self.state, self._arguments(guided), *index)
 
+    def _prepare_model(
+        self, parameters: Parameters, prompt_embeds: Array
+    ) -> tuple[Parameters, dict[str, Array]]:
+        return prepare_model(self.unet, parameters, prompt_embeds, self.operations)
+
     def _denoise_one(
         self,
         unet: Callable[..., Any],
@@ -434,7 +476,7 @@ class Denoiser:
     ) -> tuple[tuple[Array, Array], Array]:
         """One step. Returns the state, and the next step as something to wait for."""
         prompt_embeds = arguments["conditions"]["prompt_embeds"]
-        parameters, given = prepare_model(self.unet, parameters, prompt_embeds)
+        parameters, given = self._prepare_model(parameters, prompt_embeds)
         return denoise_step(unet, parameters, given, state, arguments, i), i + 1
 
     def _denoise_range(
@@ -448,7 +490,7 @@ class Denoiser:
     ) -> tuple[tuple[Array, Array], Array]:
         """The steps start ≤ i < stop in a loop on the device. Returns as `_denoise_one` does."""
         prompt_embeds = arguments["conditions"]["prompt_embeds"]
-        parameters, given = prepare_model(self.unet, parameters, prompt_embeds)
+        parameters, given = self._prepare_model(parameters, prompt_embeds)
 
         def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             return denoise_step(unet, parameters, given, state, arguments, i)
@@ -465,7 +507,7 @@ class Denoiser:
         guidance: dict[str, Array],
     ) -> Array:
         """One model evaluation, for a scheduler that steps on the host."""
-        parameters, given = prepare_model(self.unet, parameters, conditions["prompt_embeds"])
+        parameters, given = self._prepare_model(parameters, conditions["prompt_embeds"])
         return predict(unet, parameters, given, model_input, timestep, conditions, guidance)
 
     def _arguments(self, guided: bool) -> dict[str, Any]:
@@ -499,9 +541,9 @@ class Denoiser:
                         arguments = self._predict_arguments(guided, *self._example_input())
                         jax.block_until_ready(program(*arguments))
                 else:
-                    state = self._first_state()
+                    started = self._first_state(), self._first_step()
                     stop = min(steps, self.evaluations)
-                    jax.block_until_ready(self._run_range(state, 0, stop, guided))
+                    jax.block_until_ready(self._run_range(*started, range(stop), guided))
 
     def run(self) -> Iterator[int]:
         """Run all steps, in ranges. Yields the number of steps after each range.
@@ -517,10 +559,12 @@ class Denoiser:
         borders = {*range(0, self.evaluations, step), self.guided.start, self.guided.stop}
         starts = sorted(border for border in borders if border < self.evaluations)
         running: deque[tuple[int, Array]] = deque()  # steps, and what is there when they are done
+        done = self._first_step()
         for start, stop in zip(starts, [*starts[1:], self.evaluations], strict=True):
+            steps, guided = range(start, stop), start in self.guided
             with self.report.part("run"):
-                self.state, done = self._run_range(self.state, start, stop, start in self.guided)
-            running.append((stop - start, done))
+                self.state, done = self._run_range(self.state, done, steps, guided)
+            running.append((len(steps), done))
             if len(running) > RANGES_AHEAD:
                 yield self._wait(*running.popleft())
         for range_running in running:
@@ -532,15 +576,21 @@ class Denoiser:
         return steps
 
     def _run_range(
-        self, state: tuple[Array, Array], start: int, stop: int, guided: bool
+        self, state: tuple[Array, Array], first: Array, steps: range, guided: bool
     ) -> tuple[tuple[Array, Array], Array]:
-        """Start the steps start ≤ i < stop; `state` is given away."""
+        """Start some steps; `state` is given away.
+
+        Returns the state after them and the next step, which is there when they are done.
+
+        Args:
+            first: the first of the steps, on the devices already.
+        """
         program, arguments = self.compiled[self._program_key(guided)], self._arguments(guided)
         if self.loops_on_device:
-            return program(self.parameters, state, arguments, np.int32(start), np.int32(stop))
-        for i in range(start, stop):
-            state, done = program(self.parameters, state, arguments, np.int32(i))
-        return state, done
+            return program(self.parameters, state, arguments, first, np.int32(steps.stop))
+        for _ in steps:
+            state, first = program(self.parameters, state, arguments, first)
+        return state, first
 
     def _run_on_host(self) -> Iterator[int]:
         """Step the scheduler itself between compiled model evaluations."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jax.experimental import multihost_utils
 
-from common.fast_ops import arrange_weight
 from common.jax_setup import usable_cores
 from common.sharding import MeshChoice, choose_mesh
 from common.torchax_runtime import Parameters, to_numpy
@@ -24,16 +23,18 @@ class Devices:
 
     devices: Sequence[Any]
     are_there: bool
+    memory_bytes: int | None = None  # of each; None where it is not known, as on CPUs
 
     @classmethod
     def present(cls) -> "Devices":
         """The devices of this process and, on several hosts, of the others."""
-        return cls(jax.devices(), True)
+        memory = jax.local_devices()[0].memory_stats() or {}
+        return cls(jax.devices(), True, memory.get("bytes_limit"))
 
     @classmethod
-    def described(cls, devices: Sequence[Any]) -> "Devices":
+    def described(cls, devices: Sequence[Any], memory_bytes: int) -> "Devices":
         """Devices to compile for; arrays are described, not moved."""
-        return cls(devices, False)
+        return cls(devices, False, memory_bytes)
 
     @property
     def platform(self) -> str:
@@ -85,6 +86,8 @@ class Devices:
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         sharding_of: Callable[[str, Sequence[int]], Any],
+        *,
+        arrange: Callable[[str, np.ndarray], np.ndarray],
     ) -> Parameters:
         """Move a model's weights to the devices, one at a time, keeping their dtypes.
 
@@ -93,12 +96,13 @@ class Devices:
         Args:
             weights: names and tensors; on torch's meta device for devices that are not there.
             sharding_of: a weight's sharding, by its name and shape.
+            arrange: lays a weight out as the programs want it.
         """
         parameters: Parameters = {}
         under_way = 0
         for name, tensor in weights:
             array = to_numpy(tensor) if self.are_there else _without_data(tensor)
-            array = arrange_weight(name, array)
+            array = arrange(name, array)
             if self.are_there and self.platform == "cpu":
                 array = _aligned(array)
             parameters[name] = self.put(array, sharding_of(name, array.shape))

@@ -177,12 +177,12 @@ def _with_borders(x: Array, above: int, below: int, layout: ActivationLayout | N
     return jnp.concatenate(parts, 2)
 
 
-def arrange_weight(name: str, array: np.ndarray) -> np.ndarray:
-    """Lay a weight out as the programs want it: a convolution's as [kh, kw, in, out].
+def arrange_weight(name: str, array: np.ndarray, *, operations: str) -> np.ndarray:
+    """Lay a weight out as our operations want it: a convolution's as [kh, kw, in, out].
 
     XLA brings it there anyhow, on CPUs in every step.
     """
-    is_convolution = array.ndim == 4 and name.endswith("weight")
+    is_convolution = array.ndim == 4 and name.endswith("weight") and operations == "fast"
     return array.transpose(2, 3, 1, 0) if is_convolution else array
 
 
@@ -347,9 +347,11 @@ def finish(
 
 
 def replacements(
-    layout: ActivationLayout | None, platform: str
+    layout: ActivationLayout | None, platform: str, operations: str
 ) -> dict[Callable[..., Any], Callable[..., Array]]:
-    """torch's functions and what stands in for them."""
+    """torch's functions and what stands in for them; nothing where `operations` are torchax's."""
+    if operations == "torchax":
+        return {}
     functional = torch.nn.functional
     return {
         functional.conv2d: partial(conv2d, layout=layout, platform=platform),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MESH_AXES = ("data", "cfg", "rows", "tensor")
 SINGLE = dict.fromkeys(MESH_AXES, 1)
+MOST_WEIGHTS = 0.6  # of a device's memory; the rest is for activations
 # Weights of a UNet by their names: the first pattern that matches says which axis splits which
 # dimension; a dimension that does not divide stays whole.
 WEIGHT_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -163,14 +164,43 @@ def split_latents(mesh: "Mesh", *, axis: int = 0) -> "NamedSharding":
     return _sharding(mesh, *[None] * axis, "data", None, "rows")
 
 
-def split_weight(mesh: "Mesh", name: str, shape: Sequence[int]) -> "NamedSharding":
-    """Where a UNet's weight lies, by `WEIGHT_RULES`."""
+def split_weight(
+    mesh: "Mesh", name: str, shape: Sequence[int], spread: str | None = None
+) -> "NamedSharding":
+    """Where a UNet's weight lies, by `WEIGHT_RULES`.
+
+    Args:
+        spread: an axis of devices that would hold copies, and hold parts instead: of a weight's
+            longest dimension that divides. Each step gathers them.
+    """
     axes = next(axes for pattern, axes in WEIGHT_RULES if re.fullmatch(pattern, name))
-    fitting = [
+    fitting: list[str | None] = [
         axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=False)
+        for axis, size in zip([*axes, *[None] * len(shape)], shape, strict=False)
     ]
+    if spread is not None:
+        free = [
+            dimension
+            for dimension, size in enumerate(shape)
+            if fitting[dimension] is None and size % mesh.shape[spread] == 0
+        ]
+        if free:
+            fitting[max(free, key=lambda dimension: shape[dimension])] = spread
     return _sharding(mesh, *fitting)
+
+
+def axis_to_spread(mesh: "Mesh", weights_bytes: int, memory_bytes: int | None) -> str | None:
+    """The axis to split weights over that are too large to be whole on every device, if any.
+
+    Args:
+        weights_bytes: of the whole model.
+        memory_bytes: of one device; None where it is not known.
+    """
+    per_device = weights_bytes / mesh.shape["tensor"]
+    if memory_bytes is None or per_device <= MOST_WEIGHTS * memory_bytes:
+        return None
+    axis = max(("rows", "data", "cfg"), key=lambda axis: mesh.shape[axis])
+    return axis if mesh.shape[axis] > 1 else None
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def prepare(
     quiet_libraries()
     from common.devices import Devices
 
-    return chip, config, checkpoint, options, Devices.described(devices_of(topology))
+    devices = Devices.described(devices_of(topology), int(chip.memory_bytes))
+    return chip, config, checkpoint, options, devices
 
 
 def read_settings(

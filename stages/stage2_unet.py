@@ -218,6 +218,7 @@ def load_denoiser(
 
     from common.denoising import Denoiser
     from common.devices import Devices
+    from common.fast_ops import arrange_weight
 
     devices = devices or Devices.present()
     choice = settle_mesh(config, checkpoint, options, devices)
@@ -232,14 +233,19 @@ def load_denoiser(
         else:
             unet = make_without_weights(checkpoint, "unet", dtype)
             weights = weights_of(unet)
+    size = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+    spread = sharding.axis_to_spread(mesh, size, devices.memory_bytes)
+    if spread is not None:
+        say(f"  weights do not fit on every device: each step gathers them over {spread}")
     with report.part("host to device"):
         parameters = devices.put_weights(
             report.watch_memory(weights),
-            lambda name, shape: sharding.split_weight(mesh, name, shape),
+            lambda name, shape: sharding.split_weight(mesh, name, shape, spread),
+            arrange=partial(arrange_weight, operations=options.operations),
         )
     if mesh.size > 1:
         say(f"  mesh {choice}, {mesh.size} devices; weights: {sharding.say_weights(parameters)}")
-    return Denoiser(unet, parameters, mesh, devices, options.steps_per_call, report, programs)
+    return Denoiser(unet, parameters, mesh, devices, options, report, programs)
 
 
 def settle_mesh(
@@ -417,6 +423,7 @@ def main(
     batch_size: command_line.BatchSize = None,
     steps_per_call: command_line.StepsPerCall = None,
     warmup_steps: command_line.WarmupSteps = None,
+    operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
     topology: command_line.Topology = None,
     save_hlo: command_line.SaveHlo = None,

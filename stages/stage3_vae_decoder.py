@@ -13,6 +13,7 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,7 @@ def load_decoder(
     import torch
 
     from common.decoding import Decoder, Tiles
+    from common.fast_ops import arrange_weight
 
     dtype = getattr(torch, vae_dtype)
     with report.part("checkpoint read"):
@@ -176,9 +178,11 @@ def load_decoder(
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
     with report.part("host to device"):
         parameters = devices.put_weights(
-            report.watch_memory(weights), lambda *_: sharding.replicated(mesh)
+            report.watch_memory(weights),
+            lambda *_: sharding.replicated(mesh),
+            arrange=partial(arrange_weight, operations=options.operations),
         )
-    return Decoder(vae, parameters, mesh, devices, tiles, report, programs)
+    return Decoder(vae, parameters, mesh, devices, tiles, options.operations, report, programs)
 
 
 def settle_mesh(
@@ -314,6 +318,7 @@ def main(
     mesh: command_line.Mesh = None,
     batch_size: command_line.BatchSize = None,
     warmup: command_line.Warmup = False,
+    operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
     topology: command_line.Topology = None,
     pictures_shape: command_line.PicturesShape = None,

@@ -52,7 +52,8 @@ class Ours:
         config = make_config(Path(model), embeddings=embeddings, loras=loras, **(settings or {}))
         self.config = config
         self.checkpoint = open_checkpoint(config, ("unet", "vae"))
-        self.options = RunOptions(**options)
+        # A program for one device compiles fastest; tests/sharded has the meshes.
+        self.options = RunOptions(**({"mesh": "single"} | options))
         self.programs = Programs()
         self.text_pipeline = load_text_pipeline(self.checkpoint, torch.float32)
         fuse_into_text_encoders(self.text_pipeline, config.loras, self.checkpoint.config("unet"))

@@ -14,9 +14,11 @@ BENCHMARKS = PROJECT_DIR / "benchmarks"
 @pytest.mark.slow
 def test_guidance() -> None:
     small = ["--repeat", "1", "--batch", "1", "--num_inference_steps", "2"]
+    small += ["--mesh", "single", "--mesh", "auto"]
     result = subprocess.run(
         [sys.executable, BENCHMARKS / "guidance.py", *small], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    ratios = re.findall(r"^  .+ s +([\d.]+) x", result.stdout, re.M)
-    assert len(ratios) == 3 and float(ratios[0]) == 1.0
+    found = re.findall(r"^  (\w+) .+\) +([\d.]+) x its .+, +([\d.]+) x the", result.stdout, re.M)
+    assert [mesh for mesh, _, _ in found] == 3 * ["single"] + 3 * ["auto"]
+    assert found[0][1:] == ("1.00", "1.00") and found[3][1] == "1.00"

@@ -69,3 +69,12 @@ def test_guidance_1_ignores_the_negative_prompt_and_more_does_not(ours: Ours) ->
     three = [latents(5.0, negative) for negative in ("blurry", "", None)]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert relative_difference(three[first], three[second]) > 1e-3
+
+
+def test_torchaxs_operations_give_the_same() -> None:
+    """`--operations torchax` tells whether one of ours is to blame."""
+    config = batch_of_three()
+    ours, theirs = Ours(DEMO), Ours(DEMO, operations="torchax")
+    latents = ours.denoise(config)
+    assert relative_difference(theirs.denoise(config), latents) < 1e-4
+    assert pixel_difference(theirs.decode(latents), ours.decode(latents)) <= 1

@@ -26,7 +26,7 @@ def by_diffusers(latents: np.ndarray, *, tile: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mesh", ["single", "data=2,rows=4"])
+@pytest.mark.parametrize("mesh", ["single", pytest.param("data=2,rows=4", marks=pytest.mark.slow)])
 def test_tiles_equal_diffusers(size: tuple[int, int], mesh: str) -> None:
     latents = np.random.default_rng(1).normal(size=(2, 4, *size)).astype(np.float32)
     found = Ours(DEMO, mesh=mesh, settings={"tile": True}).decode(latents)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from common.config import GenerationConfig
+from common.devices import Devices
+from common.jax_setup import usable_cores
 from common.sharding import ActivationLayout
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 from tests.tiny_checkpoints import save_sd, save_sdxl
@@ -43,6 +45,15 @@ def check_equal(ours: Ours, config: GenerationConfig, single: Single) -> None:
     latents = ours.denoise(config)
     assert relative_difference(latents, single.latents) < 1e-4
     assert pixel_difference(ours.decode(latents), single.pictures) <= 1
+
+
+def test_the_cores_of_a_cpu_take_images_then_halves(single: Single) -> None:
+    """What `auto` is without an accelerator."""
+    ours = Ours(single.config.model_id, mesh="auto", settings={"num_images_per_prompt": 8})
+    sizes = dict(ours.denoiser.mesh.shape)
+    assert sizes["rows"] == sizes["tensor"] == 1
+    assert sizes["data"] == max(d for d in (1, 2, 4, 8) if d <= usable_cores())
+    check_equal(ours, single.config, single)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -115,6 +126,34 @@ def test_activations_are_really_split(
         assert (whole[1], whole[3]) == (part[1], part[3])
     for whole, part in tokens:
         assert (whole[0] // part[0], whole[1] // part[1]) == (parts["batch"], parts["rows"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis", "share"),
+    [
+        ("cfg=2,rows=4", "rows", 4),
+        pytest.param("tensor=2,data=2", "data", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_that_do_not_fit_are_split(
+    mesh: str,
+    axis: str,
+    share: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    single = Single(save_sdxl(tmp_path / "model"))
+    small = Devices(jax.devices(), True, memory_bytes=100_000)
+    monkeypatch.setattr(Devices, "present", lambda: small)
+    ours = Ours(single.config.model_id, mesh=mesh)
+    said = f"weights do not fit on every device: each step gathers them over {axis}"
+    assert said in capsys.readouterr().out
+    parameters = ours.denoiser.parameters
+    whole = sum(array.nbytes for array in parameters.values())
+    held = sum(array.addressable_shards[0].data.nbytes for array in parameters.values())
+    assert held < 1.2 * whole / share + 50_000  # what divides by no axis stays whole
+    assert relative_difference(ours.denoise(single.config), single.latents) < 1e-4
 
 
 def test_weights_are_split_by_tensor_alone(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_float32_models_have_float32_products_everywhere() -> None:
     block["attn2"]["to_k"] = torch.nn.Linear(8, 4, bias=False)
     unet = torch.nn.ModuleDict({"block": block})
     parameters = {"block.attn2.to_k.weight": jnp.ones((4, 8))}
-    program = jax.make_jaxpr(lambda p, x: prepare_model(unet, p, x)[1])(
+    program = jax.make_jaxpr(lambda p, x: prepare_model(unet, p, x, "fast")[1])(
         parameters, jnp.ones((1, 3, 8))
     )
     assert str(program).count("dot_general") == 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.components import load_model
 from common.config import RunSettings
 from common.devices import Devices
+from common.fast_ops import arrange_weight
 from common.sharding import SINGLE, make_mesh, replicated
 from tests.conftest import DEMO, PROJECT_DIR
 from tests.tiny_checkpoints import save_sd
@@ -71,7 +73,8 @@ def test_the_devices_of_a_cpu_share_one_copy() -> None:
     mesh = make_mesh(SINGLE | {"data": 2}, devices.devices)
     _, weights = load_model(open_with(), "unet", torch.float32)
     tensors = dict(weights)
-    parameters = devices.put_weights(tensors.items(), lambda *_: replicated(mesh))
+    arrange = partial(arrange_weight, operations="fast")
+    parameters = devices.put_weights(tensors.items(), lambda *_: replicated(mesh), arrange=arrange)
     assert parameters.keys() == tensors.keys()
     for name, array in parameters.items():
         first, second = (shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards)
@@ -90,6 +93,7 @@ from common.components import load_model
 from common.config import RunSettings
 from common import jax_setup, sharding
 from common.devices import Devices
+from common.fast_ops import arrange_weight
 from common.report import StageReport, own_memory
 
 jax_setup.set_up_jax()
@@ -108,7 +112,9 @@ thread = threading.Thread(target=sample)
 thread.start()
 report = StageReport(2)
 parameters = devices.put_weights(
-    report.watch_memory(weights), lambda *_: sharding.replicated(mesh)
+    report.watch_memory(weights),
+    lambda *_: sharding.replicated(mesh),
+    arrange=lambda name, array: arrange_weight(name, array, operations="fast"),
 )
 going[0] = False
 thread.join()

@@ -1,11 +1,19 @@
 """Which mesh is chosen, and what is refused."""
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadSettingError
-from common.sharding import SINGLE, choose_mesh, parse_mesh, rows_of_levels
+from common.sharding import (
+    SINGLE,
+    axis_to_spread,
+    choose_mesh,
+    make_mesh,
+    parse_mesh,
+    rows_of_levels,
+)
 
 
 def test_a_mesh_on_the_command_line() -> None:
@@ -81,3 +89,40 @@ def test_a_mesh_that_is_asked_for_is_kept_or_the_next_possible_one_is_said() -> 
     assert "4 device(s) stay idle" in note
     with pytest.raises(BadSettingError, match="needs 16 devices, but there are 8"):
         choose("cfg=2,rows=8", 64)
+
+
+@pytest.mark.parametrize(
+    ("devices", "images", "guided", "expected"),
+    [
+        (2, 1, True, "cfg=2"),
+        (2, 1, False, "single"),
+        (2, 4, True, "data=2"),
+        (3, 2, True, "data=2"),
+        (8, 3, True, "data=3,cfg=2"),
+        (64, 8, True, "data=8,cfg=2"),
+    ],
+)
+def test_cores_share_images_and_halves_but_no_rows(
+    devices: int, images: int, guided: bool, expected: str
+) -> None:
+    choice = choose_mesh(
+        None,
+        devices=devices,
+        images=images,
+        guided=guided,
+        rows_of_levels=[16, 8],
+        split_rows=False,
+    )
+    assert (str(choice), choice.notes) == (expected, ())
+
+
+def test_weights_are_spread_only_where_they_do_not_fit() -> None:
+    mesh = make_mesh(SINGLE | {"cfg": 2, "rows": 4}, jax.devices())
+    assert axis_to_spread(mesh, 5_000, None) is None
+    assert axis_to_spread(mesh, 6_000, 10_000) is None
+    assert axis_to_spread(mesh, 6_001, 10_000) == "rows"
+    single = make_mesh(SINGLE, jax.devices())
+    assert axis_to_spread(single, 6_001, 10_000) is None  # nowhere to spread to
+    tensor = make_mesh(SINGLE | {"tensor": 2, "data": 4}, jax.devices())
+    assert axis_to_spread(tensor, 12_000, 10_000) is None
+    assert axis_to_spread(tensor, 12_002, 10_000) == "data"
