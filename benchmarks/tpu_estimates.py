@@ -42,17 +42,17 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-def figures_file(row: str) -> Path:
+def figures_file(folder: Path, row: str) -> Path:
     """Where a row's figures are kept."""
-    return FOLDER / f"{row.replace(' ', '_')}.json"
+    return folder / f"{row.replace(' ', '_')}.json"
 
 
-def command_of(row: str, model_id: str) -> list[str]:
+def command_of(row: str, model_id: str, folder: Path) -> list[str]:
     """What makes a row's figures."""
     stage, topology, flags = ROWS[row]
     return [
         *(sys.executable, str(PROJECT_DIR / "stages" / stage), "--topology", topology),
-        *("--model_id", model_id, *flags, "--json", str(figures_file(row))),
+        *("--model_id", model_id, *flags, "--json", str(figures_file(folder, row))),
     ]
 
 
@@ -81,17 +81,19 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main(
     row: Annotated[list[str] | None, typer.Option("--row", help="Rows to compile. [all]")] = None,
     model_id: Annotated[str, typer.Option("--model_id", help="Checkpoint.")] = "models/sdxl_base",
+    folder: Annotated[Path, typer.Option("--folder", help="Where figures are kept.")] = FOLDER,
     force: Annotated[bool, typer.Option("--force", help="Compile again what is there.")] = False,
 ) -> None:
     """Compile what has no figures yet, and print the table."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in row or ROWS:
         if name not in ROWS:
             raise typer.BadParameter(f"{name} is none of: {', '.join(ROWS)}")
-        if force or not figures_file(name).exists():
-            subprocess.run(command_of(name, model_id), check=True)
-    there = [name for name in ROWS if figures_file(name).exists()]
-    print(table({name: json.loads(figures_file(name).read_text()) for name in there}))
+        if force or not figures_file(folder, name).exists():
+            subprocess.run(command_of(name, model_id, folder), check=True)
+    files = {name: figures_file(folder, name) for name in ROWS}
+    there = {name: file for name, file in files.items() if file.exists()}
+    print(table({name: json.loads(file.read_text()) for name, file in there.items()}))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,24 @@
 
 import json
 import math
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from common.tpu_estimate import CHIPS, parse, shapes_in
+from common import tpu_compiler
+from common.config import RunOptions
+from common.contracts import empty_embeddings
+from common.devices import Devices
+from common.jax_setup import Programs
+from common.report import StageReport
+from common.scheduler_tables import make_tables
+from common.tpu_estimate import CHIPS, estimate, memory_of, parse, shapes_in
+from stages import stage2_unet
 from tests.conftest import PROJECT_DIR, Run
 
 pytestmark = [
@@ -104,6 +115,30 @@ def test_eight_images_need_no_collective(stage: Run, reduced_sdxl: Path, tmp_pat
     assert content["images_per_second"] == pytest.approx(8 / seconds)
 
 
+def test_weights_that_do_not_fit_are_gathered_in_every_step(reduced_sdxl: Path) -> None:
+    """Not before the loop, where they would be whole for all of it."""
+    tpu_compiler.prepare_environment()
+    given = {"model_id": str(reduced_sdxl)}
+    config, checkpoint = tpu_compiler.read_settings(None, given, "unet_dtype", ("unet",))
+    devices = Devices.described(tpu_compiler.devices_of("v6e:2x4"), memory_bytes=1_000_000)
+    denoiser = stage2_unet.load_denoiser(
+        config, checkpoint, "bfloat16", RunOptions(), StageReport(2), Programs(), devices
+    )
+    sampler = stage2_unet.make_sampler(config, checkpoint)
+    embeddings = empty_embeddings(1, checkpoint.config("unet"))
+    stage2_unet.start_group(
+        *(config, checkpoint, embeddings, denoiser, sampler, make_tables(sampler)), np.arange(1)
+    )
+    compiled = denoiser.lower(guided=True).compile()
+    once, step = estimate(compiled.as_text(), CHIPS["v6e"])
+    assert step.collectives["all-gather"] >= len(denoiser.spread) / 2
+    assert step.collective_bytes["all-gather"] > 10 * once.collective_bytes.get("all-gather", 0)
+    whole = sum(2 * math.prod(array.shape) for array in denoiser.parameters.values())
+    memory = memory_of(compiled)
+    assert memory["arguments"] < 0.4 * whole
+    assert memory["temporaries"] < 0.5 * whole
+
+
 def test_the_decoder_compiles(stage: Run, tmp_path: Path) -> None:
     model = PROJECT_DIR / "models" / "demo"
     result = stage(
@@ -114,6 +149,18 @@ def test_the_decoder_compiles(stage: Run, tmp_path: Path) -> None:
     assert (content["chips"], content["mesh"], content["steps"]) == (4, "rows=4", 0)
     assert content["chip_memory_bytes"] == CHIPS["v5e"].memory_bytes
     assert content["once"]["cycles"] > 0
+
+
+def test_a_row_of_the_table_is_compiled_once(tmp_path: Path) -> None:
+    row = "VAE 1024², v6e-1"
+    command = [sys.executable, PROJECT_DIR / "benchmarks" / "tpu_estimates.py", "--row", row]
+    command += ["--model_id", "models/demo", "--folder", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith(f"| {row} | `single` | ") and line.count("|") == 8
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.stdout.splitlines()[-1] == line and "estimate without a TPU" not in again.stdout
 
 
 def test_an_impossible_grid_is_one_sentence(stage: Run) -> None:
