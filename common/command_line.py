@@ -1,5 +1,6 @@
 """What all scripts share on the command line: flags, messages, errors and exit codes."""
 
+import os
 import signal
 import sys
 import traceback
@@ -21,6 +22,7 @@ from common.config import (
 )
 from common.errors import BadSettingError, StageError, in_one_line
 from common.report import StageReport
+from common.whole_files import remove_unfinished
 
 # Signal → what it is called, and the exit code of a process that it stopped.
 STOP_SIGNALS: dict[int, tuple[str, int]] = {
@@ -314,10 +316,6 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
         if debug:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
-    except _Stopped as stopped:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        word, code = STOP_SIGNALS[stopped.number]
-        _fail(f"{word}; nothing was left half written, the same command starts again", code)
     except MemoryError:
         _fail("out of memory: ask for fewer pictures at once (--batch_size) or a smaller size", 5)
     except Exception as error:
@@ -327,23 +325,18 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
         _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
 
 
-class _Stopped(BaseException):
-    """A signal asked the process to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    """Stop by an exception. One raised inside a library's callback is swallowed: ask again."""
+    """End the process at once, with a sentence; files appear whole or not at all.
 
-    def again(_number: int, frame: FrameType | None) -> NoReturn:
-        _stop(number, frame)
-
-    signal.signal(signal.SIGALRM, again)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
-    raise _Stopped(number)
+    An exception in its place is lost, or crashes the process, where a library's own code is
+    running: a callback, an import; and Python's way out crashes while a device computes.
+    """
+    word, code = STOP_SIGNALS[number]
+    remove_unfinished()
+    below_the_bar = "\n" if sys.stderr.isatty() else ""
+    said = f"error: {word}; nothing was left half written, the same command starts again\n"
+    os.write(2, (below_the_bar + said).encode())
+    os._exit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

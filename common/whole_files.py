@@ -7,6 +7,8 @@ from pathlib import Path
 
 from common.errors import UnfitEnvironmentError
 
+_unfinished: set[Path] = set()  # temporary files that this process is writing
+
 
 @contextmanager
 def replace_whole(path: Path) -> Iterator[Path]:
@@ -19,6 +21,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
         UnfitEnvironmentError: the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _unfinished.add(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -31,6 +34,14 @@ def replace_whole(path: Path) -> Iterator[Path]:
             f"{path} cannot be written ({reason}): make room or choose another --output_dir"
         ) from None
     finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files that are being written, for a process that ends at once."""
+    for temporary in _unfinished:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 

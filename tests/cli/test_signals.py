@@ -1,35 +1,58 @@
 """Ctrl-C and a termination: one sentence, the documented exit code, earlier files as they were."""
 
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import STAGES, file_contents
 
+# What stage 2 shows when it has begun, and when its devices are computing.
+MOMENTS = {"loading": rb"  override", "denoising": rb"[1-9]\d*/990"}
 
+
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_a_stopped_stage_leaves_every_file_as_it_was(
-    run_copy: Path, number: signal.Signals, code: int, word: str
+    run_copy: Path, number: signal.Signals, code: int, word: str, moment: str
 ) -> None:
     before = file_contents(run_copy)
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))  # progress bars show nothing without a width
     process = subprocess.Popen(
-        [sys.executable, str(STAGES[2]), "--output_dir", run_copy, "--num_inference_steps", "990"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [
+            *(sys.executable, str(STAGES[2]), "--output_dir", run_copy),
+            *("--num_images_per_prompt", "8", "--num_inference_steps", "990"),
+        ],
+        env=os.environ | {"XLA_FLAGS": ""},
+        stdout=its_end,
+        stderr=its_end,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("stage 2")
-    time.sleep(3)
+    os.close(its_end)
+    shown = b""
+    while not re.search(MOMENTS[moment], shown):
+        shown += os.read(terminal, 4096)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
-    assert stderr.splitlines()[-1].startswith(f"error: {word}; nothing was left half written")
+    while more := read_or_end(terminal):
+        shown += more
+    assert process.wait(timeout=60) == code, shown.decode()
+    last = shown.decode().splitlines()[-1]
+    assert last.startswith(f"error: {word}; nothing was left half written")
     assert file_contents(run_copy) == before
+
+
+def read_or_end(terminal: int) -> bytes:
+    """What a terminal shows next; nothing once its other end is closed."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
