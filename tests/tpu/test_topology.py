@@ -131,11 +131,11 @@ def test_weights_that_do_not_fit_are_gathered_in_every_step(reduced_sdxl: Path) 
     )
     compiled = denoiser.lower(guided=True).compile()
     once, step = estimate(compiled.as_text(), CHIPS["v6e"])
-    assert step.collectives["all-gather"] >= len(denoiser.spread) / 2
-    assert step.collective_bytes["all-gather"] > 10 * once.collective_bytes.get("all-gather", 0)
     whole = sum(2 * math.prod(array.shape) for array in denoiser.parameters.values())
+    assert step.collective_bytes["all-gather"] > 0.5 * whole
+    assert once.collective_bytes.get("all-gather", 0) < 0.5 * whole  # projections of the prompts
     memory = memory_of(compiled)
-    assert memory["arguments"] < 0.4 * whole
+    assert memory["arguments"] < 0.5 * whole  # a quarter, and the history of the steps
     assert memory["temporaries"] < 0.5 * whole
 
 
