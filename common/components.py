@@ -123,7 +123,9 @@ def load_model(
     checkpoint: Checkpoint,
     name: str,
     dtype: "torch.dtype",
+    *,
     change: Callable[[Any], None] | None = None,
+    by_config: bool = False,
 ) -> tuple[Any, "Weights"]:
     """diffusers' UNet ("unet") or VAE ("vae") of a checkpoint, for its code, and its weights.
 
@@ -133,13 +135,16 @@ def load_model(
 
     Args:
         change: changes the module's weights, by a LoRA for example.
+        by_config: read no weights; theirs stay on torch's meta device.
     """
     source, module = checkpoint.source(name), make_without_weights(checkpoint, name, dtype)
+    if by_config:
+        return module, weights_of(module)
+    files = weights_files(checkpoint, name)
     with reading(source):
-        files = weights_files(checkpoint, name)
         if change is None and _hold_exactly(files, module):
             return module, _read_in_turn(source, files, dtype)
-        module = _load_whole(checkpoint, name, dtype)
+        module = _load_whole(source, module, dtype)
     if change is not None:
         change(module)
     return module, weights_of(module)
@@ -178,29 +183,28 @@ def _read_in_turn(source: Source, files: Sequence[Path], dtype: "torch.dtype") -
                 yield name, tensors.get_tensor(name).to(dtype)
 
 
-def _load_whole(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
+def _load_whole(source: Source, without_weights: Any, dtype: "torch.dtype") -> Any:
+    """A model with its weights, by diffusers' own loaders."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    model_class, source = _class_of(name), checkpoint.source(name)
-    with reading(source):
-        if source.file is not None:
-            _refuse_other_config(make_without_weights(checkpoint, name, dtype), source.file)
-            model = model_class.from_single_file(
-                str(source.file),
-                config=str(source.folder),
-                torch_dtype=dtype,
-                local_files_only=True,
-            )
-        else:
-            model = model_class.from_pretrained(
-                source.folder,
-                torch_dtype=dtype,
-                variant=source.variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        _check_complete(model)
+    if source.file is not None:
+        _refuse_other_config(without_weights, source.file)
+        model = type(without_weights).from_single_file(
+            str(source.file),
+            config=str(source.folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
+    else:
+        model = type(without_weights).from_pretrained(
+            source.folder,
+            torch_dtype=dtype,
+            variant=source.variant,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    _check_complete(model)
     return model.eval().requires_grad_(False)
 
 

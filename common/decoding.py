@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from common.devices import Devices, fetch
-from common.fast_ops import finish, replacements
+from common.fast_ops import finish, products_for, replacements
 from common.jax_setup import Programs
 from common.report import StageReport
 from common.sharding import ActivationLayout, split_latents
@@ -145,8 +145,7 @@ class Decoder:
 
     def _decode_tile(self, parameters: Parameters, scaled: Array) -> Array:
         """[B, C, h, w] as the VAE takes them to [B, 3, H, W] float32."""
-        precision = "highest" if self.dtype == jnp.float32 else "default"
-        with jax.default_matmul_precision(precision):
+        with products_for(self.dtype):
             images = self.vae(parameters, scaled.astype(self.dtype), return_dict=False)[0]
         return images.astype(jnp.float32)
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from common.config import RunOptions
 from common.devices import Devices, fetch
-from common.fast_ops import finish, norm_weights, prompt_projections, replacements
+from common.fast_ops import finish, norm_weights, products_for, prompt_projections, replacements
 from common.jax_setup import Programs
 from common.report import StageReport
 from common.sampler import Sampler
@@ -214,11 +214,6 @@ def prepare_model(
         for name, array in parameters.items()
     }
     return parameters, given
-
-
-def products_for(dtype: Any) -> Any:
-    """float32 weights ask for float32 products, which TPUs and GPUs otherwise round."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def predict(

@@ -52,6 +52,11 @@ def prompt_projections(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
+def products_for(dtype: Any) -> Any:
+    """float32 weights ask for float32 products, which TPUs and GPUs otherwise round."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
 def conv2d(
     x: Array,
     weight: Array,

@@ -24,7 +24,7 @@ from common import artifacts, command_line, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_model, make_without_weights, quiet_libraries, weights_of
+from common.components import load_model, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
@@ -227,12 +227,10 @@ def load_denoiser(
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
     dtype = getattr(torch, unet_dtype)
     with report.part("checkpoint read"):
-        if devices.are_there:
-            fuse = partial(fuse_into_unet, loras=config.loras) if config.loras else None
-            unet, weights = load_model(checkpoint, "unet", dtype, change=fuse)
-        else:
-            unet = make_without_weights(checkpoint, "unet", dtype)
-            weights = weights_of(unet)
+        fuse = partial(fuse_into_unet, loras=config.loras) if config.loras else None
+        unet, weights = load_model(
+            checkpoint, "unet", dtype, change=fuse, by_config=not devices.are_there
+        )
     size = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     spread = sharding.axis_to_spread(mesh, size, devices.memory_bytes)
     if spread is not None:

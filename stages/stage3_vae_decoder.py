@@ -25,7 +25,7 @@ from common import artifacts, command_line, pictures, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_model, make_without_weights, quiet_libraries, weights_of
+from common.components import load_model, make_without_weights, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
@@ -162,11 +162,7 @@ def load_decoder(
 
     dtype = getattr(torch, vae_dtype)
     with report.part("checkpoint read"):
-        if devices.are_there:
-            vae, weights = load_model(checkpoint, "vae", dtype)
-        else:
-            vae = make_without_weights(checkpoint, "vae", dtype)
-            weights = weights_of(vae)
+        vae, weights = load_model(checkpoint, "vae", dtype, by_config=not devices.are_there)
     tiles = None
     if in_tiles(config, checkpoint, shape):
         tiles = Tiles(make_without_weights(checkpoint, "vae", dtype))

@@ -271,8 +271,9 @@ def test_weights_that_lack_some_are_refused(form: str, sdxl: Path, tmp_path: Pat
     save_file(tensors, unet / WEIGHTS)
     source = unet if form == "folder" else unet / WEIGHTS
     checkpoint = open_checkpoint(RunSettings(model_id=str(sdxl), unet=str(source)), ["unet"])
-    with pytest.raises(BadInputFileError, match="cannot be loaded"):
+    with pytest.raises(BadInputFileError, match="cannot be loaded") as refused:
         load_model(checkpoint, "unet", torch.float32)
+    assert str(refused.value).count("cannot be loaded") == 1
 
 
 def test_text_weights_that_are_missing_are_refused(sdxl: Path, tmp_path: Path) -> None:
