@@ -66,9 +66,7 @@ def main(
     meshes = {name: RunOptions(batch_size=batch, mesh=name) for name in mesh or ["auto"]}
     report = StageReport(2)
     denoisers = {
-        name: stage2_unet.load_denoiser(
-            base, checkpoint, dtype, options, report, jax_setup.Programs()
-        )
+        name: stage2_unet.load_denoiser(base, checkpoint, dtype, options, report)
         for name, options in meshes.items()
     }
 
@@ -76,11 +74,11 @@ def main(
     for round_number in tqdm(range(repeat + 1), desc="repetitions"):
         for mesh_name, denoiser in denoisers.items():
             for way, config in configs.items():
-                before = report.seconds.get("run", 0.0)
+                before = report.parts().get("run", 0.0)
                 options = meshes[mesh_name]
                 stage2_unet.denoise_images(config, checkpoint, embeddings, denoiser, options)
                 if round_number:  # the first round compiles and warms up
-                    taken = report.seconds["run"] - before
+                    taken = report.parts()["run"] - before
                     seconds.setdefault((mesh_name, way), []).append(taken)
 
     print(f"{model_id}, batch {batch}, {steps} steps, {dtype}, {jax_setup.platform()}:")

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 HEADER_KEY = "staged_diffusion"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
+TRAJECTORY_FILE = "stage2_trajectory.safetensors"
+TRAJECTORY_SETTING = "save_trajectory"  # in its header, beside the latents' own settings
 MAKERS = {
     EMBEDDINGS_FILE: "python stages/stage1_text_encoder.py",
     LATENTS_FILE: "python stages/stage2_unet.py",
+    TRAJECTORY_FILE: "python stages/stage2_unet.py --save_trajectory N",
 }
 # A safetensors header is JSON of some hundred bytes a tensor; this bound keeps a forged length
 # from taking memory.

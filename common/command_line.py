@@ -1,10 +1,12 @@
 """What all scripts share on the command line: flags, messages, errors and exit codes."""
 
+import atexit
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -21,6 +23,9 @@ from common.config import (
     parse_scheduler_options,
 )
 from common.errors import BadSettingError, StageError, in_one_line
+from common.profile import lines_of
+from common.report import Profile as ProfileReport
+from common.report import Repeat as RepeatReport
 from common.report import StageReport
 from common.whole_files import remove_unfinished
 
@@ -201,6 +206,19 @@ PicturesShape = Annotated[
 ]
 SaveHlo = Annotated[Path | None, flag("save_hlo", "FILE", TPU, "The compiled program, as text.")]
 JsonFile = Annotated[Path | None, flag("json", "FILE", TPU, "The estimate, as JSON.")]
+Repeat = Annotated[int | None, _option("repeat", "N", "Measure N further runs.")]
+Profile = Annotated[
+    bool, flag("profile", " ", RUNNING, "Trace warm steps; say where their time goes.")
+]
+ProfileDir = Annotated[
+    Path | None, flag("profile_dir", "DIR", RUNNING, "For traces. [profile in the run directory]")
+]
+ProfileSteps = Annotated[
+    str | None, flag("profile_steps", "A:B", RUNNING, "Steps to trace, A up to B - 1. [2:5]")
+]
+SaveTrajectory = Annotated[
+    int | None, flag("save_trajectory", "N", FILES, "Keep the latents after every N steps.")
+]
 SkipFresh = Annotated[
     bool, flag("skip_fresh", " ", RUNNING, "Do nothing where the outputs are fresh.")
 ]
@@ -262,14 +280,25 @@ def say_why(stale: str | None, overrides: list[str]) -> None:
         say(f"  override, for this run of this stage: {line}")
 
 
-def say_times(
-    report: StageReport, path: Path, compiled: int | None = None, from_cache: int = 0
-) -> None:
-    """Print where a stage's time went, what it wrote, and how many programs it compiled."""
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
-    say(f"  wrote {path} in {report.wall_seconds():.1f} s ({parts})")
-    if compiled is not None:
-        say(f"  programs: {compiled} compiled, {from_cache} from the cache")
+def say_times(report: StageReport, path: Path, profile: ProfileReport | None = None) -> None:
+    """Print where a stage's time went, what it wrote, and what it compiled and measured."""
+    parts = [
+        f"{name.replace('_', ' ')} {seconds:.1f}"
+        for name, seconds in report.parts().items()
+        if seconds >= 0.05 or name == "run"
+    ]
+    say(f"  wrote {path} in {report.wall_seconds():.1f} s ({', '.join(parts)})")
+    programs = report.programs
+    if programs.each:
+        say(f"  programs: {programs.compiled} compiled, {programs.from_cache} from the cache")
+    if report.repeats:
+        spread = RepeatReport.of(report.repeats)
+        say(
+            f"  {len(report.repeats)} further run(s): median {spread.median:.4f} s, "
+            f"{spread.min:.4f} to {spread.max:.4f}"
+        )
+    for line in lines_of(profile) if profile is not None else ():
+        say(line)
 
 
 def warn(text: str) -> None:
@@ -307,7 +336,6 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
     called = called or f"python {sys.argv[0]}"
     try:
         code = command.main(prog_name=called, standalone_mode=False)
-        sys.exit(code or 0)
     except TyperException as error:
         formatted = getattr(error, "format_message", None)
         message = str(formatted() if formatted else error)
@@ -323,6 +351,7 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
             traceback.print_exc()
         what = in_one_line(error)
         _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
+    _leave(code or 0)
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
@@ -341,4 +370,16 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process: what is registered for its exit is run, the interpreter not taken apart.
+
+    That takes more than a second with torch and jax loaded, and nothing waits for it.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)

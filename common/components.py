@@ -23,6 +23,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import logging
     import warnings
 
@@ -30,6 +31,16 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("torchax").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
+
+
+def import_text_classes(checkpoint: Checkpoint) -> None:
+    """Import what `load_text_pipeline` needs, which takes longer than small weights do."""
+    import diffusers
+    import transformers
+
+    getattr(diffusers, checkpoint.pipeline_class)
+    for name in text_components(checkpoint):
+        getattr(transformers, checkpoint.index()[name][1])
 
 
 def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
@@ -213,11 +224,12 @@ def make_without_weights(checkpoint: Checkpoint, name: str, dtype: "torch.dtype"
     import torch
 
     with torch.device("meta"), reading(checkpoint.source(name)):
-        model = _class_of(name).from_config(checkpoint.config(name))
+        model = import_class(name).from_config(checkpoint.config(name))
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def _class_of(name: str) -> Any:
+def import_class(name: str) -> Any:
+    """diffusers' class of a UNet ("unet") or VAE ("vae"); importing it takes a second."""
     import diffusers
 
     (class_name,) = SUPPORTED_CLASSES[name]

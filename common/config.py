@@ -332,6 +332,56 @@ class RunOptions(BaseModel):
     warmup: bool = False
     operations: Literal["fast", "torchax"] = "fast"
     distributed: str | None = None
+    repeat: int = Field(default=0, ge=0)
+    profile: bool = False
+    profile_dir: Path | None = None  # None: profile/ in the run directory
+    profile_steps: tuple[int, int] | None = None  # None: some warm ones
+    save_trajectory: int | None = Field(default=None, ge=1)
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _parse_steps(cls, value: Any) -> Any:
+        """Read "5:8"."""
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"(\d+):(\d+)", value)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ValueError("give the first step and the one after the last, as 5:8")
+        return int(match[1]), int(match[2])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _profile_where_it_is_placed(cls, values: Any) -> Any:
+        """A folder or steps for a profile ask for one."""
+        named = values.get("profile_dir") or values.get("profile_steps")
+        return values | {"profile": True} if named else values
+
+    def why_measure(self) -> str | None:
+        """Why a stage runs although its output is fresh; None if nothing is to be measured."""
+        if self.profile:
+            return "it is to be profiled"
+        return "it is to be repeated" if self.repeat else None
+
+    def profile_folder(self, run_dir: Path, stage: int) -> Path:
+        """Where a stage's trace is written."""
+        return (self.profile_dir or run_dir / "profile") / f"stage{stage}"
+
+    def profiled_steps(self, evaluations: int) -> range:
+        """The steps to profile: those asked for, else up to three after the first two.
+
+        Raises:
+            BadSettingError: the run has no such steps.
+        """
+        if self.profile_steps is None:
+            first = min(2, evaluations - 1)
+            return range(first, min(first + 3, evaluations))
+        if self.profile_steps[1] > evaluations:
+            first, stop = self.profile_steps
+            raise BadSettingError(
+                f"--profile_steps {first}:{stop}: the run has {evaluations} steps, 0 to "
+                f"{evaluations - 1}"
+            )
+        return range(*self.profile_steps)
 
 
 def read_run_options(parameters: Mapping[str, Any]) -> RunOptions:

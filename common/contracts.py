@@ -77,3 +77,22 @@ def latents_misfit(tensors: Mapping[str, TensorLayout], vae: dict[str, Any]) -> 
     if len(shape) != 4 or 0 in shape or shape[1] != vae["latent_channels"]:
         return f"holds latents of shape {shape}; the VAE needs {vae['latent_channels']} channels"
     return None
+
+
+def trajectory_misfit(
+    tensors: Mapping[str, TensorLayout], own: Mapping[str, TensorLayout]
+) -> str | None:
+    """Compare a trajectory's tensors, latents [S, B, C, h, w] and steps [S], with the latents'.
+
+    Returns what is wrong like `embeddings_misfit`.
+    """
+    if missing := {"latents", "steps"} - tensors.keys():
+        return f"lacks {', '.join(sorted(missing))}"
+    latents, steps = tensors["latents"], tensors["steps"].shape
+    if latents.dtype not in FLOATING_POINT:
+        return f"holds latents as {latents.dtype}, not as floating-point numbers"
+    if 0 in latents.shape or latents.shape != (*steps, *own["latents"].shape):
+        return (
+            f"holds latents of shape {latents.shape}, those of the run are {own['latents'].shape}"
+        )
+    return None

@@ -1,6 +1,8 @@
 """The compiled decoding programs: latents to 8-bit pictures, whole or in tiles."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,11 +12,13 @@ import numpy as np
 import torch
 from jax import Array
 from jax.sharding import Mesh
+from PIL import Image
 
 from common.devices import Devices, fetch
 from common.fast_ops import finish, products_for, replacements
-from common.jax_setup import Programs
-from common.report import StageReport
+from common.jax_profiler import JaxProfiler
+from common.jax_setup import CompiledProgram, compile_program
+from common.report import Profile, StageReport
 from common.sharding import ActivationLayout, split_latents
 from common.torchax_runtime import Parameters, as_jax_function
 
@@ -92,7 +96,6 @@ class Decoder:
         tiles: Tiles | None,
         operations: str,
         report: StageReport,
-        programs: Programs,
     ) -> None:
         """
         Args:
@@ -109,9 +112,11 @@ class Decoder:
         self.devices = devices
         self.tiles = tiles
         self.report = report
-        self.programs = programs
-        self.compiled: dict[tuple[int, ...], Any] = {}
+        self.compiled: dict[tuple[int, ...], CompiledProgram] = {}
+        self._counted = "run"  # the part of the report that the programs' seconds count as
+        self._run_seconds = 0.0
         layout = ActivationLayout(mesh, ("data",), ("rows",)) if mesh.size > 1 else None
+        self.module = vae
         self.vae = as_jax_function(
             vae,
             "decode",
@@ -134,16 +139,43 @@ class Decoder:
             pixels, finite = jax.jit(to_pixels)(images)
             return np.asarray(pixels), bool(finite)
 
+    def repeat(self, latents: np.ndarray, times: int) -> None:
+        """Measure the programs some times more."""
+        for _ in range(times):
+            self._run_seconds = 0.0
+            with self.counting_as("repeats"):
+                self.decode(latents)
+            self.report.repeats.append(self._run_seconds)
+
+    def profile(self, latents: np.ndarray, profiler: JaxProfiler) -> Profile:
+        """Decode once more under the profiler."""
+        profiler.start()
+        with profiler.step(0), self.counting_as("profile"):
+            self.decode(latents)
+        profiler.stop()
+        return profiler.result(self.compiled.values(), self.module)
+
+    @contextmanager
+    def counting_as(self, part: str) -> Iterator[None]:
+        """Report the programs' seconds as another part than `run`."""
+        self._counted = part
+        with self.report.part(part):
+            yield
+        self._counted = "run"
+
     def lower(self, shape: tuple[int, ...]) -> Any:
         """Trace the program for latents [B, C, h, w], of whole pictures or of tiles."""
         latents = self.devices.describe(shape, "float32", split_latents(self.mesh))
-        program = self._decode_whole if self.tiles is None else self._decode_tile
-        return jax.jit(program).lower(self.parameters, latents)
+        return jax.jit(self._program()).lower(self.parameters, latents)
 
-    def _decode_whole(self, parameters: Parameters, latents: Array) -> tuple[Array, Array]:
-        return to_pixels(self._decode_tile(parameters, unscale_latents(latents, self.config)))
+    def _program(self) -> Callable[..., Any]:
+        return self.decode_whole if self.tiles is None else self.decode_tile
 
-    def _decode_tile(self, parameters: Parameters, scaled: Array) -> Array:
+    def decode_whole(self, parameters: Parameters, latents: Array) -> tuple[Array, Array]:
+        """The program of pictures that are decoded whole."""
+        return to_pixels(self.decode_tile(parameters, unscale_latents(latents, self.config)))
+
+    def decode_tile(self, parameters: Parameters, scaled: Array) -> Array:
         """[B, C, h, w] as the VAE takes them to [B, 3, H, W] float32."""
         with products_for(self.dtype):
             images = self.vae(parameters, scaled.astype(self.dtype), return_dict=False)[0]
@@ -151,23 +183,34 @@ class Decoder:
 
     def _run(self, latents: np.ndarray, warm_up: bool) -> Any:
         """Run the program for the latents' shape, which is compiled the first time."""
-        with self.report.part("host to device"):
+        with self.report.part("host_to_device"):
             latents_there = self.devices.put(latents, split_latents(self.mesh))
         if latents.shape not in self.compiled:
             with self.report.part("trace"):
                 lowered = self.lower(latents.shape)
-            with self.report.part("compile"):
-                self.compiled[latents.shape] = self.programs.compile(lowered)
+            self.compiled[latents.shape] = compile_program(
+                lowered, self._program().__name__, self.report
+            )
             if warm_up:
-                with self.report.part("warm-up"):
+                with self.report.part("warm_up"):
                     program = self.compiled[latents.shape]
                     jax.block_until_ready(program(self.parameters, latents_there))
-        with self.report.part("run"):
-            result = jax.block_until_ready(
-                self.compiled[latents.shape](self.parameters, latents_there)
-            )
-        with self.report.part("device to host"):
+        program = self.compiled[latents.shape]
+        with self.report.part(self._counted):
+            began = time.perf_counter()
+            result = jax.block_until_ready(program(self.parameters, latents_there))
+            self._run_seconds += time.perf_counter() - began
+        if self._counted == "run":
+            self.report.flops += (program.flops or 0.0) * self.mesh.size
+        with self.report.part("device_to_host"):
             return jax.tree.map(fetch, result)
+
+
+def shrink(picture: np.ndarray, side: int) -> np.ndarray:
+    """A picture [H, W, 3] uint8 with sides of at most `side` pixels."""
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def make_grid(pictures: np.ndarray) -> np.ndarray:

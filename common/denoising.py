@@ -6,8 +6,9 @@ range of steps inside a loop; on CPUs one call runs one step, because XLA on CPU
 many times slower than the same program called from the host.
 """
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,8 @@ from jax.sharding import Mesh
 from common.config import RunOptions
 from common.devices import Devices, fetch
 from common.fast_ops import finish, norm_weights, products_for, prompt_projections, replacements
-from common.jax_setup import Programs
+from common.jax_profiler import JaxProfiler
+from common.jax_setup import CompiledProgram, compile_program
 from common.report import StageReport
 from common.sampler import Sampler
 from common.scheduler_tables import SchedulerTables
@@ -300,7 +302,6 @@ class Denoiser:
         devices: Devices,
         options: RunOptions,
         report: StageReport,
-        programs: Programs,
     ) -> None:
         """
         Args:
@@ -321,9 +322,10 @@ class Denoiser:
         self.steps_per_call = options.steps_per_call
         self.operations = options.operations
         self.report = report
-        self.programs = programs
         self.put = devices.put
-        self.compiled: dict[Any, Any] = {}
+        self.compiled: dict[Any, CompiledProgram] = {}
+        # (latents [B, C, h, w], history) on the devices; a scheduler on the host has a tensor.
+        self.state: Any = None
 
     def start(
         self,
@@ -356,7 +358,7 @@ class Denoiser:
                 self.noise = prepare_noise(seeds, sampler, tables, latent_shape)
         self.guided = guidance.guided_steps(self.evaluations)
         kinds = {i in self.guided for i in range(self.evaluations)}
-        with self.report.part("host to device"):
+        with self.report.part("host_to_device"):
             self.conditions = {
                 guided: self.put(
                     prepare_conditions(
@@ -427,8 +429,9 @@ class Denoiser:
             if key not in self.compiled:
                 with self.report.part("trace"):
                     lowered = self.lower(guided)
-                with self.report.part("compile"):
-                    self.compiled[key] = self.programs.compile(lowered)
+                self.compiled[key] = compile_program(
+                    lowered, self._program_name(guided), self.report
+                )
 
     def _program_key(self, guided: bool) -> Any:
         """Everything about a group that is compiled in."""
@@ -436,12 +439,16 @@ class Denoiser:
         size = None if self.tables is None else len(self.tables.timesteps)
         return guided, size, len(self.seeds), self.latent_shape, shapes
 
+    def _program_name(self, guided: bool) -> str:
+        does = "predict" if self.tables is None else "denoise"
+        return f"{does}_{'guided' if guided else 'conditional'}"
+
     def lower(self, guided: bool) -> Any:
         """Trace the program for the group's shapes: with guidance, or the conditional half."""
-        kind = "guided" if guided else "conditional"
+        name = self._program_name(guided)
         unet = self._unet_function(guided)
         if self.tables is None:
-            program = jax.jit(_named(f"predict_{kind}", partial(self._predict, unet)))
+            program = jax.jit(_named(name, partial(self._predict, unet)))
             return program.lower(*self._predict_arguments(guided, *self._example_input()))
         shardings = (
             jax.tree.map(lambda array: array.sharding, self.state),
@@ -449,7 +456,7 @@ class Denoiser:
         )
         function = self._denoise_range if self.loops_on_device else self._denoise_one
         program = jax.jit(
-            _named(f"denoise_{kind}", partial(function, unet)),
+            _named(name, partial(function, unet)),
             donate_argnums=1,
             out_shardings=shardings,
         )
@@ -525,10 +532,10 @@ class Denoiser:
         return np.zeros((len(self.seeds), *self.latent_shape), np.float32), 0.0
 
     def warm_up(self, steps: int) -> None:
-        """Run steps of each program on a state of their own, the first time."""
-        if not steps or "warm-up" in self.report.seconds:
+        """Run steps of each program on a state of their own."""
+        if not steps:
             return
-        with self.report.part("warm-up"):
+        with self.report.part("warm_up"):
             for guided in self.conditions:
                 if self.tables is None:
                     program = self.compiled[self._program_key(guided)]
@@ -540,35 +547,129 @@ class Denoiser:
                     stop = min(steps, self.evaluations)
                     jax.block_until_ready(self._run_range(*started, range(stop), guided))
 
-    def run(self) -> Iterator[int]:
+    def run(
+        self, *, keep_after: Collection[int] = (), profiler: JaxProfiler | None = None
+    ) -> Iterator[int]:
         """Run all steps, in ranges. Yields the number of steps after each range.
 
-        A range is handed to the devices before the one before it is finished, so that they never
-        wait for the host.
+        Args:
+            keep_after: numbers of steps after which the latents are kept in `trajectory`.
+            profiler: watches its steps, called one by one.
         """
-        if self.tables is None:
-            yield from self._run_on_host()
-            return
-        step = self.steps_per_call or (self.evaluations if self.loops_on_device else 1)
-        # Where guidance begins or ends, another program takes over.
-        borders = {*range(0, self.evaluations, step), self.guided.start, self.guided.stop}
-        starts = sorted(border for border in borders if border < self.evaluations)
-        running: deque[tuple[int, Array]] = deque()  # steps, and what is there when they are done
-        done = self._first_step()
-        for start, stop in zip(starts, [*starts[1:], self.evaluations], strict=True):
-            steps, guided = range(start, stop), start in self.guided
-            with self.report.part("run"):
-                self.state, done = self._run_range(self.state, done, steps, guided)
-            running.append((len(steps), done))
-            if len(running) > RANGES_AHEAD:
-                yield self._wait(*running.popleft())
-        for range_running in running:
-            yield self._wait(*range_running)
+        self.trajectory: list[np.ndarray] = []
+        window = range(0) if profiler is None else profiler.steps
+        if profiler is not None and window.start == 0:
+            profiler.start()
+        for steps in self._run_steps("run", {*keep_after, window.start, window.stop}, profiler):
+            if steps.stop in keep_after:
+                self.trajectory.append(self.latents())
+            if profiler is not None and steps.stop == window.start:
+                profiler.start()
+            if profiler is not None and steps.stop == window.stop:
+                profiler.stop()
+            yield len(steps)
 
-    def _wait(self, steps: int, done: Array) -> int:
-        with self.report.part("run"):
+    def repeat(self, times: int) -> None:
+        """Measure all steps some times more; what the first run gave stays as it is."""
+        result = self.state
+        for _ in range(times):
+            with self.report.part("repeats"):
+                if self.tables is not None:
+                    self.state = jax.block_until_ready(self._first_state())
+                began = time.perf_counter()
+                for _ in self._run_steps("repeats"):
+                    pass
+                self.report.repeats.append(time.perf_counter() - began)
+        self.state = result
+
+    def _ranges(self, borders: Collection[int], singly: range) -> list[range]:
+        """The ranges of steps to call; those in `singly` one by one."""
+        step = self.steps_per_call or (self.evaluations if self.loops_on_device else 1)
+        if self.tables is None:
+            step = 1
+        # Where guidance begins or ends, another program takes over.
+        guided = (self.guided.start, self.guided.stop)
+        starts = {*range(0, self.evaluations, step), *guided, *borders, *singly}
+        inner = sorted(start for start in starts if start < self.evaluations)
+        stops = [*inner[1:], self.evaluations]
+        return [range(start, stop) for start, stop in zip(inner, stops, strict=True)]
+
+    def _run_steps(
+        self, part: str, borders: Collection[int] = (), profiler: JaxProfiler | None = None
+    ) -> Iterator[range]:
+        """Run all steps. Yields each range when it is done.
+
+        A range is handed to the devices before the one before it is finished, so that they never
+        wait for the host; but none beyond one of `borders` before that is reached.
+
+        Args:
+            part: of the report, to count the seconds as; those of profiled steps are `profile`.
+        """
+        window = range(0) if profiler is None else profiler.steps
+        advance = self._ahead_on_host() if self.tables is None else self._ahead_on_devices()
+        running: deque[tuple[range, Any, str]] = deque()  # what is there when the steps are done
+        ended = time.perf_counter()
+        for steps in self._ranges(borders, window):
+            counted = "profile" if steps.start in window else part
+            with self.report.part(counted):
+                if profiler is not None and steps.start in window:
+                    with profiler.step(steps.start):
+                        done = advance(steps)
+                else:
+                    done = advance(steps)
+            running.append((steps, done, counted))
+            while running and (len(running) > RANGES_AHEAD or steps.stop in borders):
+                ended = self._wait(*running[0], since=ended)
+                yield running.popleft()[0]
+                if not running:  # what the caller did meanwhile is not the next step's
+                    ended = time.perf_counter()
+        for range_running in running:
+            ended = self._wait(*range_running, since=ended)
+            yield range_running[0]
+
+    def _wait(self, steps: range, done: Any, part: str, *, since: float) -> float:
+        """Wait for a range of steps, and report it. Returns when it ended."""
+        with self.report.part(part):
             jax.block_until_ready(done)
-        return steps
+        ended = time.perf_counter()
+        if part == "run":
+            program = self.compiled[self._program_key(steps.start in self.guided)]
+            self.report.flops += (program.flops or 0.0) * self.mesh.size * len(steps)
+            if len(steps) == 1:
+                self.report.step_seconds.append(ended - since)
+        return ended
+
+    def _ahead_on_devices(self) -> Callable[[range], Array]:
+        """A function that starts the next steps, and returns what is there when they are done."""
+        done = self._first_step()
+
+        def advance(steps: range) -> Array:
+            nonlocal done
+            guided = steps.start in self.guided
+            self.state, done = self._run_range(self.state, done, steps, guided)
+            return done
+
+        return advance
+
+    def _ahead_on_host(self) -> Callable[[range], None]:
+        """A function that steps the scheduler itself after a compiled model evaluation."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        timesteps = self.sampler.restart(self.seeds)
+        scale = self.sampler.initial_noise_scale
+        drawn = [draw_initial_latents(g, self.latent_shape, scale) for g in generators]
+        self.state = torch.cat(drawn)
+
+        def advance(steps: range) -> None:
+            (i,) = steps
+            model_input = self.sampler.scale_model_input(self.state, timesteps[i])
+            arguments = self._predict_arguments(
+                i in self.guided, model_input.numpy(), float(timesteps[i])
+            )
+            output = self.compiled[self._program_key(i in self.guided)](*arguments)
+            noise_pred = torch.from_numpy(fetch(output).copy())
+            self.state = self.sampler.step(noise_pred, timesteps[i], self.state, generators)
+
+        return advance
 
     def _run_range(
         self, state: tuple[Array, Array], first: Array, steps: range, guided: bool
@@ -587,29 +688,11 @@ class Denoiser:
             state, first = program(self.parameters, state, arguments, first)
         return state, first
 
-    def _run_on_host(self) -> Iterator[int]:
-        """Step the scheduler itself between compiled model evaluations."""
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        timesteps = self.sampler.restart(self.seeds)
-        scale = self.sampler.initial_noise_scale
-        drawn = [draw_initial_latents(g, self.latent_shape, scale) for g in generators]
-        sample = torch.cat(drawn)
-        for i, timestep in enumerate(timesteps):
-            guided = i in self.guided
-            with self.report.part("run"):
-                model_input = self.sampler.scale_model_input(sample, timestep)
-                arguments = self._predict_arguments(guided, model_input.numpy(), float(timestep))
-                output = self.compiled[self._program_key(guided)](*arguments)
-                output = torch.from_numpy(fetch(output).copy())
-                sample = self.sampler.step(output, timestep, sample, generators)
-            yield 1
-        self.sample = sample
-
     def latents(self) -> np.ndarray:
         """The group's latents [B, C, h, w] float32."""
         if self.tables is None:
-            return self.sample.numpy()
-        with self.report.part("device to host"):
+            return np.array(self.state.numpy())
+        with self.report.part("device_to_host"):
             return fetch(self.state[0])
 
 

@@ -10,9 +10,22 @@ import torch
 from jax.experimental import multihost_utils
 
 from common.jax_setup import usable_cores
-from common.sharding import MeshChoice, choose_mesh
+from common.sharding import MeshChoice, choose_mesh, name_of
 from common.torchax_runtime import Parameters, to_numpy
+from common.tpu_estimate import CHIPS
 
+# jax's name of a device → FLOPs per second in bfloat16, without sparsity. Sources: as in
+# tpu_estimate.py, cloud.google.com/tpu/docs/v5p and /v4, and NVIDIA's data sheets.
+PEAK_BFLOAT16 = {
+    "TPU v6 lite": CHIPS["v6e"].peak_flops,
+    "TPU v5 lite": CHIPS["v5e"].peak_flops,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+}
 CPU_ALIGNMENT = 64  # bytes
 MOST_UNDER_WAY = 256 * 2**20  # bytes of weights that the host holds until they are on the devices
 
@@ -111,6 +124,23 @@ class Devices:
                 jax.block_until_ready(parameters[name])
                 under_way = 0
         return parameters
+
+
+def device_facts(mesh: jax.sharding.Mesh, dtype: str) -> dict[str, Any]:
+    """What a stage reports of its devices, with their peak where it is known for the dtype."""
+    devices = list(mesh.devices.flat)
+    kind = devices[0].device_kind
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    peak_flops = PEAK_BFLOAT16.get(kind) if dtype == "bfloat16" else None
+    return {
+        "platform": devices[0].platform,
+        "device": kind,
+        "devices": len(devices),
+        "mesh": name_of(mesh),
+        "peak_device_bytes": max(peaks, default=None),
+        "peak_flops": None if peak_flops is None else peak_flops * len(devices),
+    }
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 
 from common.checkpoint import CACHE_DIR
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
+from common.report import Program, StageReport
 
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -24,22 +26,36 @@ def _count_cache_hits(event: str, **_: object) -> None:
 jax.monitoring.register_event_listener(_count_cache_hits)
 
 
-@dataclass
-class Programs:
-    """Compiles programs, and counts those that came from the persistent compile cache."""
+@dataclass(frozen=True)
+class CompiledProgram:
+    """A compiled program to call."""
 
-    compiled: int = 0
-    from_cache: int = 0
+    executable: Any
+    flops: float | None  # of one call on one device, by XLA's count
 
-    def compile(self, lowered: Any) -> Any:
-        """Compile a lowered program."""
-        before = _cache_hits
-        program = lowered.compile()
-        if _cache_hits > before:
-            self.from_cache += 1
-        else:
-            self.compiled += 1
-        return program
+    def __call__(self, *arguments: Any) -> Any:
+        return self.executable(*arguments)
+
+
+def compile_program(lowered: Any, name: str, report: StageReport) -> CompiledProgram:
+    """Compile a lowered program, and report whether it came from the persistent cache."""
+    began, before = time.perf_counter(), _cache_hits
+    with report.part("compile"):
+        executable = lowered.compile()
+        analysis = executable.cost_analysis()
+        program = CompiledProgram(executable, analysis.get("flops") if analysis else None)
+    from_cache = _cache_hits > before
+    report.programs.from_cache += from_cache
+    report.programs.compiled += not from_cache
+    report.programs.each.append(
+        Program(
+            name=name,
+            seconds=round(time.perf_counter() - began, 4),
+            from_cache=from_cache,
+            flops=program.flops,
+        )
+    )
+    return program
 
 
 def set_up_jax(distributed: str | None = None) -> None:

@@ -1,8 +1,10 @@
 """Save pictures with their settings inside, and read those settings back."""
 
 import hashlib
+import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from common.artifacts import HEADER_KEY
 from common.config import ImageFormat
-from common.whole_files import replace_whole
 
 USER_COMMENT = int(ExifTags.Base.UserComment)
 EXIF_FOLDER = int(ExifTags.IFD.Exif)
 # The EXIF standard's mark of a user comment in UTF-16.
 UNICODE_MARK = b"UNICODE\0"
 LOSSY_QUALITY = 95
-OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid)\.(png|webp|jpg)")
+OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid|trajectory)\.(png|webp|jpg)")
+TRAJECTORY_STRIP, TRAJECTORY_ANIMATION = "output_trajectory.png", "output_trajectory.webp"
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 200, 1500
 
 
 def picture_names(count: int, image_format: ImageFormat) -> tuple[list[str], str | None]:
@@ -41,27 +44,54 @@ def hash_pixels(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
-def save_picture(path: Path, pixels: np.ndarray, record: dict[str, Any]) -> None:
-    """Save [H, W, 3] uint8 with `record` as JSON in its metadata, whole or not at all.
+def encode_picture(pixels: np.ndarray, suffix: str, record: dict[str, Any]) -> bytes:
+    """The file of a picture [H, W, 3] uint8, with `record` as JSON in its metadata.
 
     PNG: a text chunk, and `parameters` as web UIs write it. WebP (lossless) and JPEG: the EXIF
     user comment.
+
+    Args:
+        suffix: .png, .webp or .jpg.
     """
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    image = Image.fromarray(pixels)
-    with replace_whole(path) as temporary, temporary.open("wb") as file:
-        if path.suffix == ".png":
-            chunks = PngImagePlugin.PngInfo()
-            chunks.add_itxt(HEADER_KEY, text)
-            chunks.add_itxt("parameters", web_ui_parameters(record["settings"]))
-            image.save(file, format="PNG", pnginfo=chunks)
-        else:
-            exif = Image.Exif()
-            exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = UNICODE_MARK + text.encode("utf-16-be")
-            if path.suffix == ".webp":
-                image.save(file, format="WEBP", lossless=True, exif=exif)
-            else:
-                image.save(file, format="JPEG", quality=LOSSY_QUALITY, subsampling=0, exif=exif)
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    if suffix == ".png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt(HEADER_KEY, _to_text(record))
+        chunks.add_itxt("parameters", web_ui_parameters(record["settings"]))
+        image.save(file, format="PNG", pnginfo=chunks)
+    elif suffix == ".webp":
+        image.save(file, format="WEBP", lossless=True, exif=_exif(record))
+    else:
+        image.save(file, format="JPEG", quality=LOSSY_QUALITY, subsampling=0, exif=_exif(record))
+    return file.getvalue()
+
+
+def encode_animation(frames: Sequence[np.ndarray], record: dict[str, Any]) -> bytes:
+    """An animated WebP of frames [H, W, 3] uint8, the last one shown for longer."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
+    first.save(
+        file,
+        format="WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        quality=LOSSY_QUALITY,
+        exif=_exif(record),
+    )
+    return file.getvalue()
+
+
+def _to_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True, ensure_ascii=False)
+
+
+def _exif(record: dict[str, Any]) -> Image.Exif:
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = UNICODE_MARK + _to_text(record).encode("utf-16-be")
+    return exif
 
 
 def read_picture_record(path: Path) -> dict[str, Any] | None:

@@ -68,7 +68,6 @@ def as_jax_function(
 
     The function's `given` are outputs of submodules by their names, which are then not computed.
     """
-    environment = torchax.default_env()
     callable_module = _MethodAsForward(module, method)
 
     def function(
@@ -77,6 +76,7 @@ def as_jax_function(
         given: Mapping[str, Array] | None = None,
         **kwargs: Any,
     ) -> Any:
+        environment = torchax.default_env()  # making it takes time the first time
         with (
             environment,
             _replaced(environment, replacements or {}),

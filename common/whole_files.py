@@ -46,6 +46,12 @@ def remove_unfinished() -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with replace_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replace_whole(path) as temporary:

@@ -11,7 +11,9 @@ Takes   some seconds for the demo checkpoint, under a minute for SDXL; no jax, n
 """
 
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,6 +24,7 @@ from common.checkpoint import Checkpoint, hash_large_file, open_checkpoint
 from common.command_line import say, warn
 from common.components import (
     find_embedding,
+    import_text_classes,
     load_embedding,
     load_text_pipeline,
     quiet_libraries,
@@ -30,6 +33,7 @@ from common.components import (
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
+    read_run_options,
     read_run_settings,
     resolve,
     write_generation_config,
@@ -37,7 +41,7 @@ from common.config import (
 from common.errors import BadSettingError
 from common.lora import fuse_into_text_encoders, lora_settings
 from common.prompts import cut_prompts, encode_prompts
-from common.report import StageReport
+from common.report import Profile, StageReport
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
@@ -91,6 +95,21 @@ def check_prompt_options(config: GenerationConfig, checkpoint: Checkpoint) -> No
         )
 
 
+def profile_encoding(
+    pipeline: Any, config: GenerationConfig, folder: Path, report: StageReport
+) -> Profile:
+    """Encode once more under torch's profiler."""
+    from common.torch_profiler import profile_torch
+
+    encoders = {name: getattr(pipeline, name, None) for name in ENCODERS}
+    return profile_torch(
+        lambda: encode_prompts(pipeline, config),
+        {name: encoder for name, encoder in encoders.items() if encoder is not None},
+        folder,
+        report,
+    )
+
+
 def main(
     context: typer.Context,
     prompt: command_line.Prompt = None,
@@ -138,6 +157,9 @@ def main(
     config: command_line.ConfigFile = None,
     output_dir: command_line.OutputDir = None,
     image_format: command_line.ImageFormatFlag = None,
+    repeat: command_line.Repeat = None,
+    profile: command_line.Profile = False,
+    profile_dir: command_line.ProfileDir = None,
     skip_fresh: command_line.SkipFresh = False,
     debug: command_line.Debug = False,
 ) -> None:
@@ -150,6 +172,7 @@ def main(
     path = run_dir / artifacts.EMBEDDINGS_FILE
 
     # 1. Settings: defaults < config file < flags
+    report.phase("settings")
     flags = command_line.given_settings(context.params, "text_encoder_dtype")
     settings = read_run_settings(config, flags)
     checkpoint = open_checkpoint(settings, COMPONENTS)
@@ -159,10 +182,12 @@ def main(
         size_factor=checkpoint.vae_scale_factor,
     )
     check_prompt_options(resolved, checkpoint)
+    options = read_run_options(context.params)
     recipe = make_recipe(resolved, checkpoint)
 
     # 2. Fresh already?
     stale = artifacts.why_stale(path, recipe)
+    stale = stale or options.why_measure()
     if skip_fresh and stale is None:
         write_generation_config(run_dir, resolved)
         say(f"stage 1: fresh ({path})")
@@ -171,12 +196,14 @@ def main(
     command_line.say_why(stale if skip_fresh else None, [])
 
     # 3. Load the text encoders
-    with report.part("imports"):
-        if not debug:
-            quiet_libraries()
-        import torch
-        import transformers  # noqa: F401
-    with report.part("checkpoint read"):
+    report.phase("imports")
+    if not debug:
+        quiet_libraries()
+    import torch
+
+    import_text_classes(checkpoint)
+    report.phase("other")
+    with report.part("checkpoint_read"):
         pipeline = load_text_pipeline(checkpoint, getattr(torch, resolved.text_encoder_dtype))
         fuse_into_text_encoders(pipeline, resolved.loras, checkpoint.config("unet"))
         for item in resolved.embeddings:
@@ -187,19 +214,32 @@ def main(
         warn(line)
     with report.part("run"):
         tensors = encode_prompts(pipeline, resolved)
+    for _ in range(options.repeat):
+        with report.part("repeats"):
+            began = time.perf_counter()
+            encode_prompts(pipeline, resolved)
+            report.repeats.append(time.perf_counter() - began)
+    profiled = None
+    if options.profile:
+        profiled = profile_encoding(pipeline, resolved, options.profile_folder(run_dir, 1), report)
 
     # 5. Write
     with report.part("writing"):
         provenance = {**resolved.model_settings(), "device": "cpu"}
         artifacts.save_tensors(path, tensors, recipe, provenance)
         write_generation_config(run_dir, resolved)
-    report.facts |= {
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "dtype": resolved.text_encoder_dtype,
-        "versions": recipe.versions,
-    }
-    report.write(run_dir)
-    command_line.say_times(report, path)
+    report.write(
+        run_dir,
+        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
+        dtype=resolved.text_encoder_dtype,
+        dtype_asked=resolved.text_encoder_dtype,
+        platform="cpu",
+        device="cpu",
+        devices=1,
+        versions=recipe.versions,
+        profile=profiled,
+    )
+    command_line.say_times(report, path, profiled)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@
 Reads   generation_config.json, stage1_embeddings.safetensors, the checkpoint's UNet and scheduler
         settings (no text encoder).
 Writes  stage2_latents.safetensors   latents [B, C, h, w] float32, as the sampler leaves them
+        stage2_trajectory.safetensors   with --save_trajectory N: the latents [S, B, C, h, w] after
+                                     every N steps, and the numbers of those steps [S]
         stage2_report.json
 Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from common import artifacts, command_line, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_model, quiet_libraries
+from common.components import import_class, load_model, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
@@ -41,7 +43,7 @@ from common.contracts import embeddings_misfit, empty_embeddings
 from common.errors import BadInputFileError, BadSettingError
 from common.images import group_size, groups, prompt_indices
 from common.lora import fuse_into_unet, lora_settings
-from common.report import StageReport
+from common.report import Profile, StageReport
 from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
 
 if TYPE_CHECKING:
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 
     from common.denoising import Denoiser
     from common.devices import Devices
-    from common.jax_setup import Programs
     from common.scheduler_tables import SchedulerTables
 
 COMPONENTS = ("unet", "scheduler")
@@ -210,7 +211,6 @@ def load_denoiser(
     unet_dtype: str,
     options: RunOptions,
     report: StageReport,
-    programs: "Programs",
     devices: "Devices | None" = None,
 ) -> "Denoiser":
     """The UNet: a PyTorch module for its code, its weights on the devices (jax's own, if None)."""
@@ -226,7 +226,7 @@ def load_denoiser(
         warn(note)
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
     dtype = getattr(torch, unet_dtype)
-    with report.part("checkpoint read"):
+    with report.part("checkpoint_read"):
         fuse = partial(fuse_into_unet, loras=config.loras) if config.loras else None
         unet, weights = load_model(
             checkpoint, "unet", dtype, change=fuse, by_config=not devices.are_there
@@ -235,7 +235,7 @@ def load_denoiser(
     spread = sharding.axis_to_spread(mesh, size, devices.memory_bytes)
     if spread is not None:
         say(f"  weights do not fit on every device: each step gathers them over {spread}")
-    with report.part("host to device"):
+    with report.part("host_to_device"):
         parameters = devices.put_weights(
             report.watch_memory(weights),
             lambda name, shape: sharding.split_weight(mesh, name, shape, spread),
@@ -243,7 +243,7 @@ def load_denoiser(
         )
     if mesh.size > 1:
         say(f"  mesh {choice}, {mesh.size} devices; weights: {sharding.say_weights(parameters)}")
-    return Denoiser(unet, parameters, mesh, devices, options, report, programs)
+    return Denoiser(unet, parameters, mesh, devices, options, report)
 
 
 def settle_mesh(
@@ -301,23 +301,35 @@ def start_group(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """What stage 2 computes."""
+
+    latents: "torch.Tensor"  # [B, C, h, w] float32
+    kept_after: list[int]  # numbers of steps
+    trajectory: "torch.Tensor | None"  # the latents after each of them [S, B, C, h, w]
+    profile: Profile | None  # of the first group
+
+
 def denoise_images(
     config: GenerationConfig,
     checkpoint: Checkpoint,
     embeddings: "dict[str, torch.Tensor]",
     denoiser: "Denoiser",
     options: RunOptions,
-) -> "torch.Tensor":
-    """Denoise all images, in groups of one shape. Returns latents [B, C, h, w] float32."""
+    profile_folder: Path | None = None,
+) -> Denoised:
+    """Denoise all images, in groups of one shape."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
+    from common.jax_profiler import JaxProfiler
     from common.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 
     # The scheduler as data, probed on the CPU
     sampler = make_sampler(config, checkpoint)
-    with denoiser.report.part("scheduler tables"):
+    with denoiser.report.part("scheduler_tables"):
         try:
             tables: SchedulerTables | None = make_tables(sampler)
         except NotLinearError as reason:
@@ -327,6 +339,12 @@ def denoise_images(
     latents = np.empty((count, *latent_shape(config, checkpoint)), np.float32)
     size = group_size(count, options.batch_size, denoiser.mesh.shape["data"])
     evaluations = len(sampler.restart())
+    profiler, profile = None, None
+    if profile_folder is not None:
+        steps = options.profiled_steps(evaluations)
+        profiler = JaxProfiler(profile_folder, steps, denoiser.report)
+    kept_after = steps_to_keep(evaluations, options.save_trajectory)
+    trajectory = np.empty((len(kept_after), *latents.shape), np.float32)
     with tqdm(
         total=-(-count // size) * evaluations, desc="denoise", unit="step", disable=None
     ) as progress:
@@ -335,12 +353,72 @@ def denoise_images(
             if chosen[0] == 0 and denoiser.frees_a_half():
                 say(f"  steps without guidance: {denoiser.layout(guided=False).freed_half()}")
             denoiser.compile()
-            denoiser.warm_up(options.warmup_steps)
+            is_first = chosen[0] == 0
+            denoiser.warm_up(options.warmup_steps if is_first else 0)
             progress.unpause()
-            for steps_done in denoiser.run():
+            for steps_done in denoiser.run(
+                keep_after=kept_after, profiler=profiler if is_first else None
+            ):
                 progress.update(steps_done)
             latents[chosen[:real]] = denoiser.latents()[:real]
-    return torch.from_numpy(latents)
+            for kept, whole in zip(denoiser.trajectory, trajectory, strict=True):
+                whole[chosen[:real]] = kept[:real]
+            if is_first:
+                denoiser.repeat(options.repeat)
+            if is_first and profiler is not None:
+                profile = profiler.result(denoiser.compiled.values(), denoiser.unet)
+    return Denoised(
+        latents=torch.from_numpy(latents),
+        kept_after=kept_after,
+        trajectory=torch.from_numpy(trajectory) if kept_after else None,
+        profile=profile,
+    )
+
+
+def steps_to_keep(evaluations: int, every: int | None) -> list[int]:
+    """The numbers of steps after which a trajectory has latents; the last is always among them."""
+    if every is None:
+        return []
+    return sorted({*range(every, evaluations + 1, every), evaluations})
+
+
+def trajectory_recipe(recipe: Recipe, every: int) -> Recipe:
+    """All that determines the trajectory."""
+    return recipe.model_copy(
+        update={"settings": recipe.settings | {artifacts.TRAJECTORY_SETTING: every}}
+    )
+
+
+def why_stale(run_dir: Path, recipe: Recipe, options: RunOptions) -> str | None:
+    """Say why the stage has to run, or None where all that is asked of it is there and fresh."""
+    stale = artifacts.why_stale(run_dir / artifacts.LATENTS_FILE, recipe)
+    if stale is None and options.save_trajectory is not None:
+        wanted = trajectory_recipe(recipe, options.save_trajectory)
+        stale = artifacts.why_stale(run_dir / artifacts.TRAJECTORY_FILE, wanted)
+    return stale or options.why_measure()
+
+
+def save_outputs(
+    run_dir: Path,
+    denoised: Denoised,
+    recipe: Recipe,
+    options: RunOptions,
+    provenance: dict[str, Any],
+) -> None:
+    """Write the latents, and the trajectory in place of another run's."""
+    import torch
+
+    trajectory_file = run_dir / artifacts.TRAJECTORY_FILE
+    trajectory_file.unlink(missing_ok=True)
+    latents_file = run_dir / artifacts.LATENTS_FILE
+    artifacts.save_tensors(latents_file, {"latents": denoised.latents}, recipe, provenance)
+    if denoised.trajectory is not None and options.save_trajectory is not None:
+        artifacts.save_tensors(
+            trajectory_file,
+            {"latents": denoised.trajectory, "steps": torch.tensor(denoised.kept_after)},
+            trajectory_recipe(recipe, options.save_trajectory),
+            provenance,
+        )
 
 
 def compile_for_tpu(
@@ -352,12 +430,10 @@ def compile_for_tpu(
     chip, config, checkpoint, options, devices = tpu_compiler.prepare(
         topology, parameters, source_dir, "unet_dtype", COMPONENTS
     )
-    from common import jax_setup
     from common.scheduler_tables import NotLinearError, make_tables
 
     dtype = "bfloat16" if config.unet_dtype == "auto" else config.unet_dtype
-    report, programs = StageReport(2), jax_setup.Programs()
-    denoiser = load_denoiser(config, checkpoint, dtype, options, report, programs, devices)
+    denoiser = load_denoiser(config, checkpoint, dtype, options, StageReport(2), devices)
     sampler = make_sampler(config, checkpoint)
     size = group_size(len(config.image_seeds()), options.batch_size, denoiser.mesh.shape["data"])
     embeddings = empty_embeddings(size, checkpoint.config("unet"))
@@ -423,6 +499,11 @@ def main(
     warmup_steps: command_line.WarmupSteps = None,
     operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
+    repeat: command_line.Repeat = None,
+    profile: command_line.Profile = False,
+    profile_dir: command_line.ProfileDir = None,
+    profile_steps: command_line.ProfileSteps = None,
+    save_trajectory: command_line.SaveTrajectory = None,
     topology: command_line.Topology = None,
     save_hlo: command_line.SaveHlo = None,
     json: command_line.JsonFile = None,
@@ -443,6 +524,7 @@ def main(
     command_line.refuse_topology_flags(context.params)
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
+    report.phase("settings")
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "unet_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
@@ -455,7 +537,7 @@ def main(
     misfit = embeddings_misfit(embeddings.tensors, len(config.prompts), checkpoint.config("unet"))
     artifacts.refuse_misfit(embeddings, prompts_misfit(embeddings.header, config) or misfit)
     recipe = make_recipe(config, checkpoint, embeddings, expected_dtype(config.unet_dtype, path))
-    stale = artifacts.why_stale(path, recipe)
+    stale = why_stale(run_dir, recipe, options)
     if skip_fresh and stale is None:
         say(f"stage 2: fresh ({path})")
         return
@@ -465,19 +547,22 @@ def main(
     warn_of_idle_settings(config, checkpoint)
 
     # 3. Start jax
-    with report.part("imports"):
-        if not debug:
-            quiet_libraries()
-        from common import jax_setup, torchax_runtime  # noqa: F401
+    report.phase("imports")
+    if not debug:
+        quiet_libraries()
+    from common import denoising, jax_setup  # noqa: F401
+    from common.devices import device_facts
 
-        jax_setup.set_up_jax(distributed)
+    import_class("unet")
+    jax_setup.set_up_jax(distributed)
     dtype_used = jax_setup.choose_dtype(config.unet_dtype)
+    report.phase("other")
 
     # 4. Denoise
     tensors = artifacts.load_tensors(embeddings, warn)
-    programs = jax_setup.Programs()
-    denoiser = load_denoiser(config, checkpoint, dtype_used, options, report, programs)
-    latents = denoise_images(config, checkpoint, tensors, denoiser, options)
+    denoiser = load_denoiser(config, checkpoint, dtype_used, options, report)
+    profile_folder = options.profile_folder(run_dir, 2) if options.profile else None
+    denoised = denoise_images(config, checkpoint, tensors, denoiser, options, profile_folder)
     if not jax_setup.is_first_process():
         say("  the first process writes")
         return
@@ -492,19 +577,19 @@ def main(
             "unet_dtype_asked": config.unet_dtype,
             "overrides": overrides,
         }
-        artifacts.save_tensors(path, {"latents": latents}, recipe, provenance)
+        save_outputs(run_dir, denoised, recipe, options, provenance)
         if run_dir.resolve() != source_dir.resolve():
             write_generation_config(run_dir, config)
-    report.facts |= {
-        "shapes": {"latents": list(latents.shape)},
-        "dtype": dtype_used,
-        "mesh": sharding.name_of(denoiser.mesh),
-        "platform": jax_setup.platform(),
-        "programs": asdict(programs),
-        "versions": recipe.versions,
-    }
-    report.write(run_dir)
-    command_line.say_times(report, path, programs.compiled, programs.from_cache)
+    report.write(
+        run_dir,
+        shapes={"latents": list(denoised.latents.shape)},
+        dtype=dtype_used,
+        dtype_asked=config.unet_dtype,
+        versions=recipe.versions,
+        profile=denoised.profile,
+        **device_facts(denoiser.mesh, dtype_used),
+    )
+    command_line.say_times(report, path, denoised.profile)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@
 Reads   generation_config.json, stage2_latents.safetensors, the checkpoint's VAE (nothing else).
 Writes  output_image.png when there is one image; output_image_0000.png … and output_grid.png when
         there are several; all settings in their metadata, as the latents' header records them
+        output_trajectory.png, output_trajectory.webp   where stage 2 saved a trajectory: a strip,
+        and an animation
         stage3_report.json
 Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from common import artifacts, command_line, pictures, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import load_model, make_without_weights, quiet_libraries
+from common.components import import_class, load_model, make_without_weights, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
@@ -35,19 +37,20 @@ from common.config import (
     read_generation_config,
     read_run_options,
 )
-from common.contracts import latents_misfit
+from common.contracts import latents_misfit, trajectory_misfit
 from common.errors import NotFiniteError
 from common.images import group_size, groups, prompt_indices
-from common.report import StageReport, read_report
+from common.report import Profile, StageReport, read_report
+from common.whole_files import write_bytes_whole
 
 if TYPE_CHECKING:
     import numpy as np
 
     from common.decoding import Decoder
     from common.devices import Devices
-    from common.jax_setup import Programs
 
 COMPONENTS = ("vae",)
+MOST_STRIP_PIXELS, MOST_FRAME_PIXELS = 192, 512  # a side of a picture of a trajectory
 
 
 def make_recipe(
@@ -82,8 +85,20 @@ def in_tiles(config: GenerationConfig, checkpoint: Checkpoint, shape: Sequence[i
     return config.tile and max(shape[2:]) > sample_size // checkpoint.vae_scale_factor
 
 
-def why_stale(run_dir: Path, count: int, config: GenerationConfig, recipe: Recipe) -> str | None:
+def why_stale(
+    run_dir: Path,
+    count: int,
+    config: GenerationConfig,
+    recipe: Recipe,
+    trajectory: Artifact | None,
+) -> str | None:
     """Say why the pictures must be made anew, or None where all of them are fresh and whole."""
+    if trajectory is not None:
+        fingerprint = trajectory_recipe(recipe, trajectory).fingerprint()
+        for name in (pictures.TRAJECTORY_STRIP, pictures.TRAJECTORY_ANIMATION):
+            found = pictures.read_picture_record(run_dir / name) or {}
+            if found.get("fingerprint") != fingerprint:
+                return f"{name} is not there or of another trajectory"
     names, grid = pictures.picture_names(count, config.image_format)
     for name in [*names, *([grid] if grid else [])]:
         if not (run_dir / name).exists():
@@ -92,7 +107,8 @@ def why_stale(run_dir: Path, count: int, config: GenerationConfig, recipe: Recip
         if record is None:
             return f"{name} is damaged or not of ours"
         if record.get("fingerprint") != recipe.fingerprint():
-            made = read_report(run_dir, 3).get("recipe")
+            report = read_report(run_dir, 3)
+            made = report.recipe if report is not None else None
             known = artifacts.difference(Recipe(**made), recipe) if made else None
             return known or f"{name} was made with other settings"
     return None
@@ -101,43 +117,94 @@ def why_stale(run_dir: Path, count: int, config: GenerationConfig, recipe: Recip
 def expected_dtype(asked: str, run_dir: Path) -> str:
     """The dtype to expect of fresh pictures: `auto` stands for what it gave when they were made."""
     report = read_report(run_dir, 3)
-    if asked == "auto" and report.get("vae_dtype_asked") == "auto":
-        return str(report["dtype"])
+    if asked == "auto" and report is not None and report.dtype_asked == "auto":
+        return report.dtype
     return asked
 
 
-def decode_images(
-    latents: "np.ndarray",
-    config: GenerationConfig,
-    checkpoint: Checkpoint,
-    vae_dtype: str,
-    options: RunOptions,
-    report: StageReport,
-    programs: "Programs",
+def decode_groups(
+    decoder: "Decoder", latents: "np.ndarray", options: RunOptions, *, bar: bool = True
 ) -> "np.ndarray":
     """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8."""
     import numpy as np
     from tqdm import tqdm
 
-    from common.devices import Devices
-
-    decoder = load_decoder(
-        latents.shape, config, checkpoint, vae_dtype, options, report, programs, Devices.present()
-    )
-    report.facts["mesh"] = sharding.name_of(decoder.mesh)
     size = group_size(len(latents), options.batch_size, decoder.mesh.shape["data"])
     decoded = []
-    with tqdm(total=len(latents), desc="decode", unit="image", leave=False, disable=None) as bar:
+    hidden = None if bar else True  # None: where there is no terminal
+    with tqdm(
+        total=len(latents), desc="decode", unit="image", leave=False, disable=hidden
+    ) as progress:
         for chosen, real in groups(len(latents), size):
             pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
             if not finite:
                 raise NotFiniteError(
-                    f"the VAE in {vae_dtype} gave values that are not finite, so no picture was "
-                    "written: use --vae_dtype float32"
+                    f"the VAE in {decoder.dtype} gave values that are not finite, so no picture "
+                    "was written: use --vae_dtype float32"
                 )
             decoded.append(pixels[:real])
-            bar.update(real)
+            progress.update(real)
     return np.concatenate(decoded)
+
+
+def measure(
+    decoder: "Decoder", latents: "np.ndarray", options: RunOptions, profile_folder: Path
+) -> Profile | None:
+    """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
+    from common.jax_profiler import JaxProfiler
+
+    size = group_size(len(latents), options.batch_size, decoder.mesh.shape["data"])
+    first = latents[next(groups(len(latents), size))[0]]
+    decoder.repeat(first, options.repeat)
+    if not options.profile:
+        return None
+    return decoder.profile(first, JaxProfiler(profile_folder, range(1), decoder.report))
+
+
+def find_trajectory(source_dir: Path, latents: Artifact) -> Artifact | None:
+    """The trajectory that belongs to the latents, where stage 2 saved one."""
+    path = source_dir / artifacts.TRAJECTORY_FILE
+    if not path.exists():
+        return None
+    trajectory = artifacts.inspect(path)
+    artifacts.refuse_misfit(trajectory, trajectory_misfit(trajectory.tensors, latents.tensors))
+    if trajectory.header is not None and latents.header is not None:
+        settings = dict(trajectory.header.recipe.settings)
+        settings.pop(artifacts.TRAJECTORY_SETTING, None)
+        own = trajectory.header.recipe.model_copy(update={"settings": settings})
+        if other := artifacts.difference(own, latents.header.recipe):
+            warn(f"{path} is not decoded: it is of other latents ({other})")
+            return None
+    return trajectory
+
+
+def trajectory_recipe(recipe: Recipe, trajectory: Artifact) -> Recipe:
+    """All that determines a trajectory's pictures, by that of the run's pictures."""
+    inputs = {artifacts.TRAJECTORY_FILE: trajectory.data_sha256}
+    return recipe.model_copy(update={"inputs": inputs})
+
+
+def decode_trajectory(
+    decoder: "Decoder", trajectory: "np.ndarray", options: RunOptions
+) -> tuple["np.ndarray", list["np.ndarray"]]:
+    """Decode the latents [S, B, C, h, w] that stage 2 kept.
+
+    Returns:
+        A strip [H, W, 3] uint8 with a row for each image and a column for each step, and frames
+        [H, W, 3] with all images as they are after one step.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from common.decoding import make_grid, shrink
+
+    columns, frames = [], []
+    with decoder.counting_as("trajectory"):
+        for latents in tqdm(trajectory, desc="trajectory", unit="step", leave=False, disable=None):
+            images = decode_groups(decoder, latents, options, bar=False)
+            columns.append(np.concatenate([shrink(image, MOST_STRIP_PIXELS) for image in images]))
+            frames.append(make_grid(np.stack([shrink(i, MOST_FRAME_PIXELS) for i in images])))
+    return np.concatenate(columns, axis=1), frames
 
 
 def load_decoder(
@@ -147,7 +214,6 @@ def load_decoder(
     vae_dtype: str,
     options: RunOptions,
     report: StageReport,
-    programs: "Programs",
     devices: "Devices",
 ) -> "Decoder":
     """The VAE: a PyTorch module for its code, its weights on the devices.
@@ -161,7 +227,7 @@ def load_decoder(
     from common.fast_ops import arrange_weight
 
     dtype = getattr(torch, vae_dtype)
-    with report.part("checkpoint read"):
+    with report.part("checkpoint_read"):
         vae, weights = load_model(checkpoint, "vae", dtype, by_config=not devices.are_there)
     tiles = None
     if in_tiles(config, checkpoint, shape):
@@ -172,13 +238,13 @@ def load_decoder(
     for note in choice.notes:
         warn(note)
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
-    with report.part("host to device"):
+    with report.part("host_to_device"):
         parameters = devices.put_weights(
             report.watch_memory(weights),
             lambda *_: sharding.replicated(mesh),
             arrange=partial(arrange_weight, operations=options.operations),
         )
-    return Decoder(vae, parameters, mesh, devices, tiles, options.operations, report, programs)
+    return Decoder(vae, parameters, mesh, devices, tiles, options.operations, report)
 
 
 def settle_mesh(
@@ -213,11 +279,8 @@ def compile_for_tpu(topology: str, parameters: dict[str, Any], source_dir: Path 
     count, height, width = tpu_compiler.pictures_shape(parameters["pictures_shape"], config)
     check_size(config.model_copy(update={"height": height, "width": width}), factor)
     shape = (count, vae_config["latent_channels"], height // factor, width // factor)
-    from common.jax_setup import Programs
 
-    decoder = load_decoder(
-        shape, config, checkpoint, dtype, options, StageReport(3), Programs(), devices
-    )
+    decoder = load_decoder(shape, config, checkpoint, dtype, options, StageReport(3), devices)
     size = group_size(count, options.batch_size, decoder.mesh.shape["data"])
     decoded, what = (size, *shape[1:]), f"{width}×{height}"
     if decoder.tiles is not None:
@@ -263,16 +326,30 @@ def picture_settings(header: Header | None, index: int | None) -> dict[str, Any]
     return settings
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What stage 3 computes, [H, W, 3] uint8 each."""
+
+    images: "np.ndarray"  # [B, H, W, 3]
+    strip: "np.ndarray | None" = None  # of the trajectory
+    frames: "Sequence[np.ndarray]" = ()
+    profile: Profile | None = None
+
+
 def save_pictures(
     run_dir: Path,
-    images: "np.ndarray",
+    decoded: Decoded,
     config: GenerationConfig,
     header: Header | None,
     recipe: Recipe,
+    trajectory: Artifact | None,
     overrides: list[str],
+    report: StageReport,
 ) -> Path:
     """Save all pictures and the grid, remove those of an earlier run. Returns the main one."""
     from common.decoding import make_grid
+
+    images = decoded.images
 
     names, grid_name = pictures.picture_names(len(images), config.image_format)
     own = {name: recipe.settings[name] for name in ("vae_dtype", "tile", "image_format")}
@@ -283,8 +360,9 @@ def save_pictures(
     ]
     if grid_name is not None:
         files.append((grid_name, make_grid(images), None))
-    for name, image, index in files:
-        record = {
+
+    def record(index: int | None, image: "np.ndarray", recipe: Recipe) -> dict[str, Any]:
+        return {
             "settings": picture_settings(header, index) | own,
             "pixels_sha256": pictures.hash_pixels(image),
             "fingerprint": recipe.fingerprint(),
@@ -293,8 +371,22 @@ def save_pictures(
             "versions": recipe.versions,
             "overrides": overrides,
         }
-        pictures.save_picture(run_dir / name, image, record)
-    pictures.remove_others(run_dir, {name for name, _, _ in files})
+
+    encoded: dict[str, bytes] = {}
+    with report.part("image_encoding"):
+        for name, image, index in files:
+            kept = record(index, image, recipe)
+            encoded[name] = pictures.encode_picture(image, Path(name).suffix, kept)
+        if decoded.strip is not None and trajectory is not None:
+            kept = record(None, decoded.strip, trajectory_recipe(recipe, trajectory))
+            strip = pictures.encode_picture(decoded.strip, ".png", kept)
+            encoded[pictures.TRAJECTORY_STRIP] = strip
+            animation = pictures.encode_animation(decoded.frames, kept)
+            encoded[pictures.TRAJECTORY_ANIMATION] = animation
+    with report.part("writing"):
+        for name, content in encoded.items():
+            write_bytes_whole(run_dir / name, content)
+        pictures.remove_others(run_dir, set(encoded))
     return run_dir / files[-1][0]
 
 
@@ -316,6 +408,9 @@ def main(
     warmup: command_line.Warmup = False,
     operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
+    repeat: command_line.Repeat = None,
+    profile: command_line.Profile = False,
+    profile_dir: command_line.ProfileDir = None,
     topology: command_line.Topology = None,
     pictures_shape: command_line.PicturesShape = None,
     save_hlo: command_line.SaveHlo = None,
@@ -336,6 +431,7 @@ def main(
     command_line.refuse_topology_flags(context.params)
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
+    report.phase("settings")
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
@@ -348,7 +444,8 @@ def main(
     artifacts.refuse_misfit(latents, latents_misfit(latents.tensors, vae_config))
     count = latents.tensors["latents"].shape[0]
     recipe = make_recipe(config, checkpoint, latents, expected_dtype(config.vae_dtype, run_dir))
-    stale = why_stale(run_dir, count, config, recipe)
+    trajectory = find_trajectory(source_dir, latents)
+    stale = why_stale(run_dir, count, config, recipe, trajectory) or options.why_measure()
     if skip_fresh and stale is None:
         names, grid = pictures.picture_names(count, config.image_format)
         say(f"stage 3: fresh ({run_dir / (grid or names[0])})")
@@ -357,40 +454,49 @@ def main(
     command_line.say_why(stale if skip_fresh else None, overrides)
 
     # 3. Start jax
-    with report.part("imports"):
-        if not debug:
-            quiet_libraries()
-        from common import jax_setup, torchax_runtime  # noqa: F401
+    report.phase("imports")
+    if not debug:
+        quiet_libraries()
+    from common import jax_setup
+    from common.devices import Devices, device_facts
 
-        jax_setup.set_up_jax(distributed)
+    import_class("vae")
+    jax_setup.set_up_jax(distributed)
     upcast = bool(vae_config.get("force_upcast", True))  # True is diffusers' own default
     dtype_used = jax_setup.choose_dtype(config.vae_dtype, force_float32=upcast)
+    report.phase("other")
 
     # 4. Decode
-    tensor = artifacts.load_tensors(latents, warn)["latents"].float()
-    programs = jax_setup.Programs()
-    images = decode_images(
-        tensor.numpy(), config, checkpoint, dtype_used, options, report, programs
-    )
+    tensor = artifacts.load_tensors(latents, warn)["latents"].float().numpy()
+    devices = Devices.present()
+    decoder = load_decoder(tensor.shape, config, checkpoint, dtype_used, options, report, devices)
+    images = decode_groups(decoder, tensor, options)
+    profiled = measure(decoder, tensor, options, options.profile_folder(run_dir, 3))
+    decoded = Decoded(images=images, profile=profiled)
+    if trajectory is not None:
+        kept = artifacts.load_tensors(trajectory, warn)["latents"].float().numpy()
+        strip, frames = decode_trajectory(decoder, kept, options)
+        decoded = replace(decoded, strip=strip, frames=frames)
     if not jax_setup.is_first_process():
         say("  the first process writes")
         return
 
     # 5. Write
     recipe = make_recipe(config, checkpoint, latents, dtype_used)
-    with report.part("writing"):
-        main_picture = save_pictures(run_dir, images, config, latents.header, recipe, overrides)
-    report.facts |= {
-        "shapes": {"images": list(images.shape)},
-        "dtype": dtype_used,
-        "vae_dtype_asked": config.vae_dtype,
-        "platform": jax_setup.platform(),
-        "programs": asdict(programs),
-        "versions": recipe.versions,
-        "recipe": recipe.model_dump(),
-    }
-    report.write(run_dir)
-    command_line.say_times(report, main_picture, programs.compiled, programs.from_cache)
+    main_picture = save_pictures(
+        run_dir, decoded, config, latents.header, recipe, trajectory, overrides, report
+    )
+    report.write(
+        run_dir,
+        shapes={"images": list(images.shape)},
+        dtype=dtype_used,
+        dtype_asked=config.vae_dtype,
+        versions=recipe.versions,
+        recipe=recipe.model_dump(),
+        profile=profiled,
+        **device_facts(decoder.mesh, dtype_used),
+    )
+    command_line.say_times(report, main_picture, profiled)
 
 
 if __name__ == "__main__":

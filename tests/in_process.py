@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from common.checkpoint import open_checkpoint
 from common.components import load_embedding, load_text_pipeline
 from common.config import SIZE_CONDITIONS, GenerationConfig, RunOptions
-from common.jax_setup import Programs
+from common.devices import Devices
 from common.lora import fuse_into_text_encoders
 from common.prompts import encode_prompts
 from common.report import StageReport
@@ -54,33 +54,35 @@ class Ours:
         self.checkpoint = open_checkpoint(config, ("unet", "vae"))
         # A program for one device compiles fastest; tests/sharded has the meshes.
         self.options = RunOptions(**({"mesh": "single"} | options))
-        self.programs = Programs()
         self.text_pipeline = load_text_pipeline(self.checkpoint, torch.float32)
         fuse_into_text_encoders(self.text_pipeline, config.loras, self.checkpoint.config("unet"))
         for embedding in config.embeddings:
             load_embedding(self.text_pipeline, embedding)
         self.denoiser = stage2_unet.load_denoiser(
-            config, self.checkpoint, dtype, self.options, StageReport(2), self.programs
+            config, self.checkpoint, dtype, self.options, StageReport(2)
         )
+        self.programs = self.denoiser.report.programs
 
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""
         embeddings = encode_prompts(self.text_pipeline, config)
         return stage2_unet.denoise_images(
             config, self.checkpoint, embeddings, self.denoiser, self.options
-        ).numpy()
+        ).latents.numpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Stage 3. Returns pictures [B, H, W, 3] uint8."""
-        return stage3_vae_decoder.decode_images(
-            latents,
+        decoder = stage3_vae_decoder.load_decoder(
+            latents.shape,
             self.config,
             self.checkpoint,
             self.dtype,
             self.options,
             StageReport(3),
-            self.programs,
+            Devices.present(),
         )
+        self.programs = decoder.report.programs
+        return stage3_vae_decoder.decode_groups(decoder, latents, self.options)
 
 
 def run_ours(config: GenerationConfig, **options: Any) -> tuple[np.ndarray, np.ndarray]:

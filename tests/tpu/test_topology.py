@@ -15,7 +15,6 @@ from common import tpu_compiler
 from common.config import RunOptions
 from common.contracts import empty_embeddings
 from common.devices import Devices
-from common.jax_setup import Programs
 from common.report import StageReport
 from common.scheduler_tables import make_tables
 from common.tpu_estimate import CHIPS, estimate, memory_of, parse, shapes_in
@@ -122,7 +121,7 @@ def test_weights_that_do_not_fit_are_gathered_in_every_step(reduced_sdxl: Path) 
     config, checkpoint = tpu_compiler.read_settings(None, given, "unet_dtype", ("unet",))
     devices = Devices.described(tpu_compiler.devices_of("v6e:2x4"), memory_bytes=1_000_000)
     denoiser = stage2_unet.load_denoiser(
-        config, checkpoint, "bfloat16", RunOptions(), StageReport(2), Programs(), devices
+        config, checkpoint, "bfloat16", RunOptions(), StageReport(2), devices
     )
     sampler = stage2_unet.make_sampler(config, checkpoint)
     embeddings = empty_embeddings(1, checkpoint.config("unet"))

@@ -33,7 +33,7 @@ def make_picture() -> tuple[np.ndarray, dict[str, object]]:
 def test_the_record_reads_back(tmp_path: Path, ending: str) -> None:
     pixels, record = make_picture()
     path = tmp_path / f"output_image.{ending}"
-    pictures.save_picture(path, pixels, record)
+    path.write_bytes(pictures.encode_picture(pixels, path.suffix, record))
     assert pictures.read_picture_record(path) == record
     with Image.open(path) as image:
         if ending != "jpg":
@@ -42,7 +42,7 @@ def test_the_record_reads_back(tmp_path: Path, ending: str) -> None:
 
 def test_png_has_the_parameters_that_web_uis_read(tmp_path: Path) -> None:
     pixels, record = make_picture()
-    pictures.save_picture(tmp_path / "output_image.png", pixels, record)
+    (tmp_path / "output_image.png").write_bytes(pictures.encode_picture(pixels, ".png", record))
     with Image.open(tmp_path / "output_image.png") as image:
         assert image.info["parameters"] == (
             "a “red” star — 星\nNegative prompt: blurry\nSteps: 25, "
@@ -55,7 +55,7 @@ def test_png_has_the_parameters_that_web_uis_read(tmp_path: Path) -> None:
 def test_a_damaged_picture_has_no_record(tmp_path: Path, ending: str) -> None:
     pixels, record = make_picture()
     path = tmp_path / f"output_image.{ending}"
-    pictures.save_picture(path, pixels, record)
+    path.write_bytes(pictures.encode_picture(pixels, path.suffix, record))
     path.write_bytes(path.read_bytes()[:200])
     assert pictures.read_picture_record(path) is None
     path.write_bytes(b"")
@@ -67,7 +67,7 @@ def test_a_retouched_png_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "output_image.png"
     retouched = pixels.copy()
     retouched[3, 3, 0] ^= 1
-    pictures.save_picture(path, retouched, record)
+    path.write_bytes(pictures.encode_picture(retouched, path.suffix, record))
     assert pictures.read_picture_record(path) is None
 
 
