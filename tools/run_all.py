@@ -1,6 +1,7 @@
 """Run the three stages one after the other, each as a process of its own.
 
     ./run_all.sh --prompt "a large red star on a blue background"
+    ./run_all.sh --sweep "scheduler=euler,ddim num_inference_steps=10,20,30"
 
 Takes any stage's flags and gives each stage those it knows. Stages that are up to date are skipped;
 the first failing stage's exit code is this program's.
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ from common import artifacts, command_line, pictures
 from common.config import DEFAULT_OUTPUT_DIR, read_generation_config
 from common.errors import BadSettingError
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
+from tools.sweep import StageRun, parse_sweep, run_sweep
 
 STAGES = (stage1_text_encoder, stage2_unet, stage3_vae_decoder)
 DTYPES = ("text_encoder_dtype", "unet_dtype", "vae_dtype")
@@ -44,6 +47,10 @@ def main(
         bool,
         command_line.flag("force", " ", RUN_ALL, "Run fresh stages as well."),
     ] = False,
+    sweep: Annotated[
+        str | None,
+        command_line.flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
+    ] = None,
 ) -> int:
     """Make pictures from prompts: text encoder, UNet and VAE, stage by stage.
 
@@ -55,15 +62,48 @@ def main(
         for name, value in context.params.items()
         if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"
     }
+    run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
+    if sweep is not None:
+        return run_all_cells(run_dir, given, sweep)
     for command in plan(given, stage_commands()):
         code = run_stage(command)
         if code != 0:
             return code
     if to_stage == 3:
-        run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
         picture = picture_path(run_dir, given.get("image_format"))
         command_line.say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return 0
+
+
+def run_all_cells(run_dir: Path, given: dict[str, Any], text: str) -> int:
+    """Run a sweep, and write its page. Returns the exit code of the first cell that failed."""
+    given = {name: value for name, value in given.items() if name != "sweep"}
+    for name in ("from_stage", "to_stage", "input_dir"):
+        if name in given:
+            raise BadSettingError(f"--{name} does not go with --sweep, which runs what is needed")
+    commands = stage_commands()
+    takes: dict[str, list[int]] = {}
+    for stage, command in enumerate(commands, 1):
+        for parameter in command.params:
+            if parameter.name is not None and not getattr(parameter, "is_flag", False):
+                takes.setdefault(parameter.name, []).append(stage)
+    swept = parse_sweep(text, takes, given)
+
+    def run(needed: StageRun) -> tuple[int, str]:
+        shared = {n: v for n, v in given.items() if n != "output_dir"}
+        arguments = plan(shared | {"from_stage": 1, "to_stage": 3}, commands)[needed.stage - 1]
+        arguments += [f"--{name}={value}" for name, value in needed.values.items()]
+        if needed.stage > 1:
+            arguments.append(f"--input_dir={needed.source}")
+        return run_stage_and_listen([*arguments, f"--output_dir={needed.folder}"])
+
+    code = run_sweep(run_dir, swept, takes, run, command_line.say)
+    failed = sum(cell.exit_code != 0 for cell in swept.cells)
+    command_line.say(f"sweep: {len(swept.cells) - failed} of {len(swept.cells)} cells done")
+    from tools import report
+
+    command_line.say(f"page: {report.write_page(run_dir / report.PAGE_FILE, [run_dir])}")
+    return code
 
 
 def stage_commands() -> list[TyperCommand]:
@@ -146,8 +186,25 @@ def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[
     return commands
 
 
-def run_stage(command: list[str]) -> int:
-    """Run one stage and wait for it. Returns its exit code, or that of a signal to stop."""
+def run_stage_and_listen(command: list[str]) -> tuple[int, str]:
+    """Run one stage; what it says of an error is kept. Returns its exit code and the error."""
+    heard: list[str] = []
+
+    def listen(line: str) -> None:
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("error: "):
+            heard.append(line.removeprefix("error: ").strip())
+
+    code = run_stage(command, listen)
+    return code, heard[-1] if heard else ""
+
+
+def run_stage(command: list[str], listen: Callable[[str], None] | None = None) -> int:
+    """Run one stage and wait for it. Returns its exit code, or that of a signal to stop.
+
+    Args:
+        listen: is given each line of the stage's messages, which otherwise go to the terminal.
+    """
     received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -156,9 +213,13 @@ def run_stage(command: list[str]) -> int:
         if number == signal.SIGTERM:
             process.terminate()
 
-    process = subprocess.Popen(command)
+    pipe = None if listen is None else subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, text=True)
     before = {number: signal.signal(number, pass_on) for number in command_line.STOP_SIGNALS}
     try:
+        if listen is not None and process.stderr is not None:
+            for line in process.stderr:
+                listen(line)
         code = process.wait()
     finally:
         for number, handler in before.items():

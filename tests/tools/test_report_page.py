@@ -1,0 +1,123 @@
+"""The report page in a real browser: pictures, labels, no requests, narrow and wide."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.artifacts import HEADER_KEY
+from tests.conftest import Run
+from tools.report import write_page
+from tools.sweep import Cell, Sweep, write_sweep
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+HOSTILE = """<script>alert('x')</script> "quoted" & <b>bold</b> {{ 7 * 7 }} </title>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, run_all: Run) -> Path:
+    """A sweep of a hostile prompt, whose cells are two runs and a failed one."""
+    folder = tmp_path_factory.mktemp("swept")
+    cells = []
+    run = folder / "sweep" / "num_inference_steps=1"
+    flags = ("--prompt", HOSTILE, "--num_inference_steps", 1, "--save_trajectory", 1)
+    flags += ("--num_images_per_prompt", 2)
+    result = run_all("--output_dir", run, *flags)
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(run, folder / "sweep" / "num_inference_steps=2")
+    for steps in (1, 2):
+        name = f"sweep/num_inference_steps={steps}"
+        values = {"num_inference_steps": str(steps)}
+        cells.append(Cell(values=values, folder=name, sources=[name, name], exit_code=0))
+    values = {"num_inference_steps": "3"}
+    failed = Cell(values=values, folder="sweep/x", sources=[".", "."], exit_code=4, error=HOSTILE)
+    axes = {"num_inference_steps": ["1", "2", "3"]}
+    write_sweep(folder, Sweep(axes=axes, cells=[*cells, failed]))
+    return folder
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(swept: Path, browser: Any, width: int, scheme: str) -> None:
+    page_file = write_page(swept / "report.html", [swept])
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    requests: list[str] = []
+    said: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.goto(page_file.as_uri())
+
+    # Nothing is asked of any network, and nothing went wrong.
+    assert {url for url in requests if not url.startswith("data:")} == {page_file.as_uri()}
+    assert said == []
+    # All pictures are decoded: in the grid, in both runs, their strips and animations.
+    images = "[...document.querySelectorAll('main img')]"
+    assert page.evaluate(f"{images}.length") == 4 + 4 + 4
+    assert page.evaluate(f"{images}.every(i => i.complete && i.naturalWidth > 0)")
+    # It fits: only what scrolls by itself may be wider.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    small = "[...document.querySelectorAll('a, button')].filter(e => e.checkVisibility())"
+    assert page.evaluate(f"{small}.every(e => e.getBoundingClientRect().height >= 24)")
+    # The prompt is text.
+    assert page.locator("figcaption", has_text=HOSTILE).count() == 4
+    assert page.locator("b").count() == 0 and page.locator("script").count() == 1
+    assert f"failed: {HOSTILE}" in page.locator(".grid .failed").inner_text()
+    # The grid's axes have labels.
+    labels = page.locator(".grid th").all_inner_texts()
+    assert labels == ["num_inference_steps", "", "1", "2", "3"]
+    # Paper and ink follow the scheme.
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+
+    # By keyboard: enlarge, go on, close; the focus stays with the picture.
+    page.locator("button.picture").first.focus()
+    page.keyboard.press("Enter")
+    large = page.locator("dialog img")
+    assert large.is_visible()
+    first = large.get_attribute("src")
+    page.keyboard.press("ArrowRight")
+    assert large.get_attribute("src") != first
+    page.keyboard.press("ArrowLeft")
+    assert large.get_attribute("src") == first
+    page.keyboard.press("Escape")
+    assert not large.is_visible()
+    assert page.evaluate("document.activeElement.className") == "picture"
+    assert said == []
+    page.close()
+
+
+def test_the_page_holds_its_runs_without_private_parts(swept: Path) -> None:
+    page = write_page(swept / "report.html", [swept]).read_text(encoding="utf-8")
+    assert "<script>alert" not in page and HOSTILE not in page
+    assert "&lt;script&gt;alert" in page and "{{ 7 * 7 }}" in page
+    assert HEADER_KEY not in page  # pictures are there without their metadata
+    assert "http:" not in page.replace("http-equiv", "") and "https:" not in page
+
+
+def test_prompts_and_seeds_become_a_grid(finished_run: Path, tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", [finished_run]).read_text(encoding="utf-8")
+    assert '<th class="axis" scope="col">seed</th>' in page
+    assert '<th scope="row">42</th>' in page and '<th scope="row">43</th>' in page
+    report = json.loads((finished_run / "stage2_report.json").read_text())
+    assert f"{report['wall_seconds']:.2f} s on cpu" in page

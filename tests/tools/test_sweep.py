@@ -1,0 +1,123 @@
+"""Sweeps: which stages run where, and what a failing cell leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import BadInputFileError, BadSettingError
+from tests.conftest import Run
+from tools.sweep import StageRun, parse_sweep, read_sweep, run_sweep
+
+TAKES = {
+    "prompt": [1],
+    "scheduler": [1, 2],
+    "num_inference_steps": [1, 2],
+    "seed": [1, 2],
+    "vae_dtype": [1, 3],
+    "model_id": [1, 2, 3],
+    "mesh": [2, 3],
+    "output_dir": [1, 2, 3],
+}
+
+
+def ran(tmp_path: Path, text: str, failing: str = "") -> tuple[list[tuple[int, str]], int]:
+    """Stage and folder of each stage that ran, and the exit code."""
+    runs: list[tuple[int, str]] = []
+
+    def run(needed: StageRun) -> tuple[int, str]:
+        folder = needed.folder.relative_to(tmp_path).as_posix()
+        runs.append((needed.stage, folder))
+        fails = bool(failing) and failing in folder
+        return (4, "not finite") if fails else (0, "")
+
+    code = run_sweep(tmp_path, parse_sweep(text, TAKES, {}), TAKES, run, lambda _: None)
+    return runs, code
+
+
+def test_each_stage_runs_as_often_as_its_output_differs(tmp_path: Path) -> None:
+    runs, code = ran(tmp_path, "scheduler=euler,ddim num_inference_steps=10,20,30")
+    assert code == 0
+    cells = [
+        f"sweep/scheduler={scheduler},num_inference_steps={steps}"
+        for scheduler in ("euler", "ddim")
+        for steps in (10, 20, 30)
+    ]
+    assert runs == [(1, "."), *((stage, cell) for cell in cells for stage in (2, 3))]
+
+    runs, _ = ran(tmp_path, "vae_dtype=float32,bfloat16")
+    assert [stage for stage, _ in runs] == [1, 2, 3, 3]
+    runs, _ = ran(tmp_path, "prompt='a red star, large'|'a blue ring' seed=1,2")
+    assert [stage for stage, _ in runs] == [1, 2, 3, 2, 3, 1, 2, 3, 2, 3]
+    runs, _ = ran(tmp_path, "model_id=a,b")
+    assert [stage for stage, _ in runs] == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path) -> None:
+    runs, code = ran(tmp_path, "scheduler=euler,bad,ddim", failing="bad")
+    assert code == 4
+    assert [stage for stage, _ in runs] == [1, 2, 3, 2, 2, 3]
+    sweep = read_sweep(tmp_path)
+    assert sweep is not None
+    assert [(cell.exit_code, cell.error) for cell in sweep.cells] == [
+        *((0, ""), (4, "not finite"), (0, ""))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names no flag"),
+        ("scheduler", "FLAG=VALUE"),
+        ("scheduler=", "FLAG=VALUE"),
+        ("scheduler=euler,,ddim", "FLAG=VALUE"),
+        ("shape=1,2", "shape is no flag"),
+        ("output_dir=a,b", "output_dir is no flag"),
+        ("seed=1,2 seed=3", "seed is given twice"),
+        ("seed=1,1", "same value twice"),
+        ("prompt='a", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_swept(text: str, said: str) -> None:
+    with pytest.raises(BadSettingError, match=said):
+        parse_sweep(text, TAKES, {})
+    with pytest.raises(BadSettingError, match="scheduler is given twice"):
+        parse_sweep("--scheduler=euler,ddim", TAKES, {"scheduler": "euler"})
+
+
+def test_folders_are_told_apart_and_stay_below_the_run(tmp_path: Path) -> None:
+    sweep = parse_sweep("prompt=../x,.._x,a/b", TAKES, {})
+    folders = [cell.folder for cell in sweep.cells]
+    assert len(set(folders)) == 3
+    assert all(folder.count("/") == 1 for folder in folders)
+    (tmp_path / "sweep.json").write_text(
+        sweep.model_dump_json().replace(json.dumps(folders[0])[1:-1], "../elsewhere")
+    )
+    with pytest.raises(BadInputFileError, match="elsewhere"):
+        read_sweep(tmp_path)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(BadInputFileError, match="damaged"):
+        read_sweep(tmp_path)
+
+
+@pytest.mark.slow
+def test_six_cells_run_stage_1_once(run_all: Run, tmp_path: Path) -> None:
+    result = run_all(
+        *("--output_dir", tmp_path, "--prompt", "a small green ring"),
+        *("--sweep", "scheduler=euler,edm_euler num_inference_steps=1,2,3"),
+    )
+    assert result.returncode == 2  # of diffusers' refusal of edm_euler for this checkpoint
+    assert result.stdout.count("stage 1: encode") == 1
+    assert result.stdout.count("stage 2: denoise") == 6
+    assert result.stdout.count("stage 3: decode") == 3
+    assert "sweep: 3 of 6 cells done" in result.stdout
+    assert result.stderr.count("diffusers refuses EDMEulerScheduler") == 3
+    page = (tmp_path / "report.html").read_text()
+    for label in ("scheduler", "num_inference_steps", "euler", "edm_euler"):
+        assert f">{label}</th>" in page
+    assert page.count("failed: diffusers refuses EDMEulerScheduler") >= 3
+    again = run_all(
+        *("--output_dir", tmp_path, "--prompt", "a small green ring"),
+        *("--sweep", "scheduler=euler num_inference_steps=1,2,3"),
+    )
+    assert again.returncode == 0 and again.stdout.count("fresh") == 1 + 3 + 3
