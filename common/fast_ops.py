@@ -2,7 +2,7 @@
 
 torchax's group norm lowers to a loop and rounds its statistics to bfloat16, and its attention
 writes all scores to memory and takes the softmax in bfloat16. These keep statistics and softmax in
-float32; on TPUs attention over pictures runs in jax's bundled Pallas kernel.
+float32; attention over pictures runs in jax's bundled Pallas kernel on TPUs, in cuDNN's on GPUs.
 docs/decisions.md has what each of them gains.
 """
 
@@ -23,7 +23,8 @@ from common.sharding import ActivationLayout
 
 # Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
 FEWEST_KEYS_FOR_KERNEL = 1024
-KEY_TILE = 128  # the kernel takes keys in multiples of this
+KEY_TILE = 128  # the Pallas kernel takes keys in multiples of this
+MOST_CUDNN_HEAD = 128  # the largest head that cuDNN's kernel takes on every GPU, in multiples of 8
 # Of more pictures on a device XLA's own convolution makes a good batch.
 MOST_PICTURES_BY_ROWS = 4
 
@@ -286,9 +287,17 @@ def attention(
     if layout is not None:
         key, value = (_constrain(array, layout, None) for array in (key, value))
         query = _constrain(query, layout, layout.rows)
-    keys = key.shape[2]
-    if platform == "tpu" and keys >= FEWEST_KEYS_FOR_KERNEL and keys % KEY_TILE == 0:
-        return _flash_attention(query, key, value, scale, layout)
+    keys, head = key.shape[2], key.shape[3]
+    if keys >= FEWEST_KEYS_FOR_KERNEL:
+        if platform == "tpu" and keys % KEY_TILE == 0:
+            return _on_each_device(partial(_pallas_attention, scale=scale), layout)(
+                query, key, value
+            )
+        fits_cudnn = head <= MOST_CUDNN_HEAD and head % 8 == 0
+        if platform == "gpu" and fits_cudnn and query.dtype in (jnp.bfloat16, jnp.float16):
+            return _on_each_device(partial(_cudnn_attention, scale=scale), layout)(
+                query, key, value
+            )
     scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
     return jnp.einsum("nhst,nhtd->nhsd", weights, value)
@@ -300,33 +309,46 @@ def _constrain(x: Array, layout: ActivationLayout, rows: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
-def _flash_attention(
-    query: Array, key: Array, value: Array, scale: float, layout: ActivationLayout | None
-) -> Array:
-    """jax's bundled Pallas kernel for TPUs (Dao et al. 2022), each device on its own queries."""
+def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:
+    """jax's bundled Pallas kernel for TPUs (Dao et al. 2022)."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
-    def kernel(query: Array, key: Array, value: Array) -> Array:
-        sizes = BlockSizes(
-            block_q=min(1024, query.shape[2]),
-            block_k_major=_block(key.shape[2]),
-            block_k=_block(key.shape[2]),
-            block_b=1,
-        )
-        return flash_attention(query, key, value, sm_scale=scale, block_sizes=sizes)
+    sizes = BlockSizes(
+        block_q=min(1024, query.shape[2]),
+        block_k_major=_block(key.shape[2]),
+        block_k=_block(key.shape[2]),
+        block_b=1,
+    )
+    return flash_attention(query, key, value, sm_scale=scale, block_sizes=sizes)
 
+
+def _cudnn_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:
+    """cuDNN's kernel for 16-bit numbers, by jax; it takes [N, S, heads, d]."""
+    query, key, value = (array.swapaxes(1, 2) for array in (query, key, value))
+    result = jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+    return result.swapaxes(1, 2)
+
+
+def _on_each_device(
+    kernel: Callable[[Array, Array, Array], Array], layout: ActivationLayout | None
+) -> Callable[[Array, Array, Array], Array]:
+    """A kernel that the partitioner cannot split, called on each device's own queries."""
     if layout is None:
-        return kernel(query, key, value)
-    heads = "tensor" if query.shape[1] % layout.mesh.shape["tensor"] == 0 else None
-    split = PartitionSpec(layout.batch, heads, layout.rows, None)
-    whole = PartitionSpec(layout.batch, heads, None, None)
-    return jax.shard_map(
-        kernel,
-        mesh=layout.mesh,
-        in_specs=(split, whole, whole),
-        out_specs=split,
-        check_vma=False,
-    )(query, key, value)
+        return kernel
+
+    def split(query: Array, key: Array, value: Array) -> Array:
+        heads = "tensor" if query.shape[1] % layout.mesh.shape["tensor"] == 0 else None
+        own = PartitionSpec(layout.batch, heads, layout.rows, None)
+        whole = PartitionSpec(layout.batch, heads, None, None)
+        return jax.shard_map(
+            kernel,
+            mesh=layout.mesh,
+            in_specs=(own, whole, whole),
+            out_specs=own,
+            check_vma=False,
+        )(query, key, value)
+
+    return split
 
 
 def _block(keys: int) -> int:
