@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 # and with one thread for torch, which otherwise wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup test test-slow test-all parity check format clean
+.PHONY: setup test test-slow test-all parity faults check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -23,6 +23,10 @@ test-all: setup
 # Every scheduler and variation beside diffusers; takes some 6 minutes on two cores.
 parity: setup
 	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" tests/parity/test_schedulers_equal_diffusers.py
+
+# Two hundred kills and thirty terminations; takes some 40 minutes on two cores.
+faults: setup
+	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --terminations 30
 
 check: setup
 	.venv/bin/ruff format --check .

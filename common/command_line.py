@@ -2,13 +2,11 @@
 
 import atexit
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -27,13 +25,8 @@ from common.profile import lines_of
 from common.report import Profile as ProfileReport
 from common.report import Repeat as RepeatReport
 from common.report import StageReport
-from common.whole_files import remove_unfinished
+from common.stopping import stop_at_once_on_signals
 
-# Signal → what it is called, and the exit code of a process that it stopped.
-STOP_SIGNALS: dict[int, tuple[str, int]] = {
-    signal.SIGINT: ("interrupted", 130),
-    signal.SIGTERM: ("terminated", 143),
-}
 PROMPTS, SIZES, SAMPLING = "Prompts", "Size conditions of SDXL", "Sampling"
 MODEL, FILES, RUNNING, TPU = "Model", "Files", "Running", "A TPU that is not there"
 
@@ -206,18 +199,21 @@ PicturesShape = Annotated[
 ]
 SaveHlo = Annotated[Path | None, flag("save_hlo", "FILE", TPU, "The compiled program, as text.")]
 JsonFile = Annotated[Path | None, flag("json", "FILE", TPU, "The estimate, as JSON.")]
-Repeat = Annotated[int | None, _option("repeat", "N", "Measure N further runs.")]
-Profile = Annotated[
-    bool, flag("profile", " ", RUNNING, "Trace warm steps; say where their time goes.")
+CheckpointEvery = Annotated[
+    int | None,
+    flag("checkpoint_every", "N", RUNNING, "Keep progress after N steps. [by time]"),
 ]
+Wait = Annotated[bool, flag("wait", " ", RUNNING, "Wait for who uses the run directory.")]
+Repeat = Annotated[int | None, _option("repeat", "N", "Measure N further runs.")]
+Profile = Annotated[bool, flag("profile", " ", RUNNING, "Trace warm steps, and sum them up.")]
 ProfileDir = Annotated[
-    Path | None, flag("profile_dir", "DIR", RUNNING, "For traces. [profile in the run directory]")
+    Path | None, flag("profile_dir", "DIR", RUNNING, "For traces. [profile/ of the run]")
 ]
 ProfileSteps = Annotated[
-    str | None, flag("profile_steps", "A:B", RUNNING, "Steps to trace, A up to B - 1. [2:5]")
+    str | None, flag("profile_steps", "A:B", RUNNING, "Trace steps A to B - 1. [2:5]")
 ]
 SaveTrajectory = Annotated[
-    int | None, flag("save_trajectory", "N", FILES, "Keep the latents after every N steps.")
+    int | None, flag("save_trajectory", "N", FILES, "Keep latents after every N steps.")
 ]
 SkipFresh = Annotated[
     bool, flag("skip_fresh", " ", RUNNING, "Do nothing where the outputs are fresh.")
@@ -331,8 +327,7 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
         called: how the user calls it; python and the script's name, if None.
     """
     debug = "--debug" in sys.argv
-    for number in STOP_SIGNALS:
-        signal.signal(number, _stop)
+    stop_at_once_on_signals()
     called = called or f"python {sys.argv[0]}"
     try:
         code = command.main(prog_name=called, standalone_mode=False)
@@ -352,20 +347,6 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
         what = in_one_line(error)
         _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
     _leave(code or 0)
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    """End the process at once, with a sentence; files appear whole or not at all.
-
-    An exception in its place is lost, or crashes the process, where a library's own code is
-    running: a callback, an import; and Python's way out crashes while a device computes.
-    """
-    word, code = STOP_SIGNALS[number]
-    remove_unfinished()
-    below_the_bar = "\n" if sys.stderr.isatty() else ""
-    said = f"error: {word}; nothing was left half written, the same command starts again\n"
-    os.write(2, (below_the_bar + said).encode())
-    os._exit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -337,6 +337,7 @@ class RunOptions(BaseModel):
     profile_dir: Path | None = None  # None: profile/ in the run directory
     profile_steps: tuple[int, int] | None = None  # None: some warm ones
     save_trajectory: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)  # None: by time
 
     @field_validator("profile_steps", mode="before")
     @classmethod
@@ -355,6 +356,10 @@ class RunOptions(BaseModel):
         """A folder or steps for a profile ask for one."""
         named = values.get("profile_dir") or values.get("profile_steps")
         return values | {"profile": True} if named else values
+
+    def writes(self) -> bool:
+        """Whether this process is known to write: it is alone, or the first of several."""
+        return self.distributed is None or self.distributed.endswith(",0")
 
     def why_measure(self) -> str | None:
         """Why a stage runs although its output is fresh; None if nothing is to be measured."""

@@ -348,6 +348,8 @@ class Denoiser:
             timestep_cond = embed_guidance_scale(guidance.scale, self.guidance_dimension)
             guidance = Guidance(scale=1.0)
         self.sampler, self.tables, self.seeds = sampler, tables, list(seeds)
+        self.done, self.at_rest = 0, True
+        self.trajectory: list[np.ndarray] = []
         self.latent_shape = latent_shape
         if tables is None:
             self.evaluations = len(sampler.restart(self.seeds))
@@ -380,8 +382,8 @@ class Denoiser:
             self.put(history, split_latents(self.mesh, axis=1)),
         )
 
-    def _first_step(self) -> Array:
-        return self.put(np.int32(0), replicated(self.mesh))
+    def _step_number(self, step: int) -> Array:
+        return self.put(np.int32(step), replicated(self.mesh))
 
     def frees_a_half(self) -> bool:
         """Whether steps without guidance leave the devices of the other half without their work."""
@@ -543,24 +545,59 @@ class Denoiser:
                         arguments = self._predict_arguments(guided, *self._example_input())
                         jax.block_until_ready(program(*arguments))
                 else:
-                    started = self._first_state(), self._first_step()
+                    started = self._first_state(), self._step_number(0)
                     stop = min(steps, self.evaluations)
                     jax.block_until_ready(self._run_range(*started, range(stop), guided))
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether `resume` can take a group up again: a scheduler on the host keeps more state."""
+        return self.tables is not None
+
+    def resume(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state_to_keep` gave, after `start`."""
+        self.done = int(kept["step"])
+        self.state = (
+            self.put(kept["latents"].numpy(), split_latents(self.mesh)),
+            self.put(kept["history"].numpy(), split_latents(self.mesh, axis=1)),
+        )
+        self.trajectory = [latents.numpy() for latents in kept["trajectory"]]
+
+    def state_to_keep(self) -> dict[str, torch.Tensor]:
+        """The group's state; only while the denoiser is `at_rest`."""
+        assert self.at_rest and self.can_resume
+        with self.report.part("device_to_host"):
+            latents, history = (torch.from_numpy(fetch(a).copy()) for a in self.state)
+        trajectory = [torch.from_numpy(kept.copy()) for kept in self.trajectory]
+        return {
+            "step": torch.tensor(self.done),
+            "latents": latents,
+            "history": history,
+            "trajectory": torch.stack(trajectory) if trajectory else torch.empty(0),
+        }
+
     def run(
-        self, *, keep_after: Collection[int] = (), profiler: JaxProfiler | None = None
+        self,
+        *,
+        keep_after: Collection[int] = (),
+        rest_after: Collection[int] = (),
+        rest: Callable[[], bool] = bool,
+        profiler: JaxProfiler | None = None,
     ) -> Iterator[int]:
-        """Run all steps, in ranges. Yields the number of steps after each range.
+        """Run all steps that are not `done`, in ranges. Yields the number of steps of each.
 
         Args:
             keep_after: numbers of steps after which the latents are kept in `trajectory`.
+            rest_after: those after which nothing is handed over until the caller asks for more.
+            rest: whether to rest after what is handed over already.
             profiler: watches its steps, called one by one.
         """
-        self.trajectory: list[np.ndarray] = []
         window = range(0) if profiler is None else profiler.steps
         if profiler is not None and window.start == 0:
             profiler.start()
-        for steps in self._run_steps("run", {*keep_after, window.start, window.stop}, profiler):
+        borders = {*keep_after, *rest_after, window.start, window.stop}
+        for steps in self._run_steps("run", borders, rest, profiler, start=self.done):
+            self.done = steps.stop
             if steps.stop in keep_after:
                 self.trajectory.append(self.latents())
             if profiler is not None and steps.stop == window.start:
@@ -582,34 +619,41 @@ class Denoiser:
                 self.report.repeats.append(time.perf_counter() - began)
         self.state = result
 
-    def _ranges(self, borders: Collection[int], singly: range) -> list[range]:
-        """The ranges of steps to call; those in `singly` one by one."""
+    def _ranges(self, start: int, borders: Collection[int], singly: range) -> list[range]:
+        """The ranges of steps to call from `start` on; those in `singly` one by one."""
         step = self.steps_per_call or (self.evaluations if self.loops_on_device else 1)
         if self.tables is None:
             step = 1
         # Where guidance begins or ends, another program takes over.
         guided = (self.guided.start, self.guided.stop)
-        starts = {*range(0, self.evaluations, step), *guided, *borders, *singly}
-        inner = sorted(start for start in starts if start < self.evaluations)
-        stops = [*inner[1:], self.evaluations]
-        return [range(start, stop) for start, stop in zip(inner, stops, strict=True)]
+        every = {*range(0, self.evaluations, step), *guided, *borders, *singly, start}
+        starts = sorted(i for i in every if start <= i < self.evaluations)
+        stops = [*starts[1:], self.evaluations]
+        return [range(*ends) for ends in zip(starts, stops, strict=True)] if starts else []
 
     def _run_steps(
-        self, part: str, borders: Collection[int] = (), profiler: JaxProfiler | None = None
+        self,
+        part: str,
+        borders: Collection[int] = (),
+        rest: Callable[[], bool] = bool,
+        profiler: JaxProfiler | None = None,
+        *,
+        start: int = 0,
     ) -> Iterator[range]:
-        """Run all steps. Yields each range when it is done.
+        """Run the steps from `start` on. Yields each range when it is done.
 
         A range is handed to the devices before the one before it is finished, so that they never
-        wait for the host; but none beyond one of `borders` before that is reached.
+        wait for the host; but none beyond one of `borders`, or after `rest` said so, before all
+        are done and the caller asks for more. Then `at_rest` is true.
 
         Args:
             part: of the report, to count the seconds as; those of profiled steps are `profile`.
         """
         window = range(0) if profiler is None else profiler.steps
-        advance = self._ahead_on_host() if self.tables is None else self._ahead_on_devices()
+        advance = self._ahead_on_host() if self.tables is None else self._ahead_on_devices(start)
         running: deque[tuple[range, Any, str]] = deque()  # what is there when the steps are done
         ended = time.perf_counter()
-        for steps in self._ranges(borders, window):
+        for steps in self._ranges(start, borders, window):
             counted = "profile" if steps.start in window else part
             with self.report.part(counted):
                 if profiler is not None and steps.start in window:
@@ -618,14 +662,15 @@ class Denoiser:
                 else:
                     done = advance(steps)
             running.append((steps, done, counted))
-            while running and (len(running) > RANGES_AHEAD or steps.stop in borders):
+            is_last = steps.stop == self.evaluations
+            all_of_them = is_last or steps.stop in borders or rest()
+            while running and (all_of_them or len(running) > RANGES_AHEAD):
                 ended = self._wait(*running[0], since=ended)
-                yield running.popleft()[0]
-                if not running:  # what the caller did meanwhile is not the next step's
+                finished, *_ = running.popleft()
+                self.at_rest = not running
+                yield finished
+                if self.at_rest:  # what the caller did meanwhile is not the next step's
                     ended = time.perf_counter()
-        for range_running in running:
-            ended = self._wait(*range_running, since=ended)
-            yield range_running[0]
 
     def _wait(self, steps: range, done: Any, part: str, *, since: float) -> float:
         """Wait for a range of steps, and report it. Returns when it ended."""
@@ -639,9 +684,9 @@ class Denoiser:
                 self.report.step_seconds.append(ended - since)
         return ended
 
-    def _ahead_on_devices(self) -> Callable[[range], Array]:
+    def _ahead_on_devices(self, start: int) -> Callable[[range], Array]:
         """A function that starts the next steps, and returns what is there when they are done."""
-        done = self._first_step()
+        done = self._step_number(start)
 
         def advance(steps: range) -> Array:
             nonlocal done

@@ -23,7 +23,8 @@ from common.sharding import ActivationLayout
 
 # Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
 FEWEST_KEYS_FOR_KERNEL = 1024
-KEY_TILE = 128  # the Pallas kernel takes keys in multiples of this
+KEY_TILE, QUERY_TILE = 128, 8  # the Pallas kernel takes keys and queries in multiples of these
+BLOCK_BYTES = 2**19  # of queries or keys at once: with more, heads of the VAE's 512 do not fit
 MOST_CUDNN_HEAD = 128  # the largest head that cuDNN's kernel takes on every GPU, in multiples of 8
 # Of more pictures on a device XLA's own convolution makes a good batch.
 MOST_PICTURES_BY_ROWS = 4
@@ -289,7 +290,8 @@ def attention(
         query = _constrain(query, layout, layout.rows)
     keys, head = key.shape[2], key.shape[3]
     if keys >= FEWEST_KEYS_FOR_KERNEL:
-        if platform == "tpu" and keys % KEY_TILE == 0:
+        own_queries = query.shape[2] // (1 if layout is None else layout.size_of(layout.rows))
+        if platform == "tpu" and keys % KEY_TILE == 0 and own_queries % QUERY_TILE == 0:
             return _on_each_device(partial(_pallas_attention, scale=scale), layout)(
                 query, key, value
             )
@@ -313,10 +315,12 @@ def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -
     """jax's bundled Pallas kernel for TPUs (Dao et al. 2022)."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
+    most = min(1024, BLOCK_BYTES // (query.shape[3] * query.dtype.itemsize))
+    block_k = _block(key.shape[2], most, KEY_TILE)
     sizes = BlockSizes(
-        block_q=min(1024, query.shape[2]),
-        block_k_major=_block(key.shape[2]),
-        block_k=_block(key.shape[2]),
+        block_q=_block(query.shape[2], most, QUERY_TILE),
+        block_k_major=block_k,
+        block_k=block_k,
         block_b=1,
     )
     return flash_attention(query, key, value, sm_scale=scale, block_sizes=sizes)
@@ -351,9 +355,9 @@ def _on_each_device(
     return split
 
 
-def _block(keys: int) -> int:
-    """The largest block of at most 1024 keys that divides them."""
-    return max(size for size in range(KEY_TILE, 1025, KEY_TILE) if keys % size == 0)
+def _block(length: int, most: int, tile: int) -> int:
+    """The largest multiple of `tile` up to `most` that divides a length."""
+    return max(size for size in range(tile, max(most, tile) + 1, tile) if length % size == 0)
 
 
 def finish(

@@ -1,13 +1,18 @@
 """Write files that appear whole or not at all."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UnfitEnvironmentError
 
-_unfinished: set[Path] = set()  # temporary files that this process is writing
+# Temporary files: ours, and those that safetensors makes beside ours.
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
+_unfinished: set[Path] = set()  # files that this process removes when it ends at once
+_umask = os.umask(0)
+os.umask(_umask)
 
 
 @contextmanager
@@ -26,6 +31,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask)  # safetensors makes files for the owner alone
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -39,9 +45,27 @@ def replace_whole(path: Path) -> Iterator[Path]:
         _unfinished.discard(temporary)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed; the caller is the only writer."""
+    for path in folder.glob(".*"):
+        if path not in _unfinished and LEFTOVER.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
+
+
+def remove_if_stopped(path: Path) -> None:
+    """Let a file go with the process if that ends at once."""
+    _unfinished.add(path)
+
+
+def keep_if_stopped(path: Path) -> None:
+    """Take that back."""
+    _unfinished.discard(path)
+
+
 def remove_unfinished() -> None:
-    """Remove the temporary files that are being written, for a process that ends at once."""
-    for temporary in _unfinished:
+    """Remove what is not to stay behind, for a process that ends at once."""
+    for temporary in list(_unfinished):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 

@@ -42,6 +42,7 @@ from common.errors import BadSettingError
 from common.lora import fuse_into_text_encoders, lora_settings
 from common.prompts import cut_prompts, encode_prompts
 from common.report import Profile, StageReport
+from common.run_lock import RunLock
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
@@ -157,6 +158,7 @@ def main(
     config: command_line.ConfigFile = None,
     output_dir: command_line.OutputDir = None,
     image_format: command_line.ImageFormatFlag = None,
+    wait: command_line.Wait = False,
     repeat: command_line.Repeat = None,
     profile: command_line.Profile = False,
     profile_dir: command_line.ProfileDir = None,
@@ -186,6 +188,9 @@ def main(
     recipe = make_recipe(resolved, checkpoint)
 
     # 2. Fresh already?
+    lock = RunLock.of_stage(run_dir, wait=wait)
+    context.call_on_close(lock.release)
+    lock.acquire()
     stale = artifacts.why_stale(path, recipe)
     stale = stale or options.why_measure()
     if skip_fresh and stale is None:

@@ -30,7 +30,6 @@ from common.components import import_class, load_model, quiet_libraries
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
-    SIZE_CONDITIONS,
     STEP_SETTINGS,
     GenerationConfig,
     RunOptions,
@@ -43,8 +42,12 @@ from common.contracts import embeddings_misfit, empty_embeddings
 from common.errors import BadInputFileError, BadSettingError
 from common.images import group_size, groups, prompt_indices
 from common.lora import fuse_into_unet, lora_settings
+from common.progress import GroupProgress, Progress, progress_facts
 from common.report import Profile, StageReport
+from common.run_lock import RunLock
 from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
+from common.size_conditions import has_own_negative, size_condition_settings, time_ids
+from common.stopping import StopRequest, finishing_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,32 +122,12 @@ def prompts_misfit(header: Header | None, config: GenerationConfig) -> str | Non
     return None
 
 
-def time_ids(config: GenerationConfig) -> dict[str, list[int]]:
-    """SDXL's size conditions: original size, the crop's corner, target size.
-
-    As in diffusers' pipeline, the unconditional half has its own only where both of its sizes are
-    given.
-    """
-    size = (config.height, config.width)
-    positive = [
-        *(config.original_size or size),
-        *config.crops_coords_top_left,
-        *(config.target_size or size),
-    ]
-    negative = positive
-    if _own_negative(config):
-        negative = [
-            *(config.negative_original_size or ()),
-            *config.negative_crops_coords_top_left,
-            *(config.negative_target_size or ()),
-        ]
-    return {"time_ids": positive, "negative_time_ids": negative}
-
-
 def warn_of_idle_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
     """Say which settings change nothing, as diffusers leaves them without a word."""
     partial = (config.negative_original_size is None) != (config.negative_target_size is None)
-    if partial or (config.negative_crops_coords_top_left != (0, 0) and not _own_negative(config)):
+    if partial or (
+        config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)
+    ):
         warn(
             "the negative size conditions have no effect: they need both --negative_original_size "
             "and --negative_target_size"
@@ -156,28 +139,6 @@ def warn_of_idle_settings(config: GenerationConfig, checkpoint: Checkpoint) -> N
             "--guidance_rescale, --guidance_start and --guidance_end have no effect: this UNet is "
             "told the guidance scale and computes no unconditional half"
         )
-
-
-def _own_negative(config: GenerationConfig) -> bool:
-    """Whether the unconditional half has size conditions of its own, as in diffusers' pipeline."""
-    return config.negative_original_size is not None and config.negative_target_size is not None
-
-
-def size_condition_settings(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The size conditions as settings, where the UNet takes them.
-
-    Raises:
-        BadSettingError: they are given for a UNet that takes none.
-    """
-    if checkpoint.config("unet").get("addition_embed_type") == "text_time":
-        return dict(time_ids(config))
-    plain = GenerationConfig.model_fields
-    given = [name for name in SIZE_CONDITIONS if getattr(config, name) != plain[name].default]
-    if given:
-        raise BadSettingError(
-            f"--{given[0]} is for SDXL checkpoints; the UNet of {config.model_id} takes no sizes"
-        )
-    return {}
 
 
 def choose_scheduler(
@@ -318,8 +279,19 @@ def denoise_images(
     denoiser: "Denoiser",
     options: RunOptions,
     profile_folder: Path | None = None,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> Denoised:
-    """Denoise all images, in groups of one shape."""
+    """Denoise all images, in groups of one shape.
+
+    Args:
+        profile_folder: for a profile of the first group.
+        progress: what a stopped run left, to go on from, and where this one leaves its own.
+        stop: asked after each range of steps.
+
+    Raises:
+        StoppedError: a stop was asked for; what is done is kept.
+    """
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -345,28 +317,42 @@ def denoise_images(
         profiler = JaxProfiler(profile_folder, steps, denoiser.report)
     kept_after = steps_to_keep(evaluations, options.save_trajectory)
     trajectory = np.empty((len(kept_after), *latents.shape), np.float32)
+    is_first = True
     with tqdm(
         total=-(-count // size) * evaluations, desc="denoise", unit="step", disable=None
-    ) as progress:
-        for chosen, real in groups(count, size):
+    ) as bar:
+        for number, (chosen, real) in enumerate(groups(count, size)):
+            group = GroupProgress(progress, stop, options.checkpoint_every, number, bar)
+            finished = group.finished()
+            if finished is not None:
+                latents[chosen[:real]] = finished["latents"].numpy()
+                trajectory[:, chosen[:real]] = finished["trajectory"].numpy()
+                bar.update(evaluations)
+                continue
             start_group(config, checkpoint, embeddings, denoiser, sampler, tables, chosen)
-            if chosen[0] == 0 and denoiser.frees_a_half():
+            if is_first and denoiser.frees_a_half():
                 say(f"  steps without guidance: {denoiser.layout(guided=False).freed_half()}")
             denoiser.compile()
-            is_first = chosen[0] == 0
             denoiser.warm_up(options.warmup_steps if is_first else 0)
-            progress.unpause()
-            for steps_done in denoiser.run(
-                keep_after=kept_after, profiler=profiler if is_first else None
+            group.resume(denoiser)
+            bar.unpause()
+            for _ in denoiser.run(
+                keep_after=kept_after,
+                rest_after=group.rest_after(evaluations),
+                rest=group.wants_rest,
+                profiler=profiler if is_first else None,
             ):
-                progress.update(steps_done)
-            latents[chosen[:real]] = denoiser.latents()[:real]
-            for kept, whole in zip(denoiser.trajectory, trajectory, strict=True):
-                whole[chosen[:real]] = kept[:real]
+                group.after_a_range(denoiser)
+            own = denoiser.latents()[:real]
+            kept = np.reshape(denoiser.trajectory, (-1, *denoiser.latents().shape))[:, :real]
+            latents[chosen[:real]], trajectory[:, chosen[:real]] = own, kept
+            if count > size:
+                group.keep_finished({"latents": own, "trajectory": kept})
             if is_first:
                 denoiser.repeat(options.repeat)
             if is_first and profiler is not None:
                 profile = profiler.result(denoiser.compiled.values(), denoiser.unet)
+            is_first = False
     return Denoised(
         latents=torch.from_numpy(latents),
         kept_after=kept_after,
@@ -497,8 +483,10 @@ def main(
     batch_size: command_line.BatchSize = None,
     steps_per_call: command_line.StepsPerCall = None,
     warmup_steps: command_line.WarmupSteps = None,
+    checkpoint_every: command_line.CheckpointEvery = None,
     operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
+    wait: command_line.Wait = False,
     repeat: command_line.Repeat = None,
     profile: command_line.Profile = False,
     profile_dir: command_line.ProfileDir = None,
@@ -525,12 +513,16 @@ def main(
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     report.phase("settings")
+    options = read_run_options(context.params)
+    sharding.parse_mesh(options.mesh)
+    lock = RunLock.of_stage(run_dir, wait=wait)
+    context.call_on_close(lock.release)
+    if run_dir.is_dir() and options.writes():
+        lock.acquire()
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "unet_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
     check_size(config, checkpoint.vae_scale_factor)
-    options = read_run_options(context.params)
-    sharding.parse_mesh(options.mesh)
 
     # 2. The input, whole and fitting; and are the latents fresh already?
     embeddings = artifacts.inspect(source_dir / artifacts.EMBEDDINGS_FILE)
@@ -541,6 +533,8 @@ def main(
     if skip_fresh and stale is None:
         say(f"stage 2: fresh ({path})")
         return
+    if options.writes():
+        lock.acquire()
     say(f"stage 2: denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
     command_line.say_why(stale if skip_fresh else None, overrides)
 
@@ -561,25 +555,42 @@ def main(
     # 4. Denoise
     tensors = artifacts.load_tensors(embeddings, warn)
     denoiser = load_denoiser(config, checkpoint, dtype_used, options, report)
-    profile_folder = options.profile_folder(run_dir, 2) if options.profile else None
-    denoised = denoise_images(config, checkpoint, tensors, denoiser, options, profile_folder)
-    if not jax_setup.is_first_process():
-        say("  the first process writes")
-        return
-
-    # 5. Write
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)
-    with report.part("writing"):
-        provenance = {
-            **config.model_settings(),
-            "platform": jax_setup.platform(),
-            "mesh": sharding.name_of(denoiser.mesh),
-            "unet_dtype_asked": config.unet_dtype,
-            "overrides": overrides,
-        }
-        save_outputs(run_dir, denoised, recipe, options, provenance)
-        if run_dir.resolve() != source_dir.resolve():
-            write_generation_config(run_dir, config)
+    facts = device_facts(denoiser.mesh, dtype_used)
+    progress = None
+    if distributed is None and options.why_measure() is None:
+        kept = {"loops_on_device": denoiser.loops_on_device}
+        progress = Progress(run_dir, 2, progress_facts(recipe, options, facts) | kept)
+    with finishing_first() as stop:
+        denoised = denoise_images(
+            config,
+            checkpoint,
+            tensors,
+            denoiser,
+            options,
+            profile_folder=options.profile_folder(run_dir, 2) if options.profile else None,
+            progress=progress,
+            stop=stop,
+        )
+        if not jax_setup.is_first_process():
+            say("  the first process writes")
+            return
+
+        # 5. Write
+        with report.part("writing"):
+            provenance = {
+                **config.model_settings(),
+                "platform": jax_setup.platform(),
+                "mesh": sharding.name_of(denoiser.mesh),
+                "unet_dtype_asked": config.unet_dtype,
+                "overrides": overrides,
+            }
+            save_outputs(run_dir, denoised, recipe, options, provenance)
+            if run_dir.resolve() != source_dir.resolve():
+                write_generation_config(run_dir, config)
+            if progress is not None:
+                progress.clear()
+        stop.raise_if_asked(f"when {path} was written")
     report.write(
         run_dir,
         shapes={"latents": list(denoised.latents.shape)},
@@ -587,7 +598,7 @@ def main(
         dtype_asked=config.unet_dtype,
         versions=recipe.versions,
         profile=denoised.profile,
-        **device_facts(denoiser.mesh, dtype_used),
+        **facts,
     )
     command_line.say_times(report, path, denoised.profile)
 

@@ -14,6 +14,7 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,10 @@ from common.config import (
 from common.contracts import latents_misfit, trajectory_misfit
 from common.errors import NotFiniteError
 from common.images import group_size, groups, prompt_indices
+from common.progress import Progress, progress_facts
 from common.report import Profile, StageReport, read_report
+from common.run_lock import RunLock
+from common.stopping import StopRequest, finishing_first
 from common.whole_files import write_bytes_whole
 
 if TYPE_CHECKING:
@@ -123,10 +127,26 @@ def expected_dtype(asked: str, run_dir: Path) -> str:
 
 
 def decode_groups(
-    decoder: "Decoder", latents: "np.ndarray", options: RunOptions, *, bar: bool = True
+    decoder: "Decoder",
+    latents: "np.ndarray",
+    options: RunOptions,
+    *,
+    bar: bool = True,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> "np.ndarray":
-    """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8."""
+    """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8.
+
+    Args:
+        progress: where each group's pictures are kept until all are done, if there are several.
+        stop: asked after each group.
+
+    Raises:
+        NotFiniteError: the VAE gave infinities or not-a-numbers.
+        StoppedError: a stop was asked for; what is done is kept.
+    """
     import numpy as np
+    import torch
     from tqdm import tqdm
 
     size = group_size(len(latents), options.batch_size, decoder.mesh.shape["data"])
@@ -134,8 +154,13 @@ def decode_groups(
     hidden = None if bar else True  # None: where there is no terminal
     with tqdm(
         total=len(latents), desc="decode", unit="image", leave=False, disable=hidden
-    ) as progress:
-        for chosen, real in groups(len(latents), size):
+    ) as bar_of_images:
+        for number, (chosen, real) in enumerate(groups(len(latents), size)):
+            finished = progress.read_group(number) if progress is not None else None
+            if finished is not None:
+                decoded.append(finished["images"].numpy())
+                bar_of_images.update(real)
+                continue
             pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
             if not finite:
                 raise NotFiniteError(
@@ -143,7 +168,15 @@ def decode_groups(
                     "was written: use --vae_dtype float32"
                 )
             decoded.append(pixels[:real])
-            progress.update(real)
+            bar_of_images.update(real)
+            if progress is not None and len(latents) > size:
+                progress.save_group(number, {"images": torch.from_numpy(pixels[:real].copy())})
+            if stop is not None and len(latents) > size:
+                done = sum(map(len, decoded))
+                stop.raise_if_asked(
+                    f"after {done} of {len(latents)} images, which are kept: the same command goes "
+                    "on from there"
+                )
     return np.concatenate(decoded)
 
 
@@ -408,6 +441,7 @@ def main(
     warmup: command_line.Warmup = False,
     operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
+    wait: command_line.Wait = False,
     repeat: command_line.Repeat = None,
     profile: command_line.Profile = False,
     profile_dir: command_line.ProfileDir = None,
@@ -432,11 +466,15 @@ def main(
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     report.phase("settings")
+    options = read_run_options(context.params)
+    sharding.parse_mesh(options.mesh)
+    lock = RunLock.of_stage(run_dir, wait=wait)
+    context.call_on_close(lock.release)
+    if run_dir.is_dir() and options.writes():
+        lock.acquire()
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
-    options = read_run_options(context.params)
-    sharding.parse_mesh(options.mesh)
 
     # 2. The input, whole and fitting; and are the pictures fresh already?
     latents = artifacts.inspect(source_dir / artifacts.LATENTS_FILE)
@@ -450,6 +488,8 @@ def main(
         names, grid = pictures.picture_names(count, config.image_format)
         say(f"stage 3: fresh ({run_dir / (grid or names[0])})")
         return
+    if options.writes():
+        lock.acquire()
     say(f"stage 3: decode {count} image(s)")
     command_line.say_why(stale if skip_fresh else None, overrides)
 
@@ -470,7 +510,14 @@ def main(
     tensor = artifacts.load_tensors(latents, warn)["latents"].float().numpy()
     devices = Devices.present()
     decoder = load_decoder(tensor.shape, config, checkpoint, dtype_used, options, report, devices)
-    images = decode_groups(decoder, tensor, options)
+    recipe = make_recipe(config, checkpoint, latents, dtype_used)
+    facts = device_facts(decoder.mesh, dtype_used)
+    progress = None
+    if distributed is None and options.why_measure() is None:
+        progress = Progress(run_dir, 3, progress_facts(recipe, options, facts))
+    several = count > group_size(count, options.batch_size, decoder.mesh.shape["data"])
+    with finishing_first() if several else nullcontext() as stop:
+        images = decode_groups(decoder, tensor, options, progress=progress, stop=stop)
     profiled = measure(decoder, tensor, options, options.profile_folder(run_dir, 3))
     decoded = Decoded(images=images, profile=profiled)
     if trajectory is not None:
@@ -482,10 +529,11 @@ def main(
         return
 
     # 5. Write
-    recipe = make_recipe(config, checkpoint, latents, dtype_used)
     main_picture = save_pictures(
         run_dir, decoded, config, latents.header, recipe, trajectory, overrides, report
     )
+    if progress is not None:
+        progress.clear()
     report.write(
         run_dir,
         shapes={"images": list(images.shape)},
@@ -494,7 +542,7 @@ def main(
         versions=recipe.versions,
         recipe=recipe.model_dump(),
         profile=profiled,
-        **device_facts(decoder.mesh, dtype_used),
+        **facts,
     )
     command_line.say_times(report, main_picture, profiled)
 

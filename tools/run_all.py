@@ -7,6 +7,7 @@ Takes any stage's flags and gives each stage those it knows. Stages that are up 
 the first failing stage's exit code is this program's.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from typer.core import TyperCommand
 from common import artifacts, command_line, pictures
 from common.config import DEFAULT_OUTPUT_DIR, read_generation_config
 from common.errors import BadSettingError
+from common.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
+from common.stopping import STOP_SIGNALS
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 from tools.sweep import StageRun, parse_sweep, run_sweep
 
@@ -63,9 +66,14 @@ def main(
         if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
+    commands = [] if sweep is not None else plan(given, stage_commands())
+    lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
+    context.call_on_close(lock.release)
+    lock.acquire()
+    os.environ[HELD_BY_PARENT] = os.fspath(run_dir.resolve())
     if sweep is not None:
         return run_all_cells(run_dir, given, sweep)
-    for command in plan(given, stage_commands()):
+    for command in commands:
         code = run_stage(command)
         if code != 0:
             return code
@@ -215,7 +223,7 @@ def run_stage(command: list[str], listen: Callable[[str], None] | None = None) -
 
     pipe = None if listen is None else subprocess.PIPE
     process = subprocess.Popen(command, stderr=pipe, text=True)
-    before = {number: signal.signal(number, pass_on) for number in command_line.STOP_SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         if listen is not None and process.stderr is not None:
             for line in process.stderr:
@@ -225,7 +233,7 @@ def run_stage(command: list[str], listen: Callable[[str], None] | None = None) -
         for number, handler in before.items():
             signal.signal(number, handler)
     if received and code == 0:
-        return command_line.STOP_SIGNALS[received[0]][1]
+        return STOP_SIGNALS[received[0]][1]
     return 128 - code if code < 0 else code
 
 

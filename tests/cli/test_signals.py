@@ -46,8 +46,13 @@ def test_a_stopped_stage_leaves_every_file_as_it_was(
         shown += more
     assert process.wait(timeout=60) == code, shown.decode()
     last = shown.decode().splitlines()[-1]
-    assert last.startswith(f"error: {word}; nothing was left half written")
-    assert file_contents(run_copy) == before
+    after = file_contents(run_copy)
+    if moment == "denoising":
+        assert re.match(rf"error: {word} after step \d+ of 990, which are kept", last)
+        del after["stage2_progress.safetensors"]
+    else:
+        assert last.startswith(f"error: {word}; nothing was left half written")
+    assert after == before
 
 
 def read_or_end(terminal: int) -> bytes:

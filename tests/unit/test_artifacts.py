@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from common import artifacts
 from common.artifacts import Recipe
 from common.errors import BadInputFileError, NotFiniteError, StageError, UnfitEnvironmentError
+from common.stopping import STOP_SIGNALS, StoppedError
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -162,4 +163,6 @@ def test_errors_have_the_documented_exit_codes() -> None:
         "BadInputFileError": 3,
         "NotFiniteError": 4,
         "UnfitEnvironmentError": 5,
+        "StoppedError": 1,
     }
+    assert [StoppedError(number, "").exit_code for number in STOP_SIGNALS] == [130, 143]

@@ -1,0 +1,112 @@
+"""One writer for each run directory."""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from common.errors import UnfitEnvironmentError
+from common.whole_files import keep_if_stopped, remove_if_stopped, remove_leftovers
+
+# The first is held by whoever runs stages, one stage or all; the second by each stage, also where
+# the program that started it was killed.
+RUN_LOCK, STAGE_LOCK = ".run.lock", ".stage.lock"
+# Names the run directory whose lock the program that started this stage holds.
+HELD_BY_PARENT = "STAGED_DIFFUSION_RUN_LOCK"
+
+
+class RunLock:
+    """The locks that this process holds on a run directory; the system frees those of dead ones."""
+
+    def __init__(self, run_dir: Path, *, wait: bool, names: tuple[str, ...]) -> None:
+        """
+        Args:
+            wait: for another holder to end, in place of an error.
+            names: RUN_LOCK, STAGE_LOCK or both.
+        """
+        self.run_dir = run_dir
+        self.wait = wait
+        self.names = names
+        self.held: list[FileLock] = []
+        self.made_folder = False
+
+    @classmethod
+    def of_stage(cls, run_dir: Path, *, wait: bool) -> "RunLock":
+        """The locks of one stage."""
+        by_parent = os.environ.get(HELD_BY_PARENT) == os.fspath(run_dir.resolve())
+        return cls(run_dir, wait=wait, names=(STAGE_LOCK,) if by_parent else (RUN_LOCK, STAGE_LOCK))
+
+    def acquire(self) -> None:
+        """Take the locks that are not held yet; makes the folder.
+
+        In a folder that cannot be written there is nothing to protect, and no lock.
+
+        Raises:
+            UnfitEnvironmentError: another process holds one; names it.
+        """
+        for name in self.names[len(self.held) :]:
+            path = self.run_dir / name
+            try:
+                self.made_folder = self.made_folder or not self.run_dir.exists()
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(path, timeout=0)
+                try:
+                    lock.acquire()
+                except Timeout:
+                    self._refuse_or_wait(path, lock)
+                path.write_text(json.dumps(_describe_this_process()), encoding="utf-8")
+            except OSError:
+                return
+            self.held.append(lock)
+            remove_if_stopped(path)
+        if STAGE_LOCK in self.names:
+            remove_leftovers(self.run_dir)
+
+    def _refuse_or_wait(self, path: Path, lock: FileLock) -> None:
+        holder = f"{self.run_dir} is in use by {_describe_holder(path)}"
+        if not self.wait:
+            raise UnfitEnvironmentError(
+                f"{holder}: wait for it with --wait, or choose another --output_dir"
+            )
+        print(f"waiting: {holder}", file=sys.stderr, flush=True)
+        lock.acquire(timeout=-1)
+
+    def release(self) -> None:
+        """Give the locks back, and take their files away."""
+        while self.held:
+            lock = self.held.pop()
+            path = Path(lock.lock_file)
+            path.unlink(missing_ok=True)
+            keep_if_stopped(path)
+            lock.release()
+        if self.made_folder:
+            with suppress(OSError):  # it has files in it
+                self.run_dir.rmdir()
+
+
+def _describe_this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _describe_holder(path: Path) -> str:
+    """The process that holds a lock, as it described itself."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            f"{holder['command']} (process {holder['pid']} on {holder['host']}, since "
+            f"{holder['since']})"
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process"

@@ -1,0 +1,160 @@
+"""Progress: used by the same run alone, kept by groups and steps, gone when the output is there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.config import RunOptions
+from common.progress import Progress
+from common.prompts import encode_prompts
+from common.run_lock import HELD_BY_PARENT
+from common.stopping import StoppedError, StopRequest
+from stages import stage2_unet
+from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run
+from tests.in_process import Ours, make_config
+
+LATENTS = "stage2_latents.safetensors"
+
+
+class StopAfter(StopRequest):
+    """A request that comes when it has been looked at some times."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def number(self) -> int | None:  # type: ignore[override]
+        self.looks -= 1
+        return signal.SIGTERM if self.looks < 0 else None
+
+
+@pytest.fixture(scope="module")
+def ours() -> Ours:
+    return Ours(DEMO)
+
+
+@pytest.mark.parametrize("scheduler", ["euler_a", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("steps_per_call", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_stopped_after_any_step_gives_the_same_bits(
+    ours: Ours, scheduler: str, steps_per_call: int | None, tmp_path: Path
+) -> None:
+    """Three images in groups of two, stopped again and again until they are done."""
+    config = make_config(DEMO, batch=3, scheduler=scheduler, num_inference_steps=5)
+    embeddings = encode_prompts(ours.text_pipeline, config)
+    ours.denoiser.steps_per_call = steps_per_call
+
+    def denoise(progress: Progress | None, stop: StopRequest | None) -> stage2_unet.Denoised:
+        options = RunOptions(mesh="single", batch_size=2, save_trajectory=2)
+        return stage2_unet.denoise_images(
+            *(config, ours.checkpoint, embeddings, ours.denoiser, options),
+            progress=progress,
+            stop=stop,
+        )
+
+    expected = denoise(None, None)
+    progress = Progress(tmp_path, 2, {"fingerprint": "1"})
+    stops, found = 0, None
+    while found is None:
+        try:
+            found = denoise(progress, StopAfter(looks=2))
+        except StoppedError as error:
+            assert error.exit_code == 143
+            assert "which are kept: the same command goes on from there" in str(error)
+            stops += 1
+            assert stops < 30
+    assert stops >= 2
+    assert found.latents.equal(expected.latents)
+    assert found.trajectory is not None and expected.trajectory is not None
+    assert found.trajectory.equal(expected.trajectory)
+    assert [path.name for path in (tmp_path / "stage2_progress").iterdir()].count(
+        "group_0000.safetensors"
+    )
+    progress.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_of_other_settings_and_damaged_progress_is_not_used(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, 2, {"seed": 1})
+    tensors = {"latents": torch.arange(6.0)}
+    progress.save_steps(0, tensors)
+    progress.save_group(1, tensors)
+    assert progress.read_steps(0) is None  # a finished group takes the place of its steps
+    progress.save_steps(0, tensors)
+    same = Progress(tmp_path, 2, {"seed": 1})
+    for read in (same.read_steps(0), same.read_group(1)):
+        assert read is not None and read["latents"].equal(tensors["latents"])
+    assert same.read_steps(1) is None and same.read_group(0) is None
+    other = Progress(tmp_path, 2, {"seed": 2})
+    assert other.read_steps(0) is None and other.read_group(1) is None
+    for path in (same.file, tmp_path / "stage2_progress" / "group_0001.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert same.read_steps(0) is None and same.read_group(1) is None
+    same.file.write_bytes(b"damaged")
+    assert same.read_steps(0) is None
+
+
+def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) -> None:
+    flags = ("--num_inference_steps", 300, "--output_dir", run_copy)
+    assert stage(2, *flags).returncode == 0
+    expected = load_file(run_copy / LATENTS)["latents"]
+    command = [sys.executable, str(STAGES[2]), *map(str, flags), "--checkpoint_every", "20"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""}
+    )
+    progress = run_copy / "stage2_progress.safetensors"
+    while not progress.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    kept = int(said.split("error: terminated after step ")[1].split()[0])
+    assert kept >= 20 and progress.exists()
+
+    # Other settings leave it alone; the same ones go on from there.
+    result = stage(2, "--num_inference_steps", 2, "--output_dir", run_copy.parent / "other",
+                   "--input_dir", run_copy)  # fmt: skip
+    assert result.returncode == 0 and "goes on" not in result.stdout
+    result = stage(2, *flags)
+    assert f"goes on after step {kept} of 300" in result.stdout
+    assert load_file(run_copy / LATENTS)["latents"].equal(expected)
+    assert not list(run_copy.glob("*progress*")) and not list(run_copy.glob(".*"))
+
+
+def test_one_writer_at_a_time(run_copy: Path, stage: Run, run_all: Run) -> None:
+    """A second one says who the first is, or waits for it."""
+    long = ("--num_inference_steps", "900", "--output_dir", str(run_copy))
+    first = subprocess.Popen(
+        [sys.executable, str(PROJECT_DIR / "tools" / "run_all.py"), *long],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    lock = run_copy / ".run.lock"
+    while not lock.exists() or not lock.read_text():
+        time.sleep(0.01)
+    assert json.loads(lock.read_text())["pid"] == first.pid
+    for number in (1, 2, 3):
+        result = stage(number, "--output_dir", run_copy)
+        assert result.returncode == 5, result.stdout
+        assert f"process {first.pid} on" in result.stderr and "--wait" in result.stderr
+        assert result.stderr.count("\n") == 1
+    result = run_all("--output_dir", run_copy)
+    assert result.returncode == 5 and "is in use by run_all.py" in result.stderr
+    first.kill()
+    first.wait()
+    # The killed program's stage goes on alone, and holds the folder until it ends.
+    waiting: Any = stage(3, "--output_dir", run_copy, "--wait")
+    assert waiting.returncode == 0, waiting.stderr
+    assert not list(run_copy.glob(".*"))
+    assert HELD_BY_PARENT not in os.environ

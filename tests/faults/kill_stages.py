@@ -1,0 +1,259 @@
+"""Kill stages at random moments, and see that nothing is lost and nothing is half written.
+
+    python tests/faults/kill_stages.py --kills 200 --terminations 30
+
+After every kill each file must hold either what it held before or what an undisturbed run writes,
+and the same command must end with that run's own bits. A run that is terminated must end with 143
+and go on from the step that it said it kept.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(PROJECT_DIR))
+
+import numpy as np
+import typer
+from PIL import Image
+from safetensors import safe_open
+from tqdm import tqdm
+
+STAGE_1 = ("stages/stage1_text_encoder.py",)
+STAGE_2 = ("stages/stage2_unet.py", "--batch_size", "1", "--checkpoint_every", "1")
+STAGE_3 = ("stages/stage3_vae_decoder.py", "--batch_size", "1")
+RUN_ALL = ("tools/run_all.py", "--batch_size", "1", "--checkpoint_every", "1")
+NEW = ("--prompt", "a small green ring", "--num_inference_steps", "5", "--seed", "9")
+SIZES = ("--num_images_per_prompt", "3")
+OLD = ("--prompt", "a large red star", "--num_inference_steps", "2", "--seed", "1", *SIZES)
+# What is killed; the settings of the new run stand where the command takes them.
+CASES: dict[str, tuple[str, ...]] = {
+    "stage 1": (*STAGE_1, *NEW, *SIZES),
+    "stage 2": STAGE_2,
+    "stage 3": STAGE_3,
+    "run_all.sh": (*RUN_ALL, *NEW, *SIZES),
+    "run_all.sh alone": (*RUN_ALL, *NEW, *SIZES, "--wait"),
+}
+STEPS_TO_TERMINATE = 150
+TIMEOUT = 300
+SOON = 0.6  # seconds after the first sign of progress, for every other kill
+
+
+@dataclass
+class Result:
+    """What was seen."""
+
+    kills: int = 0
+    terminations: int = 0
+    ended_before: int = 0  # the process was done when the signal was to come
+    exceptions: list[str] = field(default_factory=list)
+
+
+def start(command: tuple[str, ...], run_dir: Path) -> "subprocess.Popen[str]":
+    """Start a script in a session of its own, so that all of its processes can be killed."""
+    script, *flags = command
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT_DIR / script), "--output_dir", str(run_dir), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(command: tuple[str, ...], run_dir: Path) -> tuple[int, str]:
+    """Run a script to its end. Returns its exit code and what it said."""
+    process = start(command, run_dir)
+    said, _ = process.communicate(timeout=TIMEOUT)
+    return process.returncode, said
+
+
+def content_of(path: Path) -> object:
+    """What is compared of a file: tensors' bytes, decoded pixels, or all of its text."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return np.asarray(image).tobytes()
+    return path.read_text(encoding="utf-8")
+
+
+def contents(run_dir: Path) -> dict[str, object]:
+    """Every output of a run by its name; reports tell times, so they are not compared."""
+    outputs = [
+        *run_dir.glob("stage[12]_[el]*.safetensors"),
+        *run_dir.glob("output_*.png"),
+        run_dir / "generation_config.json",
+    ]
+    return {path.name: content_of(path) for path in outputs if path.exists()}
+
+
+class Faults:
+    """Run directories to start from, and what undisturbed runs make of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.old, self.new = folder / "old", folder / "new"
+        self._run(("tools/run_all.py", *OLD), self.old)
+        self._run((*RUN_ALL, *NEW, *SIZES), self.new)
+        # Where each case starts: what the stages before it have written already.
+        self.starts = {name: folder / f"start of {name}" for name in CASES}
+        for name, start_dir in self.starts.items():
+            shutil.copytree(self.old, start_dir)
+            known = {"stage 2": ("generation_config.json", "stage1_embeddings.safetensors")}
+            known["stage 3"] = (*known["stage 2"], "stage2_latents.safetensors")
+            for file in known.get(name, ()):
+                shutil.copy(self.new / file, start_dir / file)
+        self.before = {name: contents(start_dir) for name, start_dir in self.starts.items()}
+        self.after: dict[str, dict[str, object]] = {}
+        self.seconds: dict[str, float] = {}
+        for name, command in CASES.items():
+            run_dir = folder / f"undisturbed {name}"
+            shutil.copytree(self.starts[name], run_dir)
+            began = time.perf_counter()
+            self._run(command, run_dir)
+            self.seconds[name] = time.perf_counter() - began
+            self.after[name] = contents(run_dir)
+        whole = contents(self.new)
+        for name in ("stage 3", "run_all.sh", "run_all.sh alone"):
+            assert self.after[name] == whole, f"{name} alone gives other bits than all stages"
+
+    @staticmethod
+    def _run(command: tuple[str, ...], run_dir: Path) -> None:
+        code, said = finish(command, run_dir)
+        if code:
+            raise RuntimeError(f"an undisturbed run ended with {code}: {said}")
+
+    def kill(self, name: str, number: int, seed: int, result: Result) -> None:
+        """Kill one run at a random moment, look at its files, and let the command end."""
+        chance = random.Random(f"{seed} {number}")
+        run_dir = self.folder / f"kill {number}"
+        shutil.copytree(self.starts[name], run_dir)
+        process = start(CASES[name], run_dir)
+        if number % 2:
+            self._wait_for_progress(process, run_dir)
+            time.sleep(chance.uniform(0, SOON))
+        else:
+            time.sleep(chance.uniform(0, self.seconds[name]))
+        result.ended_before += process.poll() is not None
+        if name.endswith("alone"):
+            process.kill()
+        else:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=TIMEOUT)
+        result.kills += 1
+        found = contents(run_dir)
+        for file, content in found.items():
+            if content not in (self.before[name].get(file), self.after[name].get(file)):
+                result.exceptions.append(f"kill {number} of {name}: {file} is neither old nor new")
+        if lost := self.before[name].keys() - found.keys():
+            result.exceptions.append(f"kill {number} of {name}: {sorted(lost)} were lost")
+        code, said = finish(CASES[name], run_dir)
+        if code:
+            result.exceptions.append(f"kill {number} of {name}: the next run ended {code}: {said}")
+        elif contents(run_dir) != self.after[name]:
+            result.exceptions.append(f"kill {number} of {name}: the next run gave other bits")
+        elif left := [*run_dir.glob(".*"), *run_dir.glob("*progress*")]:
+            result.exceptions.append(f"kill {number} of {name}: {left} were left behind")
+        else:
+            shutil.rmtree(run_dir)
+
+    def terminate(self, number: int, seed: int, result: Result) -> None:
+        """Terminate stage 2 while it denoises, and let it go on."""
+        chance = random.Random(f"terminate {seed} {number}")
+        run_dir = self.folder / f"terminate {number}"
+        shutil.copytree(self.starts["stage 2"], run_dir)
+        command = (*STAGE_2, "--num_inference_steps", str(STEPS_TO_TERMINATE))
+        process = start(command, run_dir)
+        self._wait_for_progress(process, run_dir)
+        time.sleep(chance.uniform(0, 2.0))
+        process.terminate()
+        said, _ = process.communicate(timeout=TIMEOUT)
+        result.terminations += 1
+        if process.returncode != 143:
+            result.exceptions.append(f"termination {number}: ended {process.returncode}: {said}")
+        kept = re.search(r"error: terminated after step (\d+) of \d+, which are kept", said)
+        code, then = finish(command, run_dir)
+        went_on = re.search(r"goes on after step (\d+) of", then)
+        if code:
+            result.exceptions.append(f"termination {number}: then ended {code}: {then}")
+        if kept is not None and (went_on is None or went_on[1] != kept[1]):
+            result.exceptions.append(f"termination {number}: {kept[0]}, but then {then}")
+        if content_of(run_dir / "stage2_latents.safetensors") != self.long_latents():
+            result.exceptions.append(f"termination {number}: other bits")
+        else:
+            shutil.rmtree(run_dir)
+
+    def long_latents(self) -> object:
+        """The latents of an undisturbed run of as many steps as are terminated."""
+        run_dir = self.folder / "undisturbed long"
+        if not run_dir.exists():
+            shutil.copytree(self.starts["stage 2"], run_dir)
+            self._run((*STAGE_2, "--num_inference_steps", str(STEPS_TO_TERMINATE)), run_dir)
+        return content_of(run_dir / "stage2_latents.safetensors")
+
+    @staticmethod
+    def _wait_for_progress(process: "subprocess.Popen[str]", run_dir: Path) -> None:
+        """Wait until a file is written, or the process ends."""
+        before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < TIMEOUT:
+            for path in run_dir.iterdir():
+                try:
+                    changed = path.stat().st_mtime_ns != before.get(path)
+                except OSError:
+                    continue
+                if changed and not path.name.startswith("."):
+                    return
+            time.sleep(0.01)
+
+
+def main(
+    kills: Annotated[int, typer.Option("--kills", help="By SIGKILL, over all cases.")] = 200,
+    terminations: Annotated[int, typer.Option("--terminations", help="By SIGTERM.")] = 30,
+    seed: Annotated[int, typer.Option("--seed", help="Of the moments.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", help="Runs at once.")] = 2,
+) -> None:
+    """Kill and terminate stages, and print what was found; ends with 1 where anything was wrong."""
+    result = Result()
+    with tempfile.TemporaryDirectory() as folder:
+        faults = Faults(Path(folder))
+        if terminations:
+            faults.long_latents()
+        names = list(CASES)
+        with ThreadPoolExecutor(jobs) as pool:
+            tasks = [
+                pool.submit(faults.kill, names[number % len(names)], number, seed, result)
+                for number in range(kills)
+            ]
+            tasks += [
+                pool.submit(faults.terminate, number, seed, result)
+                for number in range(terminations)
+            ]
+            for task in tqdm(tasks, desc="faults", disable=None):
+                task.result()
+    for line in result.exceptions:
+        print(line)
+    print(
+        f"{result.kills} kills ({result.ended_before} of a process that had ended), "
+        f"{result.terminations} terminations, seed {seed}: {len(result.exceptions)} exceptions"
+    )
+    raise typer.Exit(bool(result.exceptions))
+
+
+if __name__ == "__main__":
+    typer.run(main)
