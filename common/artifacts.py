@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from common.errors import BadInputFileError, NotFiniteError
-from common.whole_files import replace_whole
+from common.whole_files import write_bytes_whole
 
 if TYPE_CHECKING:
     import torch
@@ -142,13 +142,12 @@ def save_tensors(
     Raises:
         NotFiniteError: a tensor holds an infinity or a not-a-number; nothing is written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     check_finite(tensors, path, "was not written")
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     header = make_header(recipe, provenance, hash_tensors(contiguous))
-    with replace_whole(path) as temporary:
-        save_file(contiguous, temporary, metadata={HEADER_KEY: header.to_json()})
+    write_bytes_whole(path, save(contiguous, metadata={HEADER_KEY: header.to_json()}))
     return header
 
 

@@ -27,6 +27,11 @@ from common.report import Repeat as RepeatReport
 from common.report import StageReport
 from common.stopping import stop_at_once_on_signals
 
+OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's own message
+LESS_MEMORY = (
+    "ask for fewer pictures at once (--batch_size), a smaller size, a --mesh over more devices, or "
+    "--tile in stage 3"
+)
 PROMPTS, SIZES, SAMPLING = "Prompts", "Size conditions of SDXL", "Sampling"
 MODEL, FILES, RUNNING, TPU = "Model", "Files", "Running", "A TPU that is not there"
 
@@ -340,11 +345,13 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
     except MemoryError:
-        _fail("out of memory: ask for fewer pictures at once (--batch_size) or a smaller size", 5)
+        _fail(f"out of memory: {LESS_MEMORY}", 5)
     except Exception as error:
         if debug:
             traceback.print_exc()
         what = in_one_line(error)
+        if OUT_OF_DEVICE_MEMORY in what:
+            _fail(f"out of memory on the devices ({what}): {LESS_MEMORY}", 5)
         _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
     _leave(code or 0)
 

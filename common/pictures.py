@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from common.artifacts import HEADER_KEY
 from common.config import ImageFormat
+from common.whole_files import remove_file
 
 USER_COMMENT = int(ExifTags.Base.UserComment)
 EXIF_FOLDER = int(ExifTags.IFD.Exif)
@@ -36,7 +37,7 @@ def remove_others(run_dir: Path, kept: set[str]) -> None:
     """Remove pictures that an earlier run left under our names."""
     for path in run_dir.iterdir():
         if OUR_NAME.fullmatch(path.name) and path.name not in kept:
-            path.unlink()
+            remove_file(path)
 
 
 def hash_pixels(pixels: np.ndarray) -> str:

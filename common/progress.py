@@ -16,7 +16,7 @@ from common.command_line import say
 from common.config import RunOptions
 from common.errors import BadInputFileError
 from common.stopping import StoppedError, StopRequest
-from common.whole_files import replace_whole
+from common.whole_files import remove_file, write_bytes_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ class Progress:
     def save_group(self, index: int, tensors: "dict[str, torch.Tensor]") -> None:
         """Keep what a group gave, in place of its steps."""
         self._save(self._group_file(index), {"group": index}, tensors)
-        self.file.unlink(missing_ok=True)
+        remove_file(self.file)
 
     def read_steps(self, group: int) -> "dict[str, torch.Tensor] | None":
         """The state of a group between two steps; None where there is none."""
@@ -66,7 +66,7 @@ class Progress:
 
     def clear(self) -> None:
         """Remove all progress: the output is written, or it is of other settings."""
-        self.file.unlink(missing_ok=True)
+        remove_file(self.file)
         if self.folder.is_dir():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -74,12 +74,11 @@ class Progress:
         return self.folder / f"group_{index:04d}.safetensors"
 
     def _save(self, path: Path, facts: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         content = {**facts, "key": self.key, "data_sha256": artifacts.hash_tensors(contiguous)}
-        with replace_whole(path) as temporary:
-            save_file(contiguous, temporary, metadata={KEY: json.dumps(content)})
+        write_bytes_whole(path, save(contiguous, metadata={KEY: json.dumps(content)}))
 
     def _read(self, path: Path, facts: dict[str, Any]) -> "dict[str, torch.Tensor] | None":
         """Tensors that are whole and of this key; None else."""

@@ -8,11 +8,8 @@ from pathlib import Path
 
 from common.errors import UnfitEnvironmentError
 
-# Temporary files: ours, and those that safetensors makes beside ours.
-LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 _unfinished: set[Path] = set()  # files that this process removes when it ends at once
-_umask = os.umask(0)
-os.umask(_umask)
 
 
 @contextmanager
@@ -31,7 +28,6 @@ def replace_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask)  # safetensors makes files for the owner alone
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -47,7 +43,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that were killed; the caller is the only writer."""
-    for path in folder.glob(".*"):
+    for path in folder.glob(".*.tmp"):
         if path not in _unfinished and LEFTOVER.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
@@ -68,6 +64,22 @@ def remove_unfinished() -> None:
     for temporary in list(_unfinished):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may not be there.
+
+    Raises:
+        UnfitEnvironmentError: the folder cannot be written.
+    """
+    if path.exists():
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UnfitEnvironmentError(
+                f"{path} cannot be removed ({error.strerror}): make its folder writable, or choose "
+                "another --output_dir"
+            ) from None
 
 
 def write_bytes_whole(path: Path, content: bytes) -> None:

@@ -48,6 +48,7 @@ from common.run_lock import RunLock
 from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
 from common.size_conditions import has_own_negative, size_condition_settings, time_ids
 from common.stopping import StopRequest, finishing_first
+from common.whole_files import remove_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -395,7 +396,7 @@ def save_outputs(
     import torch
 
     trajectory_file = run_dir / artifacts.TRAJECTORY_FILE
-    trajectory_file.unlink(missing_ok=True)
+    remove_file(trajectory_file)
     latents_file = run_dir / artifacts.LATENTS_FILE
     artifacts.save_tensors(latents_file, {"latents": denoised.latents}, recipe, provenance)
     if denoised.trajectory is not None and options.save_trajectory is not None:

@@ -1,0 +1,83 @@
+"""No room, no right to write, no memory: one sentence, exit code 5, earlier files as they were."""
+
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, file_contents
+
+NEW_SEED = {1: ("--prompt", "a blue ring"), 2: ("--seed", 5), 3: ("--image_format", "webp")}
+
+
+def limited(kind: int, amount: int) -> Callable[[], None]:
+    """Limit what a process that is about to start may use."""
+    return lambda: resource.setrlimit(kind, (amount, amount))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_limit_on_files_leaves_the_old_ones(run_copy: Path, stage: Run, number: int) -> None:
+    before = file_contents(run_copy)
+    result = stage(
+        *(number, "--output_dir", run_copy, *NEW_SEED[number]),
+        preexec_fn=limited(resource.RLIMIT_FSIZE, 2048),
+    )
+    assert result.returncode == 5, result.stderr
+    assert "cannot be written (File too large)" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert file_contents(run_copy) == before
+
+
+def test_a_full_disk_leaves_the_old_files(finished_run: Path, stage: Run, small_disk: Path) -> None:
+    for name in ("generation_config.json", "stage1_embeddings.safetensors"):
+        (small_disk / name).write_bytes((finished_run / name).read_bytes())
+    free = os.statvfs(small_disk)
+    (small_disk / "other people's").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 8192))
+    before = file_contents(small_disk)
+    for number in (1, 2):
+        result = stage(number, "--output_dir", small_disk, *NEW_SEED[number])
+        assert result.returncode == 5, result.stderr
+        assert "cannot be written (No space left on device): make room" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert file_contents(small_disk) == before
+
+
+def test_a_read_only_folder(finished_run: Path, stage: Run, small_disk: Path) -> None:
+    for name in ("generation_config.json", "stage1_embeddings.safetensors"):
+        (small_disk / name).write_bytes((finished_run / name).read_bytes())
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for number in (1, 2):
+        result = stage(number, "--output_dir", small_disk, *NEW_SEED[number])
+        assert result.returncode == 5, result.stderr
+        assert "Read-only file system" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_no_memory_on_the_device(tmp_path: Path, stage: Run) -> None:
+    flags = ("--height", 4096, "--width", 4096, "--num_inference_steps", 1)
+    assert stage(1, "--output_dir", tmp_path, *flags).returncode == 0
+    before = file_contents(tmp_path)
+    result = stage(
+        *(2, "--output_dir", tmp_path), preexec_fn=limited(resource.RLIMIT_AS, 9_000_000_000)
+    )
+    assert result.returncode == 5, result.stderr
+    assert "out of memory" in result.stderr and "--batch_size" in result.stderr
+    assert file_contents(tmp_path) == before
