@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from common.sharding import ActivationLayout
 
 # Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
-FEWEST_KEYS_FOR_KERNEL = 1024
+FEWEST_KEYS_FOR_KERNEL = 768
 KEY_TILE, QUERY_TILE = 128, 8  # the Pallas kernel takes keys and queries in multiples of these
 BLOCK_BYTES = 2**19  # of queries or keys at once: with more, heads of the VAE's 512 do not fit
 MOST_CUDNN_HEAD = 128  # the largest head that cuDNN's kernel takes on every GPU, in multiples of 8
@@ -290,8 +290,7 @@ def attention(
         query = _constrain(query, layout, layout.rows)
     keys, head = key.shape[2], key.shape[3]
     if keys >= FEWEST_KEYS_FOR_KERNEL:
-        own_queries = query.shape[2] // (1 if layout is None else layout.size_of(layout.rows))
-        if platform == "tpu" and keys % KEY_TILE == 0 and own_queries % QUERY_TILE == 0:
+        if platform == "tpu":
             return _on_each_device(partial(_pallas_attention, scale=scale), layout)(
                 query, key, value
             )
@@ -312,10 +311,32 @@ def _constrain(x: Array, layout: ActivationLayout, rows: Any) -> Array:
 
 
 def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:
-    """jax's bundled Pallas kernel for TPUs (Dao et al. 2022)."""
-    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+    """jax's bundled Pallas kernel for TPUs (Dao et al. 2022).
 
-    most = min(1024, BLOCK_BYTES // (query.shape[3] * query.dtype.itemsize))
+    Numbers of queries and keys that it does not take are filled up; what is filled up belongs to
+    another segment, which no query attends to.
+    """
+    from jax.experimental.pallas.ops.tpu.flash_attention import (
+        BlockSizes,
+        SegmentIds,
+        flash_attention,
+    )
+
+    batch, _, queries, head = query.shape
+    keys = key.shape[2]
+    missing_queries, missing_keys = -queries % QUERY_TILE, -keys % KEY_TILE
+    segments = None
+    if missing_queries:
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, missing_queries), (0, 0)))
+    if missing_keys:
+        filling = ((0, 0), (0, 0), (0, missing_keys), (0, 0))
+        key, value = jnp.pad(key, filling), jnp.pad(value, filling)
+        of_keys = jnp.arange(key.shape[2]) >= keys
+        segments = SegmentIds(
+            q=jnp.zeros((batch, query.shape[2]), jnp.int32),
+            kv=jnp.broadcast_to(of_keys.astype(jnp.int32), (batch, key.shape[2])),
+        )
+    most = min(1024, BLOCK_BYTES // (head * query.dtype.itemsize))
     block_k = _block(key.shape[2], most, KEY_TILE)
     sizes = BlockSizes(
         block_q=_block(query.shape[2], most, QUERY_TILE),
@@ -323,7 +344,10 @@ def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -
         block_k=block_k,
         block_b=1,
     )
-    return flash_attention(query, key, value, sm_scale=scale, block_sizes=sizes)
+    result = flash_attention(
+        query, key, value, segment_ids=segments, sm_scale=scale, block_sizes=sizes
+    )
+    return result[:, :, :queries]
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jax.experimental.pallas import tpu as pltpu
 
 from common.denoising import prepare_model
 from common.fast_ops import attention, conv2d, gelu, group_norm, layer_norm
@@ -123,13 +124,22 @@ def test_attention_is_as_exact_as_torchs(shapes: str, sharpness: float) -> None:
     assert error(result, exact) < error(default, exact)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_keys_that_no_kernel_takes_are_attended_to_all_the_same(platform: str) -> None:
-    """4032 tokens of 1152×896 are no multiple of 128; cuDNN's kernel takes no float32."""
+@pytest.mark.parametrize(("queries", "keys"), [(64, 1024), (252, 1008), (37, 1100)])
+def test_the_kernel_for_tpus_attends_to_exactly_its_keys(queries: int, keys: int) -> None:
+    """Interpreted on the CPU; 1008 tokens of 1152×896 are no multiple of the kernel's 128."""
+    tensors = [random(2, 2, queries, 64), random(2, 2, keys, 64) + 1, random(2, 2, keys, 64) + 1]
+    exact = F.scaled_dot_product_attention(*(tensor.double() for tensor in tensors))
+    arrays = [jnp.asarray(tensor.numpy()) for tensor in tensors]
+    with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+        found = attention(*arrays, layout=None, platform="tpu")
+    assert error(found, exact) < 1e-5
+
+
+def test_float32_on_gpus_is_attended_to_without_cudnn() -> None:
     tensors = [random(1, 2, 64, 64), random(1, 2, 1100, 64), random(1, 2, 1100, 64)]
     exact = F.scaled_dot_product_attention(*(tensor.double() for tensor in tensors))
     arrays = [jnp.asarray(tensor.numpy()) for tensor in tensors]
-    assert error(attention(*arrays, layout=None, platform=platform), exact) < 1e-5
+    assert error(attention(*arrays, layout=None, platform="gpu"), exact) < 1e-5
 
 
 def test_float32_models_have_float32_products_everywhere() -> None:
