@@ -155,8 +155,9 @@ def estimate(hlo: str, chip: Chip) -> tuple[Estimate, Estimate]:
     """
     computations, entry = parse(hlo)
     once, step = Estimate(chip.name), Estimate(chip.name)
-    for body in _add_computation(computations, entry, 1, chip, once):
-        _add_computation(computations, body, 1, chip, step)
+    fused: set[str] = set()
+    for body in _add_computation(computations, entry, 1, chip, once, fused):
+        _add_computation(computations, body, 1, chip, step, fused)
     return once, step
 
 
@@ -166,8 +167,14 @@ def _add_computation(
     times: int,
     chip: Chip,
     result: Estimate,
+    fused: set[str],
 ) -> list[str]:
-    """Add a computation to a result. Returns the bodies of loops whose length is not known."""
+    """Add a computation to a result. Returns the bodies of loops whose length is not known.
+
+    Args:
+        fused: channels of collectives within fusions that were added. The compiler for v5e writes
+            one into the fusions that start it, that compute meanwhile and that end it.
+    """
     loops: list[str] = []
     types = {i.name: i.result for i in computations[name]}
     for instruction in computations[name]:
@@ -177,14 +184,23 @@ def _add_computation(
             if trips is None and body is not None:
                 loops.append(body)
             elif trips is not None and body in computations:
-                loops += _add_computation(computations, body, times * int(trips[1]), chip, result)
+                loops += _add_computation(
+                    computations, body, times * int(trips[1]), chip, result, fused
+                )
         elif instruction.opcode in ("call", "async-start", "conditional"):
             for key in ("to_apply", "calls", "true_computation", "false_computation"):
                 called = instruction.text_of(key)
                 if called in computations:
-                    loops += _add_computation(computations, called, times, chip, result)
+                    loops += _add_computation(computations, called, times, chip, result, fused)
         else:
             _add_instruction(instruction, types, times, chip, result)
+        if instruction.opcode == "fusion":
+            for inner in computations.get(instruction.text_of("calls") or "", ()):
+                channel = re.search(r"\bchannel_id=(\d+)", inner.line)
+                is_collective = inner.opcode.removesuffix("-start") in COLLECTIVES
+                if is_collective and channel is not None and channel[1] not in fused:
+                    fused.add(channel[1])
+                    _add_instruction(inner, types, times, chip, result)
     return loops
 
 

@@ -46,3 +46,25 @@ def test_an_unknown_topology_is_one_sentence(topology: str) -> None:
     assert chip_of("v5e:2x2") is CHIPS["v5e"]
     with pytest.raises(BadSettingError, match=r"--topology .*chips: v6e, v5e"):
         chip_of(topology)
+
+
+def test_collectives_within_fusions_count_once() -> None:
+    """As the compiler for v5e writes them: one channel in the fusions that start and end it."""
+    gather = (
+        '%g = bf16[1,64]{1,0} all-gather(%p), channel_id=7, dimensions={1}, metadata={op_name="x"}'
+    )
+    called = "\n".join(
+        f"%{name} (p: bf16[1,32]) -> bf16[1,64] {{\n  %p = bf16[1,32]{{1,0}} parameter(0)\n"
+        f"  ROOT {gather}\n}}\n"
+        for name in ("starts", "ends")
+    )
+    program = (
+        f"HloModule m\n\n{called}\nENTRY %main (a: bf16[1,32]) -> bf16[1,64] {{\n"
+        "  %a = bf16[1,32]{1,0} parameter(0)\n"
+        "  %b = bf16[1,64]{1,0} fusion(%a), kind=kCustom, calls=%starts\n"
+        "  ROOT %c = bf16[1,64]{1,0} fusion(%a), kind=kCustom, calls=%ends\n}\n"
+    )
+    once, _ = estimate(program, CHIPS["v5e"])
+    assert once.collectives == {"all-gather": 1}
+    assert once.collective_bytes == {"all-gather": 128}
+    assert once.seconds["collectives"] == pytest.approx(128 / 200e9 + 5e-6)
