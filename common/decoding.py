@@ -200,8 +200,7 @@ class Decoder:
             began = time.perf_counter()
             result = jax.block_until_ready(program(self.parameters, latents_there))
             self._run_seconds += time.perf_counter() - began
-        if self._counted == "run":
-            self.report.flops += (program.flops or 0.0) * self.mesh.size
+        self.report.count_flops(self._counted, (program.flops or 0.0) * self.mesh.size)
         with self.report.part("device_to_host"):
             return jax.tree.map(fetch, result)
 

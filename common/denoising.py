@@ -677,11 +677,10 @@ class Denoiser:
         with self.report.part(part):
             jax.block_until_ready(done)
         ended = time.perf_counter()
-        if part == "run":
-            program = self.compiled[self._program_key(steps.start in self.guided)]
-            self.report.flops += (program.flops or 0.0) * self.mesh.size * len(steps)
-            if len(steps) == 1:
-                self.report.step_seconds.append(ended - since)
+        program = self.compiled[self._program_key(steps.start in self.guided)]
+        self.report.count_flops(part, (program.flops or 0.0) * self.mesh.size * len(steps))
+        if part == "run" and len(steps) == 1:
+            self.report.step_seconds.append(ended - since)
         return ended
 
     def _ahead_on_devices(self, start: int) -> Callable[[range], Array]:

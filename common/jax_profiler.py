@@ -47,10 +47,7 @@ class JaxProfiler:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(str(self.folder), profiler_options=options)
             except (OSError, RuntimeError) as error:
-                raise UnfitEnvironmentError(
-                    f"--profile: no trace can be written to {self.folder} "
-                    f"({in_one_line(error)}): choose another --profile_dir"
-                ) from None
+                raise self._cannot_write(error) from None
             self._began = time.perf_counter()
 
     def step(self, number: int) -> AbstractContextManager[Any]:
@@ -61,7 +58,16 @@ class JaxProfiler:
         """End the trace; everything handed to the devices must be done."""
         self.window_seconds = time.perf_counter() - self._began
         with self.report.part("profile"):
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: BaseException) -> UnfitEnvironmentError:
+        return UnfitEnvironmentError(
+            f"--profile: no trace can be written to {self.folder} ({in_one_line(error)}): choose "
+            "another --profile_dir"
+        )
 
     def result(self, programs: Iterable[CompiledProgram], model: torch.nn.Module) -> Profile:
         """Read the trace.

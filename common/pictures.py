@@ -15,6 +15,8 @@ from common.artifacts import HEADER_KEY
 from common.config import ImageFormat
 from common.whole_files import remove_file
 
+# Grids of many pictures are larger than Pillow lets pass; this is some 2 GB decoded.
+Image.MAX_IMAGE_PIXELS = 350_000_000
 USER_COMMENT = int(ExifTags.Base.UserComment)
 EXIF_FOLDER = int(ExifTags.IFD.Exif)
 # The EXIF standard's mark of a user comment in UTF-16.
@@ -108,7 +110,7 @@ def read_picture_record(path: Path) -> dict[str, Any] | None:
             record = json.loads(text)
             if path.suffix == ".png" and record["pixels_sha256"] != hash_pixels(np.asarray(image)):
                 return None
-    except (OSError, ValueError, KeyError, SyntaxError, TypeError):
+    except (OSError, ValueError, KeyError, SyntaxError, TypeError, Image.DecompressionBombError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -60,6 +60,10 @@ class Progress:
         self._save(self.file, {"group": group}, tensors)
         self._saved_at = time.monotonic()
 
+    def count_from_now(self) -> None:
+        """Begin to count the seconds until the state is to be kept."""
+        self._saved_at = time.monotonic()
+
     def is_due(self) -> bool:
         """Whether it is time to keep the state again."""
         return time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
@@ -137,6 +141,8 @@ class GroupProgress:
     def resume(self, denoiser: "Denoiser") -> None:
         """Go on where an earlier run was stopped within this group."""
         kept = None
+        if self.progress is not None:
+            self.progress.count_from_now()
         if self.progress is not None and denoiser.can_resume:
             kept = self.progress.read_steps(self.number)
         if kept is not None:
@@ -172,7 +178,7 @@ class GroupProgress:
             assert self.progress is not None
             with denoiser.report.part("writing"):
                 self.progress.save_steps(self.number, denoiser.state_to_keep())
-        if number is not None:
+        if number is not None and (keeps or denoiser.done < denoiser.evaluations):
             steps = f"step {denoiser.done} of {denoiser.evaluations}"
             said = f"after {steps}, which are kept: the same command goes on from there"
             if not keeps:

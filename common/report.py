@@ -153,7 +153,7 @@ class Report(_Fields):
     """Of `run` on all devices, by XLA's count of the compiled programs. The projections of the
     prompts, under 1 % of SDXL's, are counted in every step."""
     tflops_per_second: float | None = None
-    """`flops` over `seconds.run`, or over `repeat.median` where there is one."""
+    """Of `run`; of the repeats where there are some."""
     share_of_peak: float | None = None
     """Of the devices' peak in bfloat16, where it is known and the model computes in it."""
     peak_host_bytes: int
@@ -192,7 +192,8 @@ class StageReport:
         self.facts: dict[str, Any] = {}
         self.step_seconds: list[float] = []
         self.repeats: list[float] = []
-        self.flops = 0.0
+        self.flops = 0.0  # of `run`
+        self.repeated_flops = 0.0
         self.programs = Programs()
         self._born = time.perf_counter() - process_age()
         self._seconds = dict.fromkeys(Seconds.model_fields, 0.0)
@@ -223,9 +224,12 @@ class StageReport:
             self._charge()
             self._open.pop()
 
-    def has(self, name: str) -> bool:
-        """Whether a part took any time yet."""
-        return self._seconds[name] > 0
+    def count_flops(self, part: str, flops: float) -> None:
+        """Add what the programs computed in `run` or in the repeats; other parts do not count."""
+        if part == "run":
+            self.flops += flops
+        elif part == "repeats":
+            self.repeated_flops += flops
 
     def watch_memory(
         self, weights: "Iterable[tuple[str, torch.Tensor]]"
@@ -260,9 +264,10 @@ class StageReport:
         """
         parts = self.parts()
         speed = None
-        if self.flops:
-            seconds = statistics.median(self.repeats) if self.repeats else parts["run"]
-            speed = self.flops / seconds
+        if self.repeated_flops:
+            speed = self.repeated_flops / sum(self.repeats)
+        elif self.flops:
+            speed = self.flops / parts["run"]
         report = Report(
             stage=self.stage,
             written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

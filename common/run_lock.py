@@ -62,8 +62,13 @@ class RunLock:
                 except Timeout:
                     self._refuse_or_wait(path, lock)
                 path.write_text(json.dumps(_describe_this_process()), encoding="utf-8")
-            except OSError:
-                return
+            except OSError as error:
+                if not os.access(self.run_dir, os.W_OK):
+                    return
+                raise UnfitEnvironmentError(
+                    f"{path} cannot be used ({error.strerror}): remove it if nobody uses the run "
+                    "directory, or choose another --output_dir"
+                ) from None
             self.held.append(lock)
             remove_if_stopped(path)
         if STAGE_LOCK in self.names:

@@ -13,6 +13,7 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -308,6 +309,8 @@ def denoise_images(
         except NotLinearError as reason:
             say(f"  {sampler.name} steps on the host between model evaluations ({reason})")
             tables = None
+            if options.checkpoint_every is not None:
+                warn(f"--checkpoint_every has no effect: {sampler.name} steps on the host")
     count = len(config.image_seeds())
     latents = np.empty((count, *latent_shape(config, checkpoint)), np.float32)
     size = group_size(count, options.batch_size, denoiser.mesh.shape["data"])
@@ -562,7 +565,9 @@ def main(
     if distributed is None and options.why_measure() is None:
         kept = {"loops_on_device": denoiser.loops_on_device}
         progress = Progress(run_dir, 2, progress_facts(recipe, options, facts) | kept)
-    with finishing_first() as stop:
+    elif options.checkpoint_every is not None:
+        warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
+    with finishing_first() if progress is not None else nullcontext() as stop:
         denoised = denoise_images(
             config,
             checkpoint,
@@ -589,9 +594,9 @@ def main(
             save_outputs(run_dir, denoised, recipe, options, provenance)
             if run_dir.resolve() != source_dir.resolve():
                 write_generation_config(run_dir, config)
-            if progress is not None:
-                progress.clear()
-        stop.raise_if_asked(f"when {path} was written")
+            Progress(run_dir, 2, {}).clear()
+        if stop is not None:
+            stop.raise_if_asked(f"when {path} was written")
     report.write(
         run_dir,
         shapes={"latents": list(denoised.latents.shape)},
@@ -599,7 +604,7 @@ def main(
         dtype_asked=config.unet_dtype,
         versions=recipe.versions,
         profile=denoised.profile,
-        **facts,
+        **device_facts(denoiser.mesh, dtype_used),
     )
     command_line.say_times(report, path, denoised.profile)
 

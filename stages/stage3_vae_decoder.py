@@ -37,6 +37,7 @@ from common.config import (
     check_size,
     read_generation_config,
     read_run_options,
+    write_generation_config,
 )
 from common.contracts import latents_misfit, trajectory_misfit
 from common.errors import NotFiniteError
@@ -366,7 +367,6 @@ class Decoded:
     images: "np.ndarray"  # [B, H, W, 3]
     strip: "np.ndarray | None" = None  # of the trajectory
     frames: "Sequence[np.ndarray]" = ()
-    profile: Profile | None = None
 
 
 def save_pictures(
@@ -516,10 +516,11 @@ def main(
     if distributed is None and options.why_measure() is None:
         progress = Progress(run_dir, 3, progress_facts(recipe, options, facts))
     several = count > group_size(count, options.batch_size, decoder.mesh.shape["data"])
-    with finishing_first() if several else nullcontext() as stop:
+    keeps = several and progress is not None
+    with finishing_first() if keeps else nullcontext() as stop:
         images = decode_groups(decoder, tensor, options, progress=progress, stop=stop)
     profiled = measure(decoder, tensor, options, options.profile_folder(run_dir, 3))
-    decoded = Decoded(images=images, profile=profiled)
+    decoded = Decoded(images=images)
     if trajectory is not None:
         kept = artifacts.load_tensors(trajectory, warn)["latents"].float().numpy()
         strip, frames = decode_trajectory(decoder, kept, options)
@@ -532,8 +533,9 @@ def main(
     main_picture = save_pictures(
         run_dir, decoded, config, latents.header, recipe, trajectory, overrides, report
     )
-    if progress is not None:
-        progress.clear()
+    if run_dir.resolve() != source_dir.resolve():
+        write_generation_config(run_dir, config)
+    Progress(run_dir, 3, {}).clear()
     report.write(
         run_dir,
         shapes={"images": list(images.shape)},
@@ -542,7 +544,7 @@ def main(
         versions=recipe.versions,
         recipe=recipe.model_dump(),
         profile=profiled,
-        **facts,
+        **device_facts(decoder.mesh, dtype_used),
     )
     command_line.say_times(report, main_picture, profiled)
 

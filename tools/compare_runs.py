@@ -57,6 +57,8 @@ def main(
             raise BadInputFileError(f"{folder} is no folder: name a run directory")
     a, b = read_run(run_a), read_run(run_b)
     compared = list(compare(a, b, output_dir))
+    if not compared:
+        raise BadInputFileError(f"{run_a} and {run_b} hold no run: name two run directories")
     if json:
         content = {
             "settings": settings_that_differ(a, b),
@@ -128,7 +130,10 @@ def _compare_content(
         result.tensors = tensor_differences(dir_a / result.name, dir_b / result.name)
     else:
         pictures = [read_pixels(folder / result.name) for folder in (dir_a, dir_b)]
-        if pictures[0].shape == pictures[1].shape:
+        if pictures[0].shape != pictures[1].shape:
+            heights = " and ".join(f"{p.shape[1]}×{p.shape[0]}" for p in pictures)
+            result.recipe = ", ".join(filter(None, [result.recipe, f"sizes {heights}"]))
+        else:
             result.psnr = psnr(*pictures)
             if output_dir is not None:
                 result.picture = str(save_difference(output_dir, result.name, *pictures))
@@ -173,7 +178,7 @@ def save_difference(output_dir: Path, name: str, a: np.ndarray, b: np.ndarray) -
 
     distance = np.abs(a.astype(int) - b.astype(int)) * DIFFERENCE_GAIN
     side_by_side = np.concatenate([a, b, np.minimum(distance, 255).astype(np.uint8)], axis=1)
-    path, file = output_dir / f"difference_{Path(name).stem}.png", BytesIO()
+    path, file = output_dir / f"difference_{name.replace('.', '_')}.png", BytesIO()
     Image.fromarray(side_by_side).save(file, format="PNG")
     write_bytes_whole(path, file.getvalue())
     return path
@@ -192,6 +197,9 @@ def lines_of(a: RunRecord, b: RunRecord, compared: list[Comparison]) -> Iterator
     """A comparison as lines to read."""
     yield f"A {a.run_dir}"
     yield f"B {b.run_dir}"
+    for run in (a, b):
+        if run.problem:
+            yield f"  {run.problem}"
     for name, (ours, theirs) in settings_that_differ(a, b).items():
         yield f"  setting {name}: {_brief(ours)} → {_brief(theirs)}"
     for item in compared:

@@ -25,7 +25,7 @@ from common import command_line, pictures
 from common.command_line import say
 from common.config import DEFAULT_OUTPUT_DIR
 from common.errors import BadInputFileError
-from common.report import Report
+from common.report import Report, Seconds
 from common.whole_files import write_text_whole
 from tools.run_record import MISSING, FileRecord, read_run
 from tools.sweep import Cell, Sweep, read_sweep
@@ -34,6 +34,7 @@ PAGE_FILE = "report.html"
 TEMPLATE_DIR = Path(__file__).resolve().parent / "templates"
 PAGE = "What to show"
 MOST_PIXELS = 1024  # a side of a picture in the page
+MOST_WEBP_PIXELS = 16383
 MOST_OPERATIONS = 12
 # What does not tell pictures apart, or says it twice.
 NOT_AXES = ("image_index", "prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
@@ -135,6 +136,7 @@ def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
         bars=[stage_bars(run) for run in runs],
         plots=[step_plot(run) for run in runs],
         most_operations=MOST_OPERATIONS,
+        parts=[name.replace("_", " ") for name in Seconds.model_fields],
     )
     write_text_whole(path, page)
     return path
@@ -182,8 +184,8 @@ def load_picture(path: Path, file: FileRecord, caption: str, *, whole: bool = Fa
             content = path.read_bytes()
         else:
             small = image.convert("RGB")
-            if "trajectory" not in path.name:
-                small.thumbnail((MOST_PIXELS, MOST_PIXELS))
+            most = MOST_WEBP_PIXELS if "trajectory" in path.name else MOST_PIXELS
+            small.thumbnail((most, most))
             buffer = io.BytesIO()
             small.save(buffer, format="WEBP", quality=92)
             content = buffer.getvalue()

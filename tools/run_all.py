@@ -24,7 +24,7 @@ from typer.core import TyperCommand
 
 from common import artifacts, command_line, pictures
 from common.config import DEFAULT_OUTPUT_DIR, read_generation_config
-from common.errors import BadSettingError
+from common.errors import BadSettingError, StageError
 from common.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
 from common.stopping import STOP_SIGNALS
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
@@ -78,7 +78,8 @@ def main(
         if code != 0:
             return code
     if to_stage == 3:
-        picture = picture_path(run_dir, given.get("image_format"))
+        source_dir = Path(given.get("input_dir", run_dir)) if from_stage == 3 else run_dir
+        picture = picture_path(run_dir, source_dir, given.get("image_format"))
         command_line.say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return 0
 
@@ -110,7 +111,10 @@ def run_all_cells(run_dir: Path, given: dict[str, Any], text: str) -> int:
     command_line.say(f"sweep: {len(swept.cells) - failed} of {len(swept.cells)} cells done")
     from tools import report
 
-    command_line.say(f"page: {report.write_page(run_dir / report.PAGE_FILE, [run_dir])}")
+    try:
+        command_line.say(f"page: {report.write_page(run_dir / report.PAGE_FILE, [run_dir])}")
+    except StageError as error:
+        command_line.warn(f"no page was written: {error}")
     return code
 
 
@@ -237,10 +241,10 @@ def run_stage(command: list[str], listen: Callable[[str], None] | None = None) -
     return 128 - code if code < 0 else code
 
 
-def picture_path(run_dir: Path, image_format: str | None) -> Path:
-    """The picture, or the grid of several, in a run directory."""
-    latents = artifacts.inspect(run_dir / artifacts.LATENTS_FILE).tensors["latents"]
-    chosen: Any = image_format or read_generation_config(run_dir).image_format
+def picture_path(run_dir: Path, source_dir: Path, image_format: str | None) -> Path:
+    """The picture, or the grid of several, of the latents in `source_dir`."""
+    latents = artifacts.inspect(source_dir / artifacts.LATENTS_FILE).tensors["latents"]
+    chosen: Any = image_format or read_generation_config(source_dir).image_format
     names, grid = pictures.picture_names(latents.shape[0], chosen)
     return run_dir / (grid or names[0])
 

@@ -13,6 +13,7 @@ from common.errors import StageError
 from common.report import Report, read_report
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 
+TRAJECTORY_PICTURES = (pictures.TRAJECTORY_STRIP, pictures.TRAJECTORY_ANIMATION)
 FRESH, STALE, UNKNOWN, MISSING, DAMAGED = "fresh", "stale", "unknown", "missing", "damaged"
 
 
@@ -95,13 +96,19 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
     for stage in (1, 2, 3):
         own = [file for file in files if file.stage == stage]
         expected, why_unknown = None, problem
+        trajectory = found.get(TRAJECTORY_FILE)
         if config is not None and checkpoint is not None:
             try:
-                expected = _recipe_now(stage, config, checkpoint, found, reports)
+                expected = _recipe_now(stage, config, checkpoint, found, run_dir)
             except StageError as error:
                 why_unknown = str(error)
         for file in own:
-            _judge(file, expected, why_unknown or "what it was made from is not here", upstream)
+            wanted = expected
+            if expected is not None and file.name in TRAJECTORY_PICTURES:
+                wanted = None
+                if trajectory is not None:
+                    wanted = stage3_vae_decoder.trajectory_recipe(expected, trajectory)
+            _judge(file, wanted, why_unknown or "what it was made from is not here", upstream)
         if spoiled := [file for file in own if file.state in (STALE, DAMAGED)]:
             upstream = f"{spoiled[0].name} is {spoiled[0].state}"
     return RunRecord(run_dir=run_dir, config=config, problem=problem, files=files, reports=reports)
@@ -117,7 +124,7 @@ def _recipe_now(
     config: GenerationConfig,
     checkpoint: Checkpoint,
     found: dict[str, Artifact],
-    reports: dict[int, Report],
+    run_dir: Path,
 ) -> Recipe | None:
     """The recipe that a stage would use now; None where its input is not there."""
     if stage == 1:
@@ -127,13 +134,10 @@ def _recipe_now(
         return None
     if stage == 2:
         latents = found.get(LATENTS_FILE)
-        dtype: str = config.unet_dtype
-        if dtype == "auto" and latents is not None and latents.header is not None:
-            dtype = str(latents.header.recipe.settings.get("unet_dtype", dtype))
+        path = run_dir / LATENTS_FILE if latents is None else latents.path
+        dtype = stage2_unet.expected_dtype(config.unet_dtype, path)
         return stage2_unet.make_recipe(config, checkpoint, source, dtype)
-    dtype = config.vae_dtype
-    if dtype == "auto" and stage in reports:
-        dtype = reports[stage].dtype
+    dtype = stage3_vae_decoder.expected_dtype(config.vae_dtype, run_dir)
     return stage3_vae_decoder.make_recipe(config, checkpoint, source, dtype)
 
 
@@ -163,12 +167,19 @@ def _read_pictures(run_dir: Path) -> list[FileRecord]:
         if not pictures.OUR_NAME.fullmatch(path.name):
             continue
         record = pictures.read_picture_record(path)
-        if record is None:
-            files.append(
-                FileRecord(name=path.name, stage=3, state=DAMAGED, why="it is damaged or not ours")
+        try:
+            if record is None:
+                raise ValueError
+            settings = dict(record["settings"])
+            recipe = Recipe(
+                stage=3,
+                settings=settings,
+                **{name: record[name] for name in ("inputs", "weights", "versions")},
             )
+        except (ValueError, LookupError, TypeError):
+            why = "it is damaged or not ours"
+            files.append(FileRecord(name=path.name, stage=3, state=DAMAGED, why=why))
             continue
-        settings = dict(record.get("settings", {}))
         files.append(
             FileRecord(
                 name=path.name,
@@ -177,13 +188,7 @@ def _read_pictures(run_dir: Path) -> list[FileRecord]:
                 data_sha256=str(record.get("pixels_sha256", "")),
                 settings=settings,
                 provenance={"fingerprint": record.get("fingerprint")},
-                recipe=Recipe(
-                    stage=3,
-                    settings=settings,
-                    inputs=record.get("inputs", {}),
-                    weights=record.get("weights", {}),
-                    versions=record.get("versions", {}),
-                ),
+                recipe=recipe,
             )
         )
     return files
@@ -211,8 +216,6 @@ def _judge(file: FileRecord, expected: Recipe | None, why_unknown: str, upstream
 def _picture_difference(file: FileRecord, expected: Recipe) -> str | None:
     """The difference between a picture's record and the recipe of a run's pictures."""
     assert file.recipe is not None
-    if file.name in (pictures.TRAJECTORY_STRIP, pictures.TRAJECTORY_ANIMATION):
-        expected = expected.model_copy(update={"inputs": file.recipe.inputs})
     if file.provenance["fingerprint"] == expected.fingerprint():
         return None
     # A picture names its own prompt and seed; compare what both have.

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.config import RunOptions
 from common.errors import BadInputFileError, BadSettingError
 from common.whole_files import write_text_whole
 
@@ -20,8 +21,13 @@ SWEEP_FOLDER = "sweep"
 # Settings of the whole run, which later stages take only to look elsewhere.
 OF_STAGE_1 = ("model_id", "revision", "variant", "single_file_config", "lora")
 # What cannot be swept.
-PLACES = ("output_dir", "input_dir", "config", "profile_dir", "dtype", "skip_fresh", "debug")
-MOST_NAME = 40  # characters of a value in a folder's name
+NOT_SWEPT = (
+    *("output_dir", "input_dir", "config", "profile_dir", "dtype", "repeat"),
+    *("distributed", "topology", "pictures_shape", "save_hlo", "json"),
+)
+# How stages compute: given to all that take them.
+OF_ALL_STAGES = tuple(RunOptions.model_fields)
+MOST_NAME, MOST_FOLDER = 40, 200  # bytes of a value and of a whole folder's name
 
 
 class Cell(BaseModel):
@@ -79,7 +85,7 @@ def parse_sweep(text: str, takes: Mapping[str, Sequence[int]], given: Mapping[st
                 f"--sweep: {word!r} is not understood: give FLAG=VALUE,VALUE,…, with | between "
                 "values that have commas, and spaces between flags"
             )
-        if name not in takes or name in PLACES:
+        if name not in takes or name in NOT_SWEPT:
             raise BadSettingError(f"--sweep: {name} is no flag of a stage that can be swept")
         if name in given or name in axes:
             raise BadSettingError(f"--sweep: {name} is given twice; give it in --sweep alone")
@@ -98,18 +104,23 @@ def parse_sweep(text: str, takes: Mapping[str, Sequence[int]], given: Mapping[st
 
 
 def stage_of(name: str, takes: Mapping[str, Sequence[int]]) -> int:
-    """The first stage whose output a flag changes: the last that takes it, if not the run's own."""
-    return 1 if name in OF_STAGE_1 else max(takes[name])
+    """The first stage that a flag is for: the last that takes it, if it is not for several."""
+    if name in OF_STAGE_1:
+        return 1
+    return min(takes[name]) if name in OF_ALL_STAGES else max(takes[name])
 
 
 def name_of(values: Mapping[str, str]) -> str:
     """A folder's name for some values."""
     parts = []
     for name, value in values.items():
-        plain = re.sub(r"[^\w.+-]+", "_", value)[:MOST_NAME]
+        plain = re.sub(r"[^\w.+-]+", "_", value, flags=re.ASCII)[:MOST_NAME]
         mark = "" if plain == value else f"~{sha256(value.encode()).hexdigest()[:6]}"
         parts.append(f"{name}={plain}{mark}")
-    return ",".join(parts)
+    whole = ",".join(parts)
+    if len(whole) <= MOST_FOLDER:
+        return whole
+    return f"{whole[:MOST_FOLDER]}~{sha256(whole.encode()).hexdigest()[:6]}"
 
 
 def folder_of(values: Mapping[str, str], stage: int, takes: Mapping[str, Sequence[int]]) -> str:
@@ -122,7 +133,11 @@ def stage_runs(run_dir: Path, cell: Cell, takes: Mapping[str, Sequence[int]]) ->
     """What a cell needs, each stage in the folder of the values that its output depends on."""
     source = run_dir
     for stage, folder in enumerate([*cell.sources, cell.folder], 1):
-        own = {n: v for n, v in cell.values.items() if stage_of(n, takes) == stage}
+        own = {
+            n: v
+            for n, v in cell.values.items()
+            if stage_of(n, takes) == stage or (n in OF_ALL_STAGES and stage in takes[n])
+        }
         yield StageRun(stage=stage, source=source, folder=run_dir / folder, values=own)
         source = run_dir / folder
 

@@ -108,7 +108,9 @@ def test_a_changed_scheduler_is_named_as_the_first_difference(
     ]
     error = np.mean((pictures[0] - pictures[1]) ** 2)
     assert files[name]["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
-    drawn = np.asarray(Image.open(tmp_path / "differences" / "difference_output_image_0001.png"))
+    drawn = np.asarray(
+        Image.open(tmp_path / "differences" / "difference_output_image_0001_png.png")
+    )
     assert np.array_equal(drawn[:, :128], pictures[0]) and drawn.shape == (128, 3 * 128, 3)
     largest = np.minimum(4 * np.abs(pictures[0] - pictures[1]), 255)
     assert np.array_equal(drawn[:, 256:], largest.astype(np.uint8))

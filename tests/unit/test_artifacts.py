@@ -13,6 +13,7 @@ from common import artifacts
 from common.artifacts import Recipe
 from common.errors import BadInputFileError, NotFiniteError, StageError, UnfitEnvironmentError
 from common.stopping import STOP_SIGNALS, StoppedError
+from common.whole_files import replace_whole
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -128,7 +129,7 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path)
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), artifacts.replace_whole(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), replace_whole(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -139,7 +140,7 @@ def test_a_folder_that_cannot_be_made_is_an_environment_error(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UnfitEnvironmentError, match="--output_dir"),
-        artifacts.replace_whole(tmp_path / "file" / "below") as temporary,
+        replace_whole(tmp_path / "file" / "below") as temporary,
     ):
         temporary.write_text("")
 
