@@ -13,9 +13,8 @@ setup:
 test: setup
 	$(PYTEST)
 
-# One long file is most of these, so one process is as fast as several.
 test-slow: setup
-	$(PYTHON_BIN) -m pytest -m "slow and not tpu_compiler and not gpu"
+	$(PYTEST) -m "slow and not tpu_compiler and not gpu"
 
 test-all: setup
 	$(PYTEST) -m "not tpu_compiler and not gpu"

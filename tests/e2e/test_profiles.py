@@ -122,6 +122,7 @@ def test_steps_beyond_the_run_are_an_error(run_copy: Path, stage: Run) -> None:
         assert not (run_copy / "profile").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_an_error(run_copy: Path, stage: Run) -> None:
     (run_copy / "file").write_text("")
     for number in (1, 2, 3):

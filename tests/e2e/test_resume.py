@@ -104,6 +104,7 @@ def test_progress_of_other_settings_and_damaged_progress_is_not_used(tmp_path: P
     assert same.read_steps(0) is None
 
 
+@pytest.mark.slow
 def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) -> None:
     flags = ("--num_inference_steps", 300, "--output_dir", run_copy)
     assert stage(2, *flags).returncode == 0

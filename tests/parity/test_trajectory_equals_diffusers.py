@@ -54,8 +54,9 @@ def by_diffusers(config: Any) -> dict[int, np.ndarray]:
     ("scheduler", "options", "every"),
     [
         ("euler", {}, 1),
-        ("dpmpp_2m", {}, 4),
-        ("heun", {}, 3),  # two evaluations for each step but the last
+        pytest.param("dpmpp_2m", {}, 4, marks=pytest.mark.slow),
+        # two evaluations for each step but the last
+        pytest.param("heun", {}, 3, marks=pytest.mark.slow),
         ("ddim", {"clip_sample": True}, 2),  # steps on the host
     ],
 )
