@@ -28,7 +28,6 @@ HEADER_KEY = "staged_diffusion"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
 TRAJECTORY_FILE = "stage2_trajectory.safetensors"
-TRAJECTORY_SETTING = "save_trajectory"  # in its header, beside the latents' own settings
 MAKERS = {
     EMBEDDINGS_FILE: "python stages/stage1_text_encoder.py",
     LATENTS_FILE: "python stages/stage2_unet.py",
@@ -114,6 +113,18 @@ class Artifact:
     header: Header | None
     data_sha256: str
     tensors: dict[str, TensorLayout]
+
+
+def recipe_of_trajectory(latents: Recipe, every: int) -> Recipe:
+    """All that determines a trajectory: what determines its latents, and its steps."""
+    settings = latents.settings | {"save_trajectory": every}
+    return latents.model_copy(update={"settings": settings})
+
+
+def recipe_of_its_latents(trajectory: Recipe) -> Recipe:
+    """The recipe of the latents that a trajectory ends in."""
+    settings = {k: v for k, v in trajectory.settings.items() if k != "save_trajectory"}
+    return trajectory.model_copy(update={"settings": settings})
 
 
 def _to_json(value: Any) -> str:

@@ -20,14 +20,13 @@ from common.config import (
     RunSettings,
     parse_scheduler_options,
 )
-from common.errors import BadSettingError, StageError, in_one_line
+from common.errors import OUT_OF_DEVICE_MEMORY, BadSettingError, StageError, in_one_line
 from common.profile import lines_of
 from common.report import Profile as ProfileReport
 from common.report import Repeat as RepeatReport
 from common.report import StageReport
 from common.stopping import stop_at_once_on_signals
 
-OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's own message
 LESS_MEMORY = (
     "ask for fewer pictures at once (--batch_size), a smaller size, a --mesh over more devices, or "
     "--tile in stage 3"

@@ -5,6 +5,8 @@ Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, sett
 5 the environment (disk, memory, device, lock); 130 interrupted; 143 terminated.
 """
 
+OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's own message
+
 
 def in_one_line(error: BaseException) -> str:
     """A library's message as a part of our one sentence."""

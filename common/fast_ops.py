@@ -288,17 +288,9 @@ def attention(
     if layout is not None:
         key, value = (_constrain(array, layout, None) for array in (key, value))
         query = _constrain(query, layout, layout.rows)
-    keys, head = key.shape[2], key.shape[3]
-    if keys >= FEWEST_KEYS_FOR_KERNEL:
-        if platform == "tpu":
-            return _on_each_device(partial(_pallas_attention, scale=scale), layout)(
-                query, key, value
-            )
-        fits_cudnn = head <= MOST_CUDNN_HEAD and head % 8 == 0
-        if platform == "gpu" and fits_cudnn and query.dtype in (jnp.bfloat16, jnp.float16):
-            return _on_each_device(partial(_cudnn_attention, scale=scale), layout)(
-                query, key, value
-            )
+    kernel = _kernel_for(query, key, platform)
+    if kernel is not None:
+        return _on_each_device(partial(kernel, scale=scale), layout)(query, key, value)
     scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
     return jnp.einsum("nhst,nhtd->nhsd", weights, value)
@@ -308,6 +300,19 @@ def _constrain(x: Array, layout: ActivationLayout, rows: Any) -> Array:
     """Split [N, heads, S, d]; the heads are the partitioner's to split."""
     spec = PartitionSpec(layout.batch, PartitionSpec.UNCONSTRAINED, rows, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def _kernel_for(query: Array, key: Array, platform: str) -> Callable[..., Array] | None:
+    """The platform's own kernel for attention, where it takes these arrays."""
+    keys, head = key.shape[2], key.shape[3]
+    if keys < FEWEST_KEYS_FOR_KERNEL:
+        return None
+    if platform == "tpu":
+        return _pallas_attention
+    fits_cudnn = head <= MOST_CUDNN_HEAD and head % 8 == 0
+    if platform == "gpu" and fits_cudnn and query.dtype in (jnp.bfloat16, jnp.float16):
+        return _cudnn_attention
+    return None
 
 
 def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:

@@ -38,9 +38,8 @@ class Progress:
         """
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
         self.key = hashlib.sha256(text.encode()).hexdigest()
-        self.folder = run_dir / f"stage{stage}_progress"
-        self.file = run_dir / f"stage{stage}_progress.safetensors"
-        self._saved_at = time.monotonic()
+        self.folder, self.file = progress_paths(run_dir, stage)
+        self.count_from_now()
 
     def read_group(self, index: int) -> "dict[str, torch.Tensor] | None":
         """What a finished group gave; None where it is not finished."""
@@ -58,7 +57,7 @@ class Progress:
     def save_steps(self, group: int, tensors: "dict[str, torch.Tensor]") -> None:
         """Keep the state of a group between two steps."""
         self._save(self.file, {"group": group}, tensors)
-        self._saved_at = time.monotonic()
+        self.count_from_now()
 
     def count_from_now(self) -> None:
         """Begin to count the seconds until the state is to be kept."""
@@ -67,12 +66,6 @@ class Progress:
     def is_due(self) -> bool:
         """Whether it is time to keep the state again."""
         return time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
-
-    def clear(self) -> None:
-        """Remove all progress: the output is written, or it is of other settings."""
-        remove_file(self.file)
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _group_file(self, index: int) -> Path:
         return self.folder / f"group_{index:04d}.safetensors"
@@ -100,19 +93,43 @@ class Progress:
             return None
 
 
-def progress_facts(recipe: Recipe, options: RunOptions, facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything that must be the same for a run to go on from another's progress.
+def progress_of(
+    run_dir: Path, recipe: Recipe, options: RunOptions, devices: dict[str, Any], **facts: Any
+) -> Progress | None:
+    """The progress of a stage's run; None where none is kept: it is measured, or one of several.
 
     Args:
-        facts: of the devices, as `device_facts` gives them.
+        recipe: of what the stage makes.
+        devices: as `device_facts` gives them.
+        facts: what else must be the same for a run to go on from another's progress.
     """
-    return {
-        "fingerprint": recipe.fingerprint(),
-        "batch_size": options.batch_size,
-        "operations": options.operations,
-        "save_trajectory": options.save_trajectory,
-        **{name: facts[name] for name in ("mesh", "platform", "device", "devices")},
-    }
+    if options.distributed is not None or options.why_measure() is not None:
+        return None
+    return Progress(
+        run_dir,
+        recipe.stage,
+        {
+            "fingerprint": recipe.fingerprint(),
+            "batch_size": options.batch_size,
+            "operations": options.operations,
+            "save_trajectory": options.save_trajectory,
+            **{name: devices[name] for name in ("mesh", "platform", "device", "devices")},
+            **facts,
+        },
+    )
+
+
+def progress_paths(run_dir: Path, stage: int) -> tuple[Path, Path]:
+    """The folder of a stage's finished groups, and the file of the running group's steps."""
+    return run_dir / f"stage{stage}_progress", run_dir / f"stage{stage}_progress.safetensors"
+
+
+def remove_progress(run_dir: Path, stage: int) -> None:
+    """Remove a stage's progress, whatever it is of: the output is written."""
+    folder, file = progress_paths(run_dir, stage)
+    remove_file(file)
+    if folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class GroupProgress:

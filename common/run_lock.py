@@ -38,19 +38,25 @@ class RunLock:
         self.made_folder = False
 
     @classmethod
-    def of_stage(cls, run_dir: Path, *, wait: bool) -> "RunLock":
-        """The locks of one stage."""
+    def of_stage(cls, run_dir: Path, *, wait: bool, writes: bool = True) -> "RunLock":
+        """The locks of one stage; none for a process that does not write."""
         by_parent = os.environ.get(HELD_BY_PARENT) == os.fspath(run_dir.resolve())
-        return cls(run_dir, wait=wait, names=(STAGE_LOCK,) if by_parent else (RUN_LOCK, STAGE_LOCK))
+        names = (STAGE_LOCK,) if by_parent else (RUN_LOCK, STAGE_LOCK)
+        return cls(run_dir, wait=wait, names=names if writes else ())
 
-    def acquire(self) -> None:
-        """Take the locks that are not held yet; makes the folder.
+    def acquire(self, *, make_folder: bool = True) -> None:
+        """Take the locks that are not held yet.
 
         In a folder that cannot be written there is nothing to protect, and no lock.
 
         Raises:
             UnfitEnvironmentError: another process holds one; names it.
+
+        Args:
+            make_folder: where it is not there; else there is nothing to lock yet.
         """
+        if not make_folder and not self.run_dir.is_dir():
+            return
         for name in self.names[len(self.held) :]:
             path = self.run_dir / name
             try:

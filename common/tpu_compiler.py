@@ -22,7 +22,12 @@ from common.config import (
     read_run_settings,
     resolve,
 )
-from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
+from common.errors import (
+    OUT_OF_DEVICE_MEMORY,
+    BadSettingError,
+    UnfitEnvironmentError,
+    in_one_line,
+)
 from common.sharding import name_of
 from common.tpu_estimate import CHIPS, Chip
 from common.whole_files import write_text_whole
@@ -177,7 +182,7 @@ def compile_and_say(
     try:
         compiled = lowered.compile()
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if OUT_OF_DEVICE_MEMORY not in str(error):
             raise
         raise UnfitEnvironmentError(
             f"{title} does not fit into the {chip.memory_bytes / 1e9:.0f} GB of a {chip.name} "

@@ -43,7 +43,7 @@ from common.contracts import embeddings_misfit, empty_embeddings
 from common.errors import BadInputFileError, BadSettingError
 from common.images import group_size, groups, prompt_indices
 from common.lora import fuse_into_unet, lora_settings
-from common.progress import GroupProgress, Progress, progress_facts
+from common.progress import GroupProgress, Progress, progress_of, remove_progress
 from common.report import Profile, StageReport
 from common.run_lock import RunLock
 from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
@@ -347,8 +347,9 @@ def denoise_images(
                 profiler=profiler if is_first else None,
             ):
                 group.after_a_range(denoiser)
-            own = denoiser.latents()[:real]
-            kept = np.reshape(denoiser.trajectory, (-1, *denoiser.latents().shape))[:, :real]
+            made = denoiser.latents()
+            own = made[:real]
+            kept = np.reshape(denoiser.trajectory, (-1, *made.shape))[:, :real]
             latents[chosen[:real]], trajectory[:, chosen[:real]] = own, kept
             if count > size:
                 group.keep_finished({"latents": own, "trajectory": kept})
@@ -372,18 +373,11 @@ def steps_to_keep(evaluations: int, every: int | None) -> list[int]:
     return sorted({*range(every, evaluations + 1, every), evaluations})
 
 
-def trajectory_recipe(recipe: Recipe, every: int) -> Recipe:
-    """All that determines the trajectory."""
-    return recipe.model_copy(
-        update={"settings": recipe.settings | {artifacts.TRAJECTORY_SETTING: every}}
-    )
-
-
 def why_stale(run_dir: Path, recipe: Recipe, options: RunOptions) -> str | None:
     """Say why the stage has to run, or None where all that is asked of it is there and fresh."""
     stale = artifacts.why_stale(run_dir / artifacts.LATENTS_FILE, recipe)
     if stale is None and options.save_trajectory is not None:
-        wanted = trajectory_recipe(recipe, options.save_trajectory)
+        wanted = artifacts.recipe_of_trajectory(recipe, options.save_trajectory)
         stale = artifacts.why_stale(run_dir / artifacts.TRAJECTORY_FILE, wanted)
     return stale or options.why_measure()
 
@@ -406,7 +400,7 @@ def save_outputs(
         artifacts.save_tensors(
             trajectory_file,
             {"latents": denoised.trajectory, "steps": torch.tensor(denoised.kept_after)},
-            trajectory_recipe(recipe, options.save_trajectory),
+            artifacts.recipe_of_trajectory(recipe, options.save_trajectory),
             provenance,
         )
 
@@ -519,10 +513,9 @@ def main(
     report.phase("settings")
     options = read_run_options(context.params)
     sharding.parse_mesh(options.mesh)
-    lock = RunLock.of_stage(run_dir, wait=wait)
+    lock = RunLock.of_stage(run_dir, wait=wait, writes=options.writes())
     context.call_on_close(lock.release)
-    if run_dir.is_dir() and options.writes():
-        lock.acquire()
+    lock.acquire(make_folder=False)
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "unet_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
@@ -537,8 +530,7 @@ def main(
     if skip_fresh and stale is None:
         say(f"stage 2: fresh ({path})")
         return
-    if options.writes():
-        lock.acquire()
+    lock.acquire()
     say(f"stage 2: denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
     command_line.say_why(stale if skip_fresh else None, overrides)
 
@@ -561,11 +553,10 @@ def main(
     denoiser = load_denoiser(config, checkpoint, dtype_used, options, report)
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)
     facts = device_facts(denoiser.mesh, dtype_used)
-    progress = None
-    if distributed is None and options.why_measure() is None:
-        kept = {"loops_on_device": denoiser.loops_on_device}
-        progress = Progress(run_dir, 2, progress_facts(recipe, options, facts) | kept)
-    elif options.checkpoint_every is not None:
+    progress = progress_of(
+        run_dir, recipe, options, facts, loops_on_device=denoiser.loops_on_device
+    )
+    if progress is None and options.checkpoint_every is not None:
         warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
     with finishing_first() if progress is not None else nullcontext() as stop:
         denoised = denoise_images(
@@ -594,7 +585,7 @@ def main(
             save_outputs(run_dir, denoised, recipe, options, provenance)
             if run_dir.resolve() != source_dir.resolve():
                 write_generation_config(run_dir, config)
-            Progress(run_dir, 2, {}).clear()
+            remove_progress(run_dir, 2)
         if stop is not None:
             stop.raise_if_asked(f"when {path} was written")
     report.write(

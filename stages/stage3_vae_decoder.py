@@ -42,7 +42,7 @@ from common.config import (
 from common.contracts import latents_misfit, trajectory_misfit
 from common.errors import NotFiniteError
 from common.images import group_size, groups, prompt_indices
-from common.progress import Progress, progress_facts
+from common.progress import Progress, progress_of, remove_progress
 from common.report import Profile, StageReport, read_report
 from common.run_lock import RunLock
 from common.stopping import StopRequest, finishing_first
@@ -203,9 +203,7 @@ def find_trajectory(source_dir: Path, latents: Artifact) -> Artifact | None:
     trajectory = artifacts.inspect(path)
     artifacts.refuse_misfit(trajectory, trajectory_misfit(trajectory.tensors, latents.tensors))
     if trajectory.header is not None and latents.header is not None:
-        settings = dict(trajectory.header.recipe.settings)
-        settings.pop(artifacts.TRAJECTORY_SETTING, None)
-        own = trajectory.header.recipe.model_copy(update={"settings": settings})
+        own = artifacts.recipe_of_its_latents(trajectory.header.recipe)
         if other := artifacts.difference(own, latents.header.recipe):
             warn(f"{path} is not decoded: it is of other latents ({other})")
             return None
@@ -468,10 +466,9 @@ def main(
     report.phase("settings")
     options = read_run_options(context.params)
     sharding.parse_mesh(options.mesh)
-    lock = RunLock.of_stage(run_dir, wait=wait)
+    lock = RunLock.of_stage(run_dir, wait=wait, writes=options.writes())
     context.call_on_close(lock.release)
-    if run_dir.is_dir() and options.writes():
-        lock.acquire()
+    lock.acquire(make_folder=False)
     config = read_generation_config(source_dir)
     config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
@@ -488,8 +485,7 @@ def main(
         names, grid = pictures.picture_names(count, config.image_format)
         say(f"stage 3: fresh ({run_dir / (grid or names[0])})")
         return
-    if options.writes():
-        lock.acquire()
+    lock.acquire()
     say(f"stage 3: decode {count} image(s)")
     command_line.say_why(stale if skip_fresh else None, overrides)
 
@@ -512,9 +508,7 @@ def main(
     decoder = load_decoder(tensor.shape, config, checkpoint, dtype_used, options, report, devices)
     recipe = make_recipe(config, checkpoint, latents, dtype_used)
     facts = device_facts(decoder.mesh, dtype_used)
-    progress = None
-    if distributed is None and options.why_measure() is None:
-        progress = Progress(run_dir, 3, progress_facts(recipe, options, facts))
+    progress = progress_of(run_dir, recipe, options, facts)
     several = count > group_size(count, options.batch_size, decoder.mesh.shape["data"])
     keeps = several and progress is not None
     with finishing_first() if keeps else nullcontext() as stop:
@@ -535,7 +529,7 @@ def main(
     )
     if run_dir.resolve() != source_dir.resolve():
         write_generation_config(run_dir, config)
-    Progress(run_dir, 3, {}).clear()
+    remove_progress(run_dir, 3)
     report.write(
         run_dir,
         shapes={"images": list(images.shape)},

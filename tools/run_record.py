@@ -204,10 +204,7 @@ def _judge(file: FileRecord, expected: Recipe | None, why_unknown: str, upstream
     if file.stage == 3:
         changed = _picture_difference(file, expected)
     else:
-        settings = dict(file.recipe.settings)
-        settings.pop(artifacts.TRAJECTORY_SETTING, None)
-        own = file.recipe.model_copy(update={"settings": settings})
-        changed = artifacts.difference(own, expected)
+        changed = artifacts.difference(artifacts.recipe_of_its_latents(file.recipe), expected)
     if changed is None and upstream:
         changed = upstream
     file.state, file.why = (FRESH, "") if changed is None else (STALE, changed)

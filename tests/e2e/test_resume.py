@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import RunOptions
-from common.progress import Progress
+from common.progress import Progress, remove_progress
 from common.prompts import encode_prompts
 from common.run_lock import HELD_BY_PARENT
 from common.stopping import StoppedError, StopRequest
@@ -78,7 +78,7 @@ def test_a_run_stopped_after_any_step_gives_the_same_bits(
     assert [path.name for path in (tmp_path / "stage2_progress").iterdir()].count(
         "group_0000.safetensors"
     )
-    progress.clear()
+    remove_progress(tmp_path, 2)
     assert not list(tmp_path.iterdir())
 
 
