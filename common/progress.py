@@ -49,6 +49,7 @@ class Progress:
         """Keep what a group gave, in place of its steps."""
         self._save(self._group_file(index), {"group": index}, tensors)
         remove_file(self.file)
+        self.count_from_now()
 
     def read_steps(self, group: int) -> "dict[str, torch.Tensor] | None":
         """The state of a group between two steps; None where there is none."""
@@ -113,7 +114,7 @@ def progress_of(
             "batch_size": options.batch_size,
             "operations": options.operations,
             "save_trajectory": options.save_trajectory,
-            **{name: devices[name] for name in ("mesh", "platform", "device", "devices")},
+            **{name: devices.get(name) for name in ("mesh", "platform", "device", "devices")},
             **facts,
         },
     )

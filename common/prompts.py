@@ -3,8 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from common.command_line import say
 from common.config import GenerationConfig, PromptSettings
 from common.errors import BadSettingError, in_one_line
+from common.progress import Progress
+from common.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -26,64 +29,131 @@ def has_two_encoders(pipeline: Any) -> bool:
     return pipeline.__class__.__name__ == "StableDiffusionXLPipeline"
 
 
-def encode_prompts(pipeline: Any, config: GenerationConfig) -> "dict[str, torch.Tensor]":
+def encode_prompts(
+    pipeline: Any,
+    config: GenerationConfig,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
+) -> "dict[str, torch.Tensor]":
     """Encode all prompts of a run.
+
+    Args:
+        progress: where prompts are kept until all are done, unless compel encodes them at once.
+        stop: asked after each prompt.
 
     Returns:
         prompt_embeds, negative_prompt_embeds [P, L, D], and for SDXL pooled_prompt_embeds,
         negative_pooled_prompt_embeds [P, E], all in the text encoders' dtype. L is 77, or a
         multiple of it where prompts are encoded in chunks.
+
+    Raises:
+        StoppedError: a stop was asked for; what is done is kept.
     """
     import torch
 
     with torch.no_grad():
         if config.prompt_weighting == "compel":
             return _encode_with_compel(pipeline, config)
-        return _encode_with_diffusers(pipeline, config)
+        return _encode_with_diffusers(pipeline, config, progress, stop)
 
 
-def _encode_with_diffusers(pipeline: Any, config: GenerationConfig) -> "dict[str, torch.Tensor]":
-    """One prompt at a time, so that its embeddings are the same bits in any company.
-
-    Chunks are encoded each for itself and laid one after the other; where one prompt has more
-    than another, the other is filled with empty ones. The pooled embeddings are the first chunk's.
-    Negative prompts that repeat are encoded once.
-    """
+def _encode_with_diffusers(
+    pipeline: Any, config: GenerationConfig, progress: Progress | None, stop: StopRequest | None
+) -> "dict[str, torch.Tensor]":
+    """One prompt at a time, so that its embeddings are the same bits in any company."""
     import torch
     from tqdm import tqdm
 
     if config.clip_skip is not None and not hasattr(pipeline.text_encoder, "text_model"):
         # diffusers 0.42 reads text_model.final_layer_norm, which transformers 5 has moved up.
         pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
-    names = embeddings_names(pipeline)
     chunked = [_chunks_of(prompt, pipeline, config) for prompt in config.prompts]
     length = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
-    encoded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    groups = _finished_groups(progress)
+    done = sum(len(group["prompt_embeds"]) for group in groups)
+    if done:
+        say(f"  goes on after prompt {done} of {len(chunked)}")
+    encoded: list[dict[str, torch.Tensor]] = []
     known_negatives: dict[Any, dict[str, torch.Tensor]] = {}
-    for texts in tqdm(chunked, desc="encode", unit="prompt", leave=False, disable=None):
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for k in range(length):
-            chunk = {name: _chunk(chunks, k) for name, chunks in texts.items()}
-            negative = (chunk["negative_prompt"], chunk["negative_prompt_2"])
-            arguments: dict[str, Any] = {name: _as_list(text) for name, text in chunk.items()}
-            if not has_two_encoders(pipeline):
-                del arguments["prompt_2"], arguments["negative_prompt_2"]
-            embeds = pipeline.encode_prompt(
-                **arguments,
-                device=torch.device("cpu"),
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-                clip_skip=config.clip_skip,
-                **known_negatives.get(negative, {}),
+    with tqdm(total=len(chunked), desc="encode", unit="prompt", leave=False, disable=None) as bar:
+        bar.update(done)
+        for texts in chunked[done:]:
+            encoded.append(
+                _encode_chunks(pipeline, texts, length, config.clip_skip, known_negatives)
             )
-            for name, tensor in zip(names, embeds, strict=True):
-                parts[name].append(tensor)
-            known_negatives[negative] = {
-                name: parts[name][-1] for name in names if name.startswith("negative")
-            }
-        for name, tensors in parts.items():
-            encoded[name].append(tensors[0] if "pooled" in name else torch.cat(tensors, 1))
-    return {name: torch.cat(tensors) for name, tensors in encoded.items()}
+            done += 1
+            bar.update()
+            # Once: a stop that comes from here on waits for the next prompt.
+            number = None if stop is None else stop.number
+            if progress is not None and (number is not None or progress.is_due()):
+                groups.append(_concatenate(encoded))
+                progress.save_group(done - len(encoded), groups[-1])
+                encoded = []
+            if number is not None:
+                said = f"after {done} of {len(chunked)} prompts, which are kept"
+                raise StoppedError(number, f"{said}: the same command goes on from there")
+    return _concatenate([*groups, *encoded])
+
+
+def _encode_chunks(
+    pipeline: Any,
+    texts: Chunks,
+    length: int,
+    clip_skip: int | None,
+    known_negatives: "dict[Any, dict[str, torch.Tensor]]",
+) -> "dict[str, torch.Tensor]":
+    """The embeddings of one prompt, in tensors of one row.
+
+    Chunks are encoded each for itself and laid one after the other. The pooled embeddings are the
+    first chunk's.
+
+    Args:
+        length: chunks of the longest text of the run; a shorter one is filled with empty ones.
+        known_negatives: by their texts; those that repeat are encoded once.
+    """
+    import torch
+
+    names = embeddings_names(pipeline)
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for k in range(length):
+        chunk = {name: _chunk(chunks, k) for name, chunks in texts.items()}
+        negative = (chunk["negative_prompt"], chunk["negative_prompt_2"])
+        arguments: dict[str, Any] = {name: _as_list(text) for name, text in chunk.items()}
+        if not has_two_encoders(pipeline):
+            del arguments["prompt_2"], arguments["negative_prompt_2"]
+        embeds = pipeline.encode_prompt(
+            **arguments,
+            device=torch.device("cpu"),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            clip_skip=clip_skip,
+            **known_negatives.get(negative, {}),
+        )
+        for name, tensor in zip(names, embeds, strict=True):
+            parts[name].append(tensor)
+        known_negatives[negative] = {
+            name: parts[name][-1] for name in names if name.startswith("negative")
+        }
+    return {
+        name: tensors[0] if "pooled" in name else torch.cat(tensors, 1)
+        for name, tensors in parts.items()
+    }
+
+
+def _concatenate(groups: "Sequence[dict[str, torch.Tensor]]") -> "dict[str, torch.Tensor]":
+    import torch
+
+    return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+
+
+def _finished_groups(progress: Progress | None) -> "list[dict[str, torch.Tensor]]":
+    """What an earlier run kept, each group under the index of its first prompt."""
+    groups: list[dict[str, torch.Tensor]] = []
+    done = 0
+    while progress is not None and (group := progress.read_group(done)) is not None:
+        groups.append(group)
+        done += len(group["prompt_embeds"])
+    return groups
 
 
 def _chunks_of(prompt: PromptSettings, pipeline: Any, config: GenerationConfig) -> Chunks:

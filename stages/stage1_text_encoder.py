@@ -12,6 +12,7 @@ Takes   some seconds for the demo checkpoint, under a minute for SDXL; no jax, n
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ from common.config import (
 )
 from common.errors import BadSettingError
 from common.lora import fuse_into_text_encoders, lora_settings
+from common.progress import progress_of, remove_progress
 from common.prompts import cut_prompts, encode_prompts
 from common.report import Profile, StageReport
 from common.run_lock import RunLock
+from common.stopping import finishing_first
 
 ENCODERS = ("text_encoder", "text_encoder_2")
+DEVICES: dict[str, Any] = {"platform": "cpu", "device": "cpu", "devices": 1}
 COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
 
 
@@ -217,8 +221,10 @@ def main(
     # 4. Encode
     for line in cut_prompts(pipeline, resolved):
         warn(line)
-    with report.part("run"):
-        tensors = encode_prompts(pipeline, resolved)
+    progress = progress_of(run_dir, recipe, options, DEVICES, threads=torch.get_num_threads())
+    keeps = len(resolved.prompts) > 1 and progress is not None
+    with finishing_first() if keeps else nullcontext() as stop, report.part("run"):
+        tensors = encode_prompts(pipeline, resolved, progress, stop)
     for _ in range(options.repeat):
         with report.part("repeats"):
             began = time.perf_counter()
@@ -233,14 +239,13 @@ def main(
         provenance = {**resolved.model_settings(), "device": "cpu"}
         artifacts.save_tensors(path, tensors, recipe, provenance)
         write_generation_config(run_dir, resolved)
+        remove_progress(run_dir, 1)
     report.write(
         run_dir,
         shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
         dtype=resolved.text_encoder_dtype,
         dtype_asked=resolved.text_encoder_dtype,
-        platform="cpu",
-        device="cpu",
-        devices=1,
+        **DEVICES,
         versions=recipe.versions,
         profile=profiled,
     )

@@ -82,6 +82,28 @@ def test_a_run_stopped_after_any_step_gives_the_same_bits(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("looks", "expected_stops"), [(0, 3), (1, 1)])
+def test_encoding_stopped_after_any_prompt_gives_the_same_bits(
+    ours: Ours, looks: int, expected_stops: int, tmp_path: Path
+) -> None:
+    config = make_config(DEMO, batch=3)
+    expected = encode_prompts(ours.text_pipeline, config)
+    # Left by a run of other settings, from its third prompt on.
+    Progress(tmp_path, 1, {"fingerprint": "2"}).save_group(
+        2, {name: torch.zeros_like(tensor[:1]) for name, tensor in expected.items()}
+    )
+    progress, stops, found = Progress(tmp_path, 1, {"fingerprint": "1"}), 0, None
+    while found is None:
+        try:
+            found = encode_prompts(ours.text_pipeline, config, progress, StopAfter(looks))
+        except StoppedError as error:
+            stops += 1
+            assert f"after {stops * (looks + 1)} of 3 prompts, which are kept" in str(error)
+    assert stops == expected_stops
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
 def test_progress_of_other_settings_and_damaged_progress_is_not_used(tmp_path: Path) -> None:
     progress = Progress(tmp_path, 2, {"seed": 1})
     tensors = {"latents": torch.arange(6.0)}
