@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 # and with one thread for torch, which otherwise wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup test test-slow test-all parity faults check format clean
+.PHONY: setup test test-slow test-all parity faults fuzz check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -26,6 +26,10 @@ parity: setup
 # Two hundred kills and thirty terminations; takes some 40 minutes on two cores.
 faults: setup
 	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --terminations 30
+
+# Twenty thousand damaged and hostile files, two hundred whole processes; some 40 minutes.
+fuzz: setup
+	JAX_PLATFORMS=cpu $(PYTHON_BIN) tests/fuzz/fuzz.py --cases 20000 --processes 200
 
 check: setup
 	.venv/bin/ruff format --check .

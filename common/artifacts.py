@@ -8,6 +8,7 @@ that the present settings, inputs and weights give.
 
 import hashlib
 import json
+import math
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from common.errors import BadInputFileError, NotFiniteError
+from common.errors import BadInputFileError, NotFiniteError, shorten
+from common.text_files import parse_json
 from common.whole_files import write_bytes_whole
 
 if TYPE_CHECKING:
@@ -33,9 +35,12 @@ MAKERS = {
     LATENTS_FILE: "python stages/stage2_unet.py",
     TRAJECTORY_FILE: "python stages/stage2_unet.py --save_trajectory N",
 }
-# A safetensors header is JSON of some hundred bytes a tensor; this bound keeps a forged length
-# from taking memory.
-MAX_HEADER_BYTES = 100_000_000
+# Ours hold the prompts; a forged one of this size takes less than a GB as Python's objects.
+MOST_HEADER_BYTES = 16_000_000
+BYTES_OF_DTYPE = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
+    **{"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+}
 
 
 class Recipe(BaseModel):
@@ -175,8 +180,11 @@ def make_header(recipe: Recipe, provenance: dict[str, Any], data_sha256: str) ->
 # --- reading ------------------------------------------------------------------------------------
 
 
-def inspect(path: Path) -> Artifact:
+def inspect(path: Path, *, verify: bool = True) -> Artifact:
     """Read a file's header and layout and verify its checksum, without loading torch.
+
+    Args:
+        verify: False trusts the checksum in the header; one without a header is always computed.
 
     Raises:
         BadInputFileError: the file is missing, is not whole, or its data or header is damaged.
@@ -184,7 +192,10 @@ def inspect(path: Path) -> Artifact:
     layout = _read_layout(path)
     text = layout.metadata.get(HEADER_KEY)
     header = None if text is None else Header.from_json(text, path)
-    data_sha256 = hash_file_data(path)
+    if header is not None and not verify:
+        data_sha256 = header.data_sha256
+    else:
+        data_sha256 = _hash_data(path, layout)
     if header is not None and header.data_sha256 != data_sha256:
         raise BadInputFileError(
             f"{path} is damaged: its data has the checksum {data_sha256[:12]}…, its header says "
@@ -193,9 +204,8 @@ def inspect(path: Path) -> Artifact:
     return Artifact(path=path, header=header, data_sha256=data_sha256, tensors=layout.tensors)
 
 
-def hash_file_data(path: Path) -> str:
-    """sha256 over the tensor bytes of a safetensors file in key order, without loading torch."""
-    layout = _read_layout(path)
+def _hash_data(path: Path, layout: "_Layout") -> str:
+    """sha256 over the tensor bytes of a safetensors file in key order."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for key in sorted(layout.tensors):
@@ -254,6 +264,29 @@ def refuse_misfit(artifact: Artifact, misfit: str | None) -> None:
         raise BadInputFileError(f"{artifact.path} {misfit}; {how_to_remake(artifact.path)}")
 
 
+def inputs_misfit(artifact: Artifact) -> str | None:
+    """Compare what a file says it was made from with the files that stand beside it.
+
+    Returns:
+        What is wrong, as the end of a sentence that begins with the file's name; None where all
+        agrees, or an input is not there any more.
+    """
+    made_from = artifact.header.recipe.inputs if artifact.header is not None else {}
+    for name, data_sha256 in made_from.items():
+        if name not in MAKERS:
+            return f"says that it was made from {name!r}, which no stage makes"
+        try:
+            found = inspect(artifact.path.with_name(name), verify=False)
+        except BadInputFileError:
+            continue
+        if found.data_sha256 != data_sha256:
+            return (
+                f"was made from other data (checksum {data_sha256[:12]}…) than {found.path} holds "
+                f"({found.data_sha256[:12]}…)"
+            )
+    return None
+
+
 def check_finite(tensors: "Mapping[str, torch.Tensor]", path: Path, consequence: str) -> None:
     """Raise `NotFiniteError` where a tensor holds an infinity or a not-a-number."""
     for key, tensor in tensors.items():
@@ -280,9 +313,9 @@ def _read_layout(path: Path) -> _Layout:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(length))
+            if length > min(MOST_HEADER_BYTES, size - 8):
+                raise ValueError("its header is longer than the file, or than any of ours")
+            entries = parse_json(file.read(length))
         metadata = entries.pop("__metadata__", {})
         start = 8 + length
         layout = _Layout(
@@ -299,13 +332,22 @@ def _read_layout(path: Path) -> _Layout:
         end = max((end for _, end in layout.offsets.values()), default=start)
         if end != size:
             raise ValueError(f"it has {size} bytes in place of {end}")
-        if any(not start <= begin <= end for begin, end in layout.offsets.values()):
-            raise ValueError("its tensors lie outside its data")
+        for key, (begin, end) in layout.offsets.items():
+            dtype, shape = layout.tensors[key].dtype, layout.tensors[key].shape
+            if not start <= begin <= end or min(shape, default=0) < 0:
+                raise ValueError("its tensors lie outside its data")
+            if dtype not in BYTES_OF_DTYPE:
+                raise ValueError(f"it holds {key!r} as {dtype}, which no stage reads")
+            if end - begin != math.prod(shape) * BYTES_OF_DTYPE[dtype]:
+                raise ValueError(f"it holds {end - begin} bytes for {key!r}, {dtype} of {shape}")
     except FileNotFoundError:
         maker = MAKERS.get(path.name)
         mend = f"; make it: {maker} --output_dir {path.parent}" if maker else ""
         raise BadInputFileError(f"{path} is missing{mend}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
+        struct.error,
+    ) as error:
         raise BadInputFileError(
             f"{path} is damaged or not a safetensors file ({error}); {how_to_remake(path)}"
         ) from None
@@ -315,12 +357,12 @@ def _read_layout(path: Path) -> _Layout:
 # --- freshness ----------------------------------------------------------------------------------
 
 
-def why_stale(path: Path, expected: Recipe) -> str | None:
+def why_stale(path: Path, expected: Recipe, *, verify: bool = True) -> str | None:
     """Say why a safetensors file must be made anew, or None where it is fresh."""
     if not path.exists():
         return f"{path.name} is not there"
     try:
-        header = inspect(path).header
+        header = inspect(path, verify=verify).header
     except BadInputFileError:
         return f"{path.name} is damaged"
     if header is None:
@@ -341,10 +383,14 @@ def difference(made: Recipe, expected: Recipe) -> str | None:
             if field in ("inputs", "weights"):
                 words.append(f"{key} changed" if field == "inputs" else f"weights of {key} changed")
             else:
-                words.append(f"{key} {_brief(old.get(key))} → {_brief(new.get(key))}")
+                words.append(f"{key} {' → '.join(_brief_pair(old.get(key), new.get(key)))}")
     return ", ".join(words) or "made by another format version"
 
 
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else _to_json(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+def _brief_pair(old: Any, new: Any) -> tuple[str, str]:
+    """Two values in some forty characters each, those where they begin to differ."""
+    texts = [value if isinstance(value, str) else _to_json(value) for value in (old, new)]
+    same = next((k for k, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), 0)
+    skipped = max(0, same - 15) if max(map(len, texts)) > 40 else 0
+    cut = [shorten(f"…{text[skipped:]}" if skipped else text, 40) for text in texts]
+    return cut[0], cut[1]

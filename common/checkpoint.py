@@ -5,19 +5,19 @@ Nothing heavy is imported here, so that freshness can be decided before torch is
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import hub
+from common import hub, private_cache
+from common.component_configs import COMPONENTS, config_misfit, index_misfit
 from common.config import PROJECT_DIR, ModelSettings
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
+from common.text_files import parse_json, read_text
 from common.whole_files import replace_whole
 
-CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "staged-diffusion"
 SUPPORTED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
 SUPPORTED_CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -33,7 +33,10 @@ SUPPORTED_CONDITIONS = {
     "encoder_hid_dim_type": (None,),
     "class_embed_type": (None,),
 }
+# Modules that diffusers may import for a component; the last holds its own safety checker.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+NEEDED = ("tokenizer", "text_encoder")  # of every supported pipeline
 REPLACEABLE = ("unet", "vae")
 
 
@@ -85,11 +88,23 @@ class Checkpoint:
     def check_supported(self, components: Sequence[str]) -> None:
         """Raise `BadSettingError` where a component is of a class that no stage can run."""
         pipeline, index = self.pipeline_class, self.index()
+        if missing := set(NEEDED) & set(components) - set(self.listed(NEEDED)):
+            raise BadInputFileError(
+                f"{self.folder / 'model_index.json'} lists no {min(missing)}: restore it, or "
+                "choose another checkpoint"
+            )
+        for name in self.listed(COMPONENTS):
+            library, class_name = index[name]
+            if library not in LIBRARIES:
+                raise BadSettingError(
+                    f"{self.source(name).said}: its {name} is a {class_name} of {library}; only "
+                    f"code of {', '.join(LIBRARIES)} is run, none of a checkpoint's own"
+                )
         for name in components:
             # A checkpoint with one text encoder has no second; a scheduler can be any.
             _, class_name = index.get(name) or (None, None)
             if name in self.replaced:
-                class_name = self.config(name).get("_class_name")
+                class_name = self._read_json(self._config_file(name)).get("_class_name")
             if class_name is not None and class_name not in SUPPORTED_CLASSES.get(
                 name, (class_name,)
             ):
@@ -109,7 +124,13 @@ class Checkpoint:
 
     def index(self) -> dict[str, Any]:
         """The content of `model_index.json`."""
-        return self._read_json(self.folder / "model_index.json")
+        path = self.folder / "model_index.json"
+        content = self._read_json(path)
+        if misfit := index_misfit(content):
+            raise BadInputFileError(
+                f"{path} cannot be used ({misfit}): restore it, or choose another checkpoint"
+            )
+        return content
 
     def listed(self, components: Sequence[str]) -> list[str]:
         """Those of the components that `model_index.json` lists."""
@@ -118,8 +139,17 @@ class Checkpoint:
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own config."""
+        path = self._config_file(component)
+        content = self._read_json(path)
+        if misfit := config_misfit(component, content):
+            raise BadInputFileError(
+                f"{path} cannot be used ({misfit}): restore it, or choose another checkpoint"
+            )
+        return content
+
+    def _config_file(self, component: str) -> Path:
         name = {"scheduler": "scheduler_config.json"}.get(component, "config.json")
-        return self._read_json(self.source(component).folder / name)
+        return self.source(component).folder / name
 
     @property
     def vae_scale_factor(self) -> int:
@@ -136,8 +166,10 @@ class Checkpoint:
 
         Hashes of large files are kept in the user's cache folder by path, size, time and inode.
         """
-        digest = hashlib.sha256()
-        for path in self.files_read(component):
+        digest, files = hashlib.sha256(), self.files_read(component)
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        only_file = weights[0] if len(weights) == 1 else None  # which may have any name
+        for path in files:
             if path.name in ("config.json", "scheduler_config.json"):
                 content = self._read_json(path)
                 # Where a file was saved and by which version does not change what it computes.
@@ -146,8 +178,7 @@ class Checkpoint:
                 file_hash = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
                 digest.update(f"{path.name} {file_hash.hexdigest()}\n".encode())
             else:
-                # A single file may have any name.
-                name = "weights" if path == self.source(component).file else path.name
+                name = "weights" if path == only_file else path.name
                 digest.update(f"{name} {hash_large_file(path)}\n".encode())
         return digest.hexdigest()
 
@@ -169,6 +200,11 @@ class Checkpoint:
             return [path for path in files if path.suffix in (".json", ".txt")]
         if source.file is not None:
             return [folder / "config.json", source.file]
+        if any(path.name == "adapter_config.json" for path in files):
+            raise BadInputFileError(
+                f"{folder} holds an adapter (adapter_config.json), which would be added unasked: "
+                "remove it, and name it by --lora"
+            )
         weights = [path for path in files if weights_name(variant).fullmatch(path.name)]
         if not weights and variant is not None:
             raise BadSettingError(
@@ -182,7 +218,12 @@ class Checkpoint:
                 "safe_serialization=True"
             )
         for index in (path for path in weights if ".index." in path.name):
-            shards = set(self._read_json(index).get("weight_map", {}).values())
+            weight_map = self._read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(shard, str) for shard in weight_map.values()
+            ):
+                raise BadInputFileError(f"{index} is damaged: it has no weight_map: restore it")
+            shards = set(weight_map.values())
             if missing := sorted(shards - {path.name for path in weights}):
                 raise BadInputFileError(
                     f"{folder} lacks {missing[0]}, which {index.name} names: restore it"
@@ -191,7 +232,7 @@ class Checkpoint:
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(read_text(path))
         except FileNotFoundError:
             raise BadInputFileError(
                 f"{path} is missing: name a checkpoint, or a part of one, in diffusers' layout"
@@ -284,7 +325,7 @@ def _find_folder(
         if revision is not None:
             raise BadSettingError(f"--revision is for hub ids; {model_id} is a folder")
         return folder
-    if not hub.REPOSITORY.fullmatch(model_id):
+    if folder is not None or not hub.REPOSITORY.fullmatch(model_id):
         raise BadSettingError(f"{said} is neither an existing folder nor a hub id")
 
     def is_complete(folder: Path) -> bool:
@@ -323,7 +364,7 @@ def _find_replacement(component: str, value: str, checkpoint: Checkpoint, needed
     variants = tuple(dict.fromkeys((checkpoint.variant, None)))
     folder = _find_local(value)
     if folder is None or not folder.is_dir():
-        if not hub.REPOSITORY.fullmatch(value):
+        if folder is not None or not hub.REPOSITORY.fullmatch(value):
             raise BadSettingError(
                 f"{said} is neither an existing folder or .safetensors file nor a hub id"
             )
@@ -355,7 +396,10 @@ def _is_there(checkpoint: Checkpoint, components: Callable[[], list[str]]) -> bo
 
 def _find_local(path: str) -> Path | None:
     """An existing path, from the working directory or else from the project."""
-    return next((p for p in (Path(path), PROJECT_DIR / path) if p.exists()), None)
+    try:
+        return next((p for p in (Path(path), PROJECT_DIR / path) if p.exists()), None)
+    except OSError:
+        return None  # longer than a name can be, or out of reach
 
 
 def _patterns(folder: str, variant: str | None) -> list[str]:
@@ -403,10 +447,10 @@ def hash_large_file(path: Path) -> str:
     """sha256 of a file's content, remembered as long as its size, time and inode stay."""
     status = path.stat()
     identity = [status.st_size, status.st_mtime_ns, status.st_ino]
-    memory = CACHE_DIR / "file_hashes.json"
+    memory = private_cache.folder() / "file_hashes.json"
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(parse_json(read_text(memory)))
+    except (OSError, ValueError, TypeError):
         known = {}
     key = str(path.resolve())
     entry = known.get(key)

@@ -15,12 +15,14 @@ from typer.exceptions import TyperException
 
 from common.config import (
     DEFAULT_OUTPUT_DIR,
+    FLAG_OF_SETTING,
     GenerationConfig,
     RunOptions,
     RunSettings,
     parse_scheduler_options,
 )
-from common.errors import OUT_OF_DEVICE_MEMORY, BadSettingError, StageError, in_one_line
+from common.errors import OUT_OF_DEVICE_MEMORY, BadSettingError, StageError, in_one_line, shorten
+from common.hub import OFFLINE
 from common.profile import lines_of
 from common.report import Profile as ProfileReport
 from common.report import Repeat as RepeatReport
@@ -35,7 +37,9 @@ PROMPTS, SIZES, SAMPLING = "Prompts", "Size conditions of SDXL", "Sampling"
 MODEL, FILES, RUNNING, TPU = "Model", "Files", "Running", "A TPU that is not there"
 
 
-def flag(name: str, metavar: str, group: str, text: str) -> Any:
+def flag(
+    name: str, metavar: str, group: str, text: str, callback: Callable[..., Any] | None = None
+) -> Any:
     """Declare a flag: its name, what it takes, its group in the help, its meaning in one line."""
     # The help is rich markup, in which a bracket must be escaped.
     return typer.Option(
@@ -44,7 +48,15 @@ def flag(name: str, metavar: str, group: str, text: str) -> Any:
         rich_help_panel=group,
         help=text.replace("[", r"\["),
         show_default=False,
+        callback=callback,
     )
+
+
+def _keep_offline(offline: bool) -> bool:
+    """Forbid the network to the hub's library, which reads this when it is imported."""
+    if offline:
+        os.environ[OFFLINE] = "1"
+    return offline
 
 
 def _setting(name: str, metavar: str, group: str, text: str) -> Any:
@@ -207,6 +219,13 @@ CheckpointEvery = Annotated[
     int | None,
     flag("checkpoint_every", "N", RUNNING, "Keep progress after N steps. [by time]"),
 ]
+Offline = Annotated[
+    bool,
+    flag("offline", " ", FILES, "Never use the network.", callback=_keep_offline),
+]
+NoVerify = Annotated[
+    bool, flag("no_verify", " ", RUNNING, "Trust the checksums in the files' headers.")
+]
 Wait = Annotated[bool, flag("wait", " ", RUNNING, "Wait for who uses the run directory.")]
 Repeat = Annotated[int | None, _option("repeat", "N", "Measure N further runs.")]
 Profile = Annotated[bool, flag("profile", " ", RUNNING, "Trace warm steps, and sum them up.")]
@@ -237,11 +256,11 @@ def given_settings(parameters: Mapping[str, Any], stage_dtype: str | None = None
         for name, value in parameters.items()
         if name in names and value is not None and value not in ([], ())
     }
-    for name, several in (("embedding", "embeddings"), ("lora", "loras")):
+    for setting, name in FLAG_OF_SETTING.items():
         if parameters.get(name):
-            given[several] = parameters[name]
-    if parameters.get("scheduler_option"):
-        given["scheduler_options"] = parse_scheduler_options(parameters["scheduler_option"])
+            given[setting] = parameters[name]
+    if "scheduler_options" in given:
+        given["scheduler_options"] = parse_scheduler_options(given["scheduler_options"])
     if parameters.get("no_negative_prompt"):
         if "negative_prompt" in given:
             raise BadSettingError("give either --negative_prompt or --no_negative_prompt, not both")
@@ -330,34 +349,56 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
     Args:
         called: how the user calls it; python and the script's name, if None.
     """
-    debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding does not have is no reason to end.
+        getattr(stream, "reconfigure")(errors="backslashreplace")  # noqa: B009
     stop_at_once_on_signals()
-    called = called or f"python {sys.argv[0]}"
+    keep_to_ourselves()
+    code, message = run_in_process(command, sys.argv[1:], called or f"python {sys.argv[0]}")
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def run_in_process(
+    command: TyperCommand, arguments: list[str], called: str
+) -> tuple[int, str | None]:
+    """Run a script's command. Returns the documented exit code, and the sentence of a failure."""
+    debug = "--debug" in arguments
     try:
-        code = command.main(prog_name=called, standalone_mode=False)
+        return command.main(arguments, prog_name=called, standalone_mode=False) or 0, None
     except TyperException as error:
         formatted = getattr(error, "format_message", None)
         message = str(formatted() if formatted else error)
-        _fail(f"{message.rstrip('.')} ({called} --help lists the flags)", 2)
+        return 2, f"{message.rstrip('.')} ({called} --help lists the flags)"
     except StageError as error:
         if debug:
             traceback.print_exc()
-        _fail(str(error), error.exit_code)
+        return error.exit_code, str(error)
     except MemoryError:
-        _fail(f"out of memory: {LESS_MEMORY}", 5)
+        return 5, f"out of memory: {LESS_MEMORY}"
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return (
+            5,
+            f"{shorten(named, 300)}{error.strerror or error}: choose another place, or free it",
+        )
     except Exception as error:
         if debug:
             traceback.print_exc()
         what = in_one_line(error)
         if OUT_OF_DEVICE_MEMORY in what:
-            _fail(f"out of memory on the devices ({what}): {LESS_MEMORY}", 5)
-        _fail(f"a defect of this program: {type(error).__name__}: {what} (--debug shows where)", 1)
-    _leave(code or 0)
+            return 5, f"out of memory on the devices ({what}): {LESS_MEMORY}"
+        said = f"{type(error).__name__}: {what} (--debug shows where)"
+        return 1, f"a defect of this program: {said}"
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    _leave(code)
+def keep_to_ourselves() -> None:
+    """Turn the telemetry of the libraries off; they read this when they are imported."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ[name] = "1"
 
 
 def _leave(code: int) -> NoReturn:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own warnings and bars off the terminal; call before importing them."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -49,6 +48,7 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     index = checkpoint.index()
     options: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
@@ -86,6 +86,8 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
                 use_safetensors=True,
                 variant=source.variant,
                 dtype=dtype,
+                # Named, so that no config can have another one fetched.
+                attn_implementation="sdpa",
                 output_loading_info=True,
             )
             _refuse_missing(sorted(found["missing_keys"]))

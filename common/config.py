@@ -9,35 +9,69 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from common.errors import BadInputFileError, BadSettingError
+from common.errors import BadInputFileError, BadSettingError, shorten
 from common.sampler import SCHEDULER_CLASSES, SCHEDULERS, scheduler_choice
+from common.text_files import MOST_YAML_BYTES, parse_json, parse_yaml, read_text
 from common.whole_files import write_text_whole
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 DEFAULT_OUTPUT_DIR = Path("stage_outputs")
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+# Bounds that no run comes near, so that a wrong number is refused before it takes memory.
+MOST_PIXELS = 16_384  # a side
+MOST_STEPS = 10_000
+MOST_IMAGES_PER_PROMPT = 10_000
+Pixels = Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
+
 Dtype = Literal["float32", "bfloat16"]
 DeviceDtype = Literal["auto", "float32", "bfloat16"]
 ImageFormat = Literal["png", "webp", "jpg"]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _is_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds bytes that are no UTF-8 text") from None
+    return text
+
+
+def _names_a_place(text: str) -> str:
+    if not text:
+        raise ValueError("it is empty: leave it out, or give a name")
+    if "\0" in text:
+        raise ValueError("give a name without NUL characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+Place = Annotated[Text, AfterValidator(_names_a_place)]  # a path or a hub id
 SIZE_CONDITIONS = tuple(
     f"{sign}{name}"
     for sign in ("", "negative_")
     for name in ("original_size", "crops_coords_top_left", "target_size")
 )
+# Flags that give one of several, by the settings that hold all of them.
+FLAG_OF_SETTING = {
+    "embeddings": "embedding",
+    "loras": "lora",
+    "scheduler_options": "scheduler_option",
+}
 # Each of them says how many steps there are: giving one takes the place of the others.
 STEP_SETTINGS = ("num_inference_steps", "timesteps", "sigmas")
 
@@ -47,8 +81,8 @@ class TokenFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str
-    token: str = Field(min_length=1)
+    file: Place
+    token: Text = Field(min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +101,7 @@ class LoraFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    file: str
+    file: Place
     scale: float = 1.0
 
     @model_validator(mode="before")
@@ -90,10 +124,10 @@ class PromptSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str
-    prompt_2: str | None = None
-    negative_prompt: str | None
-    negative_prompt_2: str | None = None
+    prompt: Text
+    prompt_2: Text | None = None
+    negative_prompt: Text | None
+    negative_prompt_2: Text | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
@@ -108,12 +142,12 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model_id: str = "models/demo"
-    revision: str | None = None  # of a hub id
+    model_id: Place = "models/demo"
+    revision: Place | None = None  # of a hub id
     variant: str | None = Field(default=None, pattern=r"^[\w-]+$")  # of the weights, as fp16
-    single_file_config: str | None = None  # folder or hub id with the configs of a single file
-    unet: str | None = None  # folder, hub id or file of another UNet
-    vae: str | None = None  # likewise of another VAE
+    single_file_config: Place | None = None  # folder or hub id with the configs of a single file
+    unet: Place | None = None  # folder, hub id or file of another UNet
+    vae: Place | None = None  # likewise of another VAE
 
     def model_settings(self) -> dict[str, str]:
         """Which checkpoint is read, by those of these settings that are given."""
@@ -124,22 +158,25 @@ class ModelSettings(BaseModel):
 class SamplingSettings(ModelSettings):
     """Settings that mean the same before and after they are resolved."""
 
-    num_images_per_prompt: int = Field(default=1, ge=1)
+    num_images_per_prompt: int = Field(default=1, ge=1, le=MOST_IMAGES_PER_PROMPT)
     clip_skip: int | None = Field(default=None, ge=1)
     long_prompts: Literal["cut", "chunk"] = "cut"  # over 77 tokens: cut off, or encoded in chunks
     prompt_weighting: Literal["compel"] | None = None  # the library whose syntax prompts are in
     embeddings: tuple[TokenFile, ...] = ()  # textual inversions
     loras: tuple[LoraFile, ...] = ()
     # SDXL's size conditions, (height, width) and (top, left) in pixels; None: diffusers' defaults.
-    original_size: tuple[int, int] | None = None
-    target_size: tuple[int, int] | None = None
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    negative_original_size: tuple[int, int] | None = None
-    negative_target_size: tuple[int, int] | None = None
-    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
-    num_inference_steps: int | None = Field(default=25, ge=1)  # None: by timesteps or sigmas
-    timesteps: tuple[int, ...] | None = Field(default=None, min_length=1)
-    sigmas: tuple[float, ...] | None = Field(default=None, min_length=1)
+    original_size: tuple[Pixels, Pixels] | None = None
+    target_size: tuple[Pixels, Pixels] | None = None
+    crops_coords_top_left: tuple[Pixels, Pixels] = (0, 0)
+    negative_original_size: tuple[Pixels, Pixels] | None = None
+    negative_target_size: tuple[Pixels, Pixels] | None = None
+    negative_crops_coords_top_left: tuple[Pixels, Pixels] = (0, 0)
+    # None: by timesteps or sigmas.
+    num_inference_steps: int | None = Field(default=25, ge=1, le=MOST_STEPS)
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = Field(
+        default=None, min_length=1, max_length=MOST_STEPS
+    )
+    sigmas: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=MOST_STEPS)
     guidance_scale: float = Field(default=7.5, ge=0)
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     # Shares of the model evaluations: guided from the first to before the second.
@@ -168,15 +205,19 @@ class SamplingSettings(ModelSettings):
 
     @field_validator("timesteps", "sigmas", *SIZE_CONDITIONS, mode="before")
     @classmethod
-    def _list_in_a_flag(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
+    def _list_in_a_flag(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = value.split(",") if isinstance(value, str) else value
+        is_list = isinstance(numbers, list | tuple)
+        if info.field_name in SIZE_CONDITIONS and is_list and len(numbers) != 2:
+            raise ValueError("give two numbers of pixels, as 1024,1024")
+        return numbers
 
     @field_validator("scheduler_options")
     @classmethod
     def _options_fit_into_json(cls, options: dict[str, Any]) -> dict[str, Any]:
         try:
-            json.dumps(options, allow_nan=False)
-        except (TypeError, ValueError):
+            json.dumps(options, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError):
             raise ValueError("give finite numbers, words, true, false or null") from None
         return options
 
@@ -203,13 +244,14 @@ class SamplingSettings(ModelSettings):
 class RunSettings(SamplingSettings):
     """Settings as they are asked for, in a `--config` file or by flags."""
 
-    prompt: tuple[str, ...] = ("a large red star on a blue background",)
+    prompt: tuple[Text, ...] = ("a large red star on a blue background",)
     prompts_file: Path | None = None
-    prompt_2: tuple[str, ...] | None = None  # one for all prompts, or one for each
-    negative_prompt: str | None = "blurry, low quality, distorted, deformed"
-    negative_prompt_2: str | None = None
-    height: int | None = Field(default=None, ge=8)  # None: the checkpoint's own size
-    width: int | None = Field(default=None, ge=8)
+    prompt_2: tuple[Text, ...] | None = None  # one for all prompts, or one for each
+    negative_prompt: Text | None = "blurry, low quality, distorted, deformed"
+    negative_prompt_2: Text | None = None
+    # None: the checkpoint's own size.
+    height: int | None = Field(default=None, ge=8, le=MOST_PIXELS)
+    width: int | None = Field(default=None, ge=8, le=MOST_PIXELS)
 
     @model_validator(mode="before")
     @classmethod
@@ -225,8 +267,8 @@ class GenerationConfig(SamplingSettings):
     """Every setting of a run, resolved: the content of `generation_config.json`."""
 
     prompts: tuple[PromptSettings, ...] = Field(min_length=1)
-    height: int = Field(ge=8)
-    width: int = Field(ge=8)
+    height: int = Field(ge=8, le=MOST_PIXELS)
+    width: int = Field(ge=8, le=MOST_PIXELS)
 
     def image_seeds(self) -> list[int]:
         """The seed of every image, prompt-major: the prompt's own + k, or the run's + index."""
@@ -293,7 +335,7 @@ def merge_settings(
 
 def _parse_value(text: str) -> Any:
     """A value as YAML writes it; 1e-2 is a number as well."""
-    value = yaml.safe_load(text)
+    value = parse_yaml(text)
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -313,7 +355,7 @@ def parse_scheduler_options(items: Sequence[str]) -> dict[str, Any]:
             if not equals or not key:
                 raise ValueError("no =")
             options[key.replace("-", "_")] = _parse_value(text)
-        except (ValueError, yaml.YAMLError):
+        except ValueError:
             raise BadSettingError(
                 f"--scheduler_option {item}: give key=value, such as use_karras_sigmas=true"
             ) from None
@@ -338,6 +380,7 @@ class RunOptions(BaseModel):
     profile_steps: tuple[int, int] | None = None  # None: some warm ones
     save_trajectory: int | None = Field(default=None, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)  # None: by time
+    no_verify: bool = False
 
     @field_validator("profile_steps", mode="before")
     @classmethod
@@ -466,7 +509,7 @@ def _make_prompts(settings: RunSettings) -> tuple[PromptSettings, ...]:
                 "negative_prompt": settings.negative_prompt,
                 "negative_prompt_2": settings.negative_prompt_2,
             },
-            "flags",
+            "the settings",
         )
         for prompt, second in zip(settings.prompt, seconds, strict=True)
     )
@@ -497,10 +540,10 @@ def read_prompts_file(path: Path, settings: RunSettings) -> tuple[PromptSettings
             f"give either --prompt_2 or --prompts_file, not both: {path} can hold prompt_2"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except FileNotFoundError:
         raise BadInputFileError(f"--prompts_file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInputFileError(f"--prompts_file {path} cannot be read: {error}") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
@@ -509,8 +552,8 @@ def read_prompts_file(path: Path, settings: RunSettings) -> tuple[PromptSettings
         values: Any = {"prompt": line.strip()}
         if path.suffix == ".jsonl":
             try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
+                values = parse_json(line)
+            except ValueError as error:
                 raise BadSettingError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(values, dict):
                 raise BadSettingError(f"{path}, line {number} is not a JSON object")
@@ -532,7 +575,7 @@ def read_generation_config(run_dir: Path) -> GenerationConfig:
     path = run_dir / GENERATION_CONFIG_FILE
     mend = "run stage 1 to make it: python stages/stage1_text_encoder.py"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except FileNotFoundError:
         raise BadInputFileError(f"{path} is missing; {mend} --output_dir {run_dir}") from None
     except (OSError, ValueError) as error:
@@ -547,20 +590,25 @@ def write_generation_config(run_dir: Path, config: GenerationConfig) -> None:
     """Write `generation_config.json`; the same settings leave the file untouched."""
     path = run_dir / GENERATION_CONFIG_FILE
     text = config.model_dump_json(indent=2) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_text_whole(path, text)
+    try:
+        if read_text(path) == text:
+            return
+    except (OSError, ValueError):
+        pass  # there is none, or a damaged one
+    write_text_whole(path, text)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, MOST_YAML_BYTES)
     except FileNotFoundError:
         raise BadInputFileError(f"--config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInputFileError(f"--config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise BadInputFileError(f"--config {path} is not YAML: {where}") from None
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise BadInputFileError(f"--config {path} is not YAML of plain values: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -579,10 +627,11 @@ def _validate(model: type[Model], values: Any, source: str) -> Model:
     reason = reason[0].lower() + reason[1:]
     if not name:
         raise BadSettingError(f"{source}: {reason}")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0)
         raise BadSettingError(f"{source}: unknown setting {name!r}; did you mean {near[0]!r}?")
-    what = f"--{first['loc'][0]}" if source == "flags" else f"{source}: {name}"
+    flag = FLAG_OF_SETTING.get(str(first["loc"][0]), first["loc"][0])
+    what = f"--{flag}" if source == "flags" else f"{source}: {name}"
     if first["type"] == "missing":
         raise BadSettingError(f"{what} is missing")
-    raise BadSettingError(f"{what} {first['input']!r}: {reason}")
+    raise BadSettingError(f"{what} {shorten(repr(first['input']), 60)}: {reason}")

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from common.artifacts import TensorLayout
+from pydantic import BaseModel, Field, ValidationError
+
+from common.artifacts import Artifact, TensorLayout
 from common.config import GENERATION_CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def embeddings_misfit(
         shape = tensors[name].shape
         if tensors[name].dtype not in FLOATING_POINT:
             return f"holds {name} as {tensors[name].dtype}, not as floating-point numbers"
-        if len(shape) != (2 if "pooled" in name else 3) or shape[-1] != width:
+        if len(shape) != (2 if "pooled" in name else 3) or shape[-1] != width or 0 in shape:
             return f"holds {name} of shape {shape}; the checkpoint's UNet needs a width of {width}"
         if shape[0] != prompts:
             return f"holds {shape[0]} prompts; {GENERATION_CONFIG_FILE} has {prompts}"
@@ -61,6 +63,41 @@ def empty_embeddings(prompts: int, unet: dict[str, Any]) -> "dict[str, torch.Ten
         name: torch.zeros(prompts, *(() if "pooled" in name else (77,)), width)
         for name, width in embeddings_widths(unet).items()
     }
+
+
+class _ImageSettings(BaseModel):
+    """The settings in the header of latents by which each picture is told its own."""
+
+    prompts: list[str]
+    prompts_2: list[str | None]
+    negative_prompts: list[str | None]
+    negative_prompts_2: list[str | None]
+    num_images_per_prompt: int = Field(ge=1)
+    seeds: list[int]
+
+
+def header_misfit(latents: Artifact) -> str | None:
+    """Compare the header of latents that fit the VAE with their number.
+
+    Returns what is wrong like `embeddings_misfit`.
+    """
+    if latents.header is None:
+        return None
+    if latents.header.recipe.stage != 2:
+        return f"says that stage {latents.header.recipe.stage} made it"
+    try:
+        settings = _ImageSettings.model_validate(latents.header.recipe.settings)
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        return f"has no usable {name} in its header"
+    for name in ("prompts_2", "negative_prompts", "negative_prompts_2"):
+        if len(getattr(settings, name)) != len(settings.prompts):
+            return f"has not as many {name} as prompts in its header"
+    images = len(settings.prompts) * settings.num_images_per_prompt
+    found = latents.tensors["latents"].shape[0]
+    if not images == len(settings.seeds) == found:
+        return f"holds latents of {found} images, its header names {len(settings.seeds)} seeds"
+    return None
 
 
 def latents_misfit(tensors: Mapping[str, TensorLayout], vae: dict[str, Any]) -> str | None:

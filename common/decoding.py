@@ -22,6 +22,8 @@ from common.report import Profile, StageReport
 from common.sharding import ActivationLayout, split_latents
 from common.torchax_runtime import Parameters, as_jax_function
 
+MOST_GRID_PIXELS = 16_000  # a side; WebP ends at 16 383
+
 
 def unscale_latents(latents: Array, config: dict[str, Any]) -> Array:
     """Undo the VAE's own scaling of its latents, as diffusers' SDXL pipeline does.
@@ -213,9 +215,14 @@ def shrink(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def make_grid(pictures: np.ndarray) -> np.ndarray:
-    """Lay [B, H, W, 3] pictures out row by row, as square as possible, the rest white."""
+    """Lay [B, H, W, 3] pictures out row by row, as square as possible, the rest white.
+
+    They are shrunk where the grid would be larger than the formats for pictures can hold.
+    """
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    if columns > 1 and columns * max(pictures.shape[1:3]) > MOST_GRID_PIXELS:
+        pictures = np.stack([shrink(each, MOST_GRID_PIXELS // columns) for each in pictures])
     count, height, width, channels = pictures.shape
-    columns = int(np.ceil(np.sqrt(count)))
     rows = int(np.ceil(count / columns))
     grid = np.full((rows * columns, height, width, channels), 255, np.uint8)
     grid[:count] = pictures

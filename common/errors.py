@@ -13,6 +13,11 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def shorten(text: str, length: int) -> str:
+    """A text's beginning, where it is longer than that."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 class StageError(Exception):
     """A failure to report as one sentence that names the file or flag and the mend."""
 

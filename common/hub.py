@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import UnfitEnvironmentError, in_one_line
 
+OFFLINE = "HF_HUB_OFFLINE"  # read by the hub's own library when that is imported
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_IN_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)/([^:]+\.safetensors)")
 
@@ -66,10 +67,14 @@ def find_file(repository: str, name: str, revision: str | None, said: str) -> Pa
 
 @contextmanager
 def _reaching_the_hub(said: str) -> Iterator[None]:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         yield
     except Exception as error:
+        if os.environ.get(OFFLINE) == "1":
+            raise UnfitEnvironmentError(
+                f"{said} is not on this machine, and --offline (or {OFFLINE}=1) forbids to fetch "
+                "it: name a folder, or fetch it once without"
+            ) from None
         raise UnfitEnvironmentError(
             f"{said} is not on this machine and cannot be had from the hub "
             f"({type(error).__name__}: {in_one_line(error)}): check the name and the network"

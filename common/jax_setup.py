@@ -2,16 +2,22 @@
 
 import os
 import re
+import shlex
+import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
-from common.checkpoint import CACHE_DIR
+from common import private_cache
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
 from common.report import Program, StageReport
 
+SECONDS_TO_MEET = 300.0  # as long as jax waits
+MOST_PORT = 65_535
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
@@ -61,7 +67,8 @@ def compile_program(lowered: Any, name: str, report: StageReport) -> CompiledPro
 def set_up_jax(distributed: str | None = None) -> None:
     """Turn on the persistent compile cache, readable by its owner only, and find the devices.
 
-    Every core of a CPU becomes a device of its own, unless jax's own settings say otherwise.
+    A cache that jax's own settings name is used, unless others can write to it. Every core of a CPU
+    becomes a device of its own, unless those settings say otherwise.
 
     Args:
         distributed: as `join_processes` takes it; None for a process alone.
@@ -69,13 +76,7 @@ def set_up_jax(distributed: str | None = None) -> None:
     Raises:
         UnfitEnvironmentError: jax finds no device.
     """
-    cache_dir = CACHE_DIR / "compiled"
-    try:
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    except OSError:
-        pass  # without a cache every run compiles
+    use_compile_cache()
     asked = jax.config.jax_num_cpu_devices >= 0  # type: ignore[attr-defined]
     if not asked and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", usable_cores())
@@ -83,12 +84,41 @@ def set_up_jax(distributed: str | None = None) -> None:
         join_processes(distributed)
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = in_one_line(error)
+    except (RuntimeError, AssertionError) as error:  # the latter without jax's plugin for it
+        reason = in_one_line(error) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         raise UnfitEnvironmentError(
-            f"jax finds no device ({reason}): free the device, or run on the CPU with "
-            "JAX_PLATFORMS=cpu"
+            f"jax finds no device ({reason}{_name_holder(reason)}): free the device, install jax "
+            "for it, or run on the CPU with JAX_PLATFORMS=cpu"
         ) from None
+
+
+def use_compile_cache() -> None:
+    """Turn on jax's persistent compile cache.
+
+    Raises:
+        UnfitEnvironmentError: others can write to its folder, and so give us code to run.
+    """
+    named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if named is None:
+        folder = private_cache.folder() / "compiled"
+        private_cache.make_private(folder)
+        if not folder.is_dir():
+            return  # without a cache every run compiles
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    elif Path(named).is_dir():
+        private_cache.refuse_if_others_write(Path(named))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _name_holder(message: str) -> str:
+    """The command of the process that libtpu says holds the TPU, as an addition to its message."""
+    match = re.search(r"already in use by process with pid (\d+)", message)
+    if match is None:
+        return ""
+    try:
+        return f" is {shlex.join(psutil.Process(int(match[1])).cmdline())[:200]}"
+    except (psutil.Error, OSError):
+        return ""
 
 
 def join_processes(distributed: str) -> None:
@@ -102,18 +132,21 @@ def join_processes(distributed: str) -> None:
         BadSettingError: not of that form.
         UnfitEnvironmentError: the processes do not find each other.
     """
-    match = re.fullmatch(r"(.+:\d+),([1-9]\d*),(\d+)", distributed)
-    if distributed != "auto" and (match is None or int(match[3]) >= int(match[2])):
+    match = re.fullmatch(r"(.+:(\d{1,5})),([1-9]\d{0,5}),(\d{1,6})", distributed)
+    if distributed != "auto" and (
+        match is None or int(match[2]) > MOST_PORT or int(match[4]) >= int(match[3])
+    ):
         raise BadSettingError(
             f"--distributed {distributed} is not understood: give auto on a TPU slice, else "
             "HOST:PORT,COUNT,INDEX with an index from 0"
         )
     found: dict[str, Any] = {}
     if match is not None:
+        meet_at(match[1], is_first=int(match[4]) == 0)
         found = {
             "coordinator_address": match[1],
-            "num_processes": int(match[2]),
-            "process_id": int(match[3]),
+            "num_processes": int(match[3]),
+            "process_id": int(match[4]),
         }
     try:
         jax.distributed.initialize(**found)
@@ -123,6 +156,41 @@ def join_processes(distributed: str) -> None:
             f"({in_one_line(error)}): start all of them, or name the first one's address as "
             "HOST:PORT,COUNT,INDEX"
         ) from None
+
+
+def meet_at(address: str, *, is_first: bool, patience: float = SECONDS_TO_MEET) -> None:
+    """Wait until the first process can be reached; for that one, see that its port is free.
+
+    jax itself would end this process without a word after minutes.
+
+    Args:
+        patience: seconds.
+
+    Raises:
+        UnfitEnvironmentError: the address is of no use; names it.
+    """
+    host, _, port = address.rpartition(":")
+    said = f"--distributed: {address}"
+    until = time.monotonic() + patience
+    while True:
+        try:
+            if is_first:
+                with socket.create_server(("", int(port))):
+                    return
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if is_first or not isinstance(error, ConnectionRefusedError | TimeoutError):
+                raise UnfitEnvironmentError(
+                    f"{said} cannot be used ({in_one_line(error)}): name a free port of the first "
+                    "process's host, as HOST:PORT,COUNT,INDEX"
+                ) from None
+            if time.monotonic() > until:
+                raise UnfitEnvironmentError(
+                    f"{said} does not answer: start the first process, or name its address as "
+                    "HOST:PORT,COUNT,INDEX"
+                ) from None
+        time.sleep(0.5)
 
 
 def is_first_process() -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.text_files import read_text
 from common.whole_files import write_text_whole
 
 if TYPE_CHECKING:
@@ -321,7 +322,7 @@ def report_path(output_dir: Path, stage: int) -> Path:
 def read_report(output_dir: Path, stage: int) -> Report | None:
     """A stage's last report; None where there is none that can be read."""
     try:
-        text = report_path(output_dir, stage).read_text(encoding="utf-8")
+        text = read_text(report_path(output_dir, stage))
         return Report.model_validate_json(text)
     except (OSError, ValueError, ValidationError):
         return None

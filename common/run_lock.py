@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from common.errors import UnfitEnvironmentError
+from common.text_files import parse_json, read_text
 from common.whole_files import keep_if_stopped, remove_if_stopped, remove_leftovers
 
 # The first is held by whoever runs stages, one stage or all; the second by each stage, also where
@@ -69,6 +70,10 @@ class RunLock:
                     self._refuse_or_wait(path, lock)
                 path.write_text(json.dumps(_describe_this_process()), encoding="utf-8")
             except OSError as error:
+                if self.run_dir.exists() and not self.run_dir.is_dir():
+                    raise UnfitEnvironmentError(
+                        f"--output_dir {self.run_dir} is a file: choose a folder"
+                    ) from None
                 if not os.access(self.run_dir, os.W_OK):
                     return
                 raise UnfitEnvironmentError(
@@ -114,7 +119,7 @@ def _describe_this_process() -> dict[str, Any]:
 def _describe_holder(path: Path) -> str:
     """The process that holds a lock, as it described itself."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = parse_json(read_text(path))
         return (
             f"{holder['command']} (process {holder['pid']} on {holder['host']}, since "
             f"{holder['since']})"

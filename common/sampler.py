@@ -103,7 +103,8 @@ def as_pipeline_reads_it(config: Mapping[str, Any], class_name: str) -> dict[str
 
     mended = dict(config)
     own = config["_class_name"]
-    parameters = inspect.signature(getattr(diffusers, own).__init__).parameters
+    own_class = getattr(diffusers, own, None)
+    parameters = inspect.signature(own_class.__init__).parameters if own_class is not None else ()
     for name, value in (("steps_offset", 1), ("clip_sample", False)):
         if name in config or (own == class_name and name in parameters):
             mended[name] = value

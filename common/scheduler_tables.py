@@ -62,7 +62,10 @@ def make_tables(sampler: Sampler) -> SchedulerTables:
         nonlocal drawn
         drawn += 1
         if drawn > count:
-            raise BadSettingError(f"{sampler.name} draws more noises than it has evaluations")
+            raise BadSettingError(
+                f"{sampler.name} draws more noises than it has evaluations: choose another "
+                "--scheduler"
+            )
         return _basis_vector(dimension, count + drawn).reshape(shape)
 
     rows = np.zeros((count, dimension))

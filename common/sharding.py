@@ -43,7 +43,7 @@ def parse_mesh(text: str) -> dict[str, int] | None:
         return dict(SINGLE)
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
+        match = re.fullmatch(r"(\w+)=([1-9]\d{0,5})", part.strip())
         if match is None or match[1] not in MESH_AXES or match[1] in sizes:
             raise BadSettingError(
                 f"--mesh {text} is not understood: give auto, single, or sizes such as "

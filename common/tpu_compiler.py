@@ -140,18 +140,26 @@ def _open_configs(settings: ModelSettings, components: Sequence[str]) -> Checkpo
     return checkpoint
 
 
-def pictures_shape(text: str | None, config: GenerationConfig) -> tuple[int, int, int]:
+def pictures_shape(text: str | None, config: GenerationConfig, factor: int) -> tuple[int, int, int]:
     """Number, height and width of the pictures to decode, as `N,H,W` or else by the settings.
 
+    Args:
+        factor: what height and width must be multiples of.
+
     Raises:
-        BadSettingError: not of that form.
+        BadSettingError: not of that form, or no such multiples.
     """
     if text is None:
         return len(config.image_seeds()), config.height, config.width
-    match = re.fullmatch(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,5}),([1-9]\d{0,5}),([1-9]\d{0,5})", text)
     if match is None:
         raise BadSettingError(f"--pictures_shape {text} is not understood: give N,HEIGHT,WIDTH")
     count, height, width = map(int, match.groups())
+    if height % factor or width % factor:
+        raise BadSettingError(
+            f"--pictures_shape {text}: give height and width as multiples of {factor}, which the "
+            f"checkpoint {config.model_id} needs"
+        )
     return count, height, width
 
 

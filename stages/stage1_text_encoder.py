@@ -54,11 +54,12 @@ COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
 
 def make_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> artifacts.Recipe:
     """All that determines the embeddings."""
+    loras = lora_settings(config.loras, ENCODERS)
     return artifacts.Recipe(
         stage=1,
         settings={
             **config.prompt_settings(),
-            "text_encoder_loras": lora_settings(config.loras, ENCODERS),
+            "text_encoder_loras": loras,
             "embeddings": [
                 {"token": embedding.token, "sha256": hash_large_file(find_embedding(embedding))}
                 for embedding in config.embeddings
@@ -72,7 +73,7 @@ def make_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> artifacts.R
         },
         versions=artifacts.package_versions(
             *("torch", "transformers", "diffusers", "tokenizers"),
-            *(["peft"] if config.loras else []),
+            *(["peft"] if loras else []),
             *(["compel"] if config.prompt_weighting else []),
         ),
     )
@@ -162,6 +163,7 @@ def main(
     config: command_line.ConfigFile = None,
     output_dir: command_line.OutputDir = None,
     image_format: command_line.ImageFormatFlag = None,
+    offline: command_line.Offline = False,
     wait: command_line.Wait = False,
     repeat: command_line.Repeat = None,
     profile: command_line.Profile = False,

@@ -76,12 +76,14 @@ def make_recipe(
     else:
         prompt_settings = config.prompt_settings()
     scheduler, scheduler_options = choose_scheduler(config, checkpoint)
+    loras = lora_settings(config.loras, ["unet"])
     return Recipe(
         stage=2,
         settings={
             **prompt_settings,
             **{name: getattr(config, name) for name in SAMPLING_SETTINGS},
-            "unet_loras": lora_settings(config.loras, ["unet"]),
+            "unet_loras": loras,
+            "vae_scale_factor": checkpoint.vae_scale_factor,
             **size_condition_settings(config, checkpoint),
             **{name: value for name, value in steps_of(config).items() if value is not None},
             "seeds": config.image_seeds(),
@@ -93,7 +95,7 @@ def make_recipe(
         weights={name: checkpoint.weights_fingerprint(name) for name in COMPONENTS},
         versions=artifacts.package_versions(
             *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
-            *(["peft"] if config.loras else []),
+            *(["peft"] if loras else []),
         ),
     )
 
@@ -102,7 +104,7 @@ def expected_dtype(asked: str, latents_file: Path) -> str:
     """The dtype to expect of fresh latents: `auto` stands for what it gave when they were made."""
     if asked == "auto" and latents_file.exists():
         try:
-            header = artifacts.inspect(latents_file).header
+            header = artifacts.inspect(latents_file, verify=False).header
         except BadInputFileError:
             return asked
         if header is not None and header.provenance.get("unet_dtype_asked") == "auto":
@@ -114,6 +116,8 @@ def prompts_misfit(header: Header | None, config: GenerationConfig) -> str | Non
     """Say where the embeddings were made from other prompts than the run's settings name."""
     if header is None:
         return None
+    if header.recipe.stage != 1:
+        return f"says that stage {header.recipe.stage} made it"
     made = header.recipe.settings
     for name, wanted in config.prompt_settings().items():
         if made.get(name) != wanted:
@@ -375,10 +379,11 @@ def steps_to_keep(evaluations: int, every: int | None) -> list[int]:
 
 def why_stale(run_dir: Path, recipe: Recipe, options: RunOptions) -> str | None:
     """Say why the stage has to run, or None where all that is asked of it is there and fresh."""
-    stale = artifacts.why_stale(run_dir / artifacts.LATENTS_FILE, recipe)
+    verify = not options.no_verify
+    stale = artifacts.why_stale(run_dir / artifacts.LATENTS_FILE, recipe, verify=verify)
     if stale is None and options.save_trajectory is not None:
         wanted = artifacts.recipe_of_trajectory(recipe, options.save_trajectory)
-        stale = artifacts.why_stale(run_dir / artifacts.TRAJECTORY_FILE, wanted)
+        stale = artifacts.why_stale(run_dir / artifacts.TRAJECTORY_FILE, wanted, verify=verify)
     return stale or options.why_measure()
 
 
@@ -484,6 +489,8 @@ def main(
     checkpoint_every: command_line.CheckpointEvery = None,
     operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
+    offline: command_line.Offline = False,
+    no_verify: command_line.NoVerify = False,
     wait: command_line.Wait = False,
     repeat: command_line.Repeat = None,
     profile: command_line.Profile = False,
@@ -522,7 +529,8 @@ def main(
     check_size(config, checkpoint.vae_scale_factor)
 
     # 2. The input, whole and fitting; and are the latents fresh already?
-    embeddings = artifacts.inspect(source_dir / artifacts.EMBEDDINGS_FILE)
+    embeddings_file = source_dir / artifacts.EMBEDDINGS_FILE
+    embeddings = artifacts.inspect(embeddings_file, verify=not no_verify)
     misfit = embeddings_misfit(embeddings.tensors, len(config.prompts), checkpoint.config("unet"))
     artifacts.refuse_misfit(embeddings, prompts_misfit(embeddings.header, config) or misfit)
     recipe = make_recipe(config, checkpoint, embeddings, expected_dtype(config.unet_dtype, path))

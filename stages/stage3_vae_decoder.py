@@ -34,12 +34,11 @@ from common.config import (
     GenerationConfig,
     ModelSettings,
     RunOptions,
-    check_size,
     read_generation_config,
     read_run_options,
     write_generation_config,
 )
-from common.contracts import latents_misfit, trajectory_misfit
+from common.contracts import header_misfit, latents_misfit, trajectory_misfit
 from common.errors import NotFiniteError
 from common.images import group_size, groups, prompt_indices
 from common.progress import Progress, progress_of, remove_progress
@@ -195,12 +194,12 @@ def measure(
     return decoder.profile(first, JaxProfiler(profile_folder, range(1), decoder.report))
 
 
-def find_trajectory(source_dir: Path, latents: Artifact) -> Artifact | None:
+def find_trajectory(source_dir: Path, latents: Artifact, *, verify: bool) -> Artifact | None:
     """The trajectory that belongs to the latents, where stage 2 saved one."""
     path = source_dir / artifacts.TRAJECTORY_FILE
     if not path.exists():
         return None
-    trajectory = artifacts.inspect(path)
+    trajectory = artifacts.inspect(path, verify=verify)
     artifacts.refuse_misfit(trajectory, trajectory_misfit(trajectory.tensors, latents.tensors))
     if trajectory.header is not None and latents.header is not None:
         own = artifacts.recipe_of_its_latents(trajectory.header.recipe)
@@ -308,8 +307,7 @@ def compile_for_tpu(topology: str, parameters: dict[str, Any], source_dir: Path 
     dtype = config.vae_dtype
     if dtype == "auto":
         dtype = "float32" if vae_config.get("force_upcast", True) else "bfloat16"
-    count, height, width = tpu_compiler.pictures_shape(parameters["pictures_shape"], config)
-    check_size(config.model_copy(update={"height": height, "width": width}), factor)
+    count, height, width = tpu_compiler.pictures_shape(parameters["pictures_shape"], config, factor)
     shape = (count, vae_config["latent_channels"], height // factor, width // factor)
 
     decoder = load_decoder(shape, config, checkpoint, dtype, options, StageReport(3), devices)
@@ -439,6 +437,8 @@ def main(
     warmup: command_line.Warmup = False,
     operations: command_line.Operations = None,
     distributed: command_line.Distributed = None,
+    offline: command_line.Offline = False,
+    no_verify: command_line.NoVerify = False,
     wait: command_line.Wait = False,
     repeat: command_line.Repeat = None,
     profile: command_line.Profile = False,
@@ -474,12 +474,13 @@ def main(
     checkpoint = open_checkpoint(config, COMPONENTS)
 
     # 2. The input, whole and fitting; and are the pictures fresh already?
-    latents = artifacts.inspect(source_dir / artifacts.LATENTS_FILE)
+    latents = artifacts.inspect(source_dir / artifacts.LATENTS_FILE, verify=not no_verify)
     vae_config = checkpoint.config("vae")
-    artifacts.refuse_misfit(latents, latents_misfit(latents.tensors, vae_config))
+    misfit = latents_misfit(latents.tensors, vae_config) or header_misfit(latents)
+    artifacts.refuse_misfit(latents, misfit or artifacts.inputs_misfit(latents))
     count = latents.tensors["latents"].shape[0]
     recipe = make_recipe(config, checkpoint, latents, expected_dtype(config.vae_dtype, run_dir))
-    trajectory = find_trajectory(source_dir, latents)
+    trajectory = find_trajectory(source_dir, latents, verify=not no_verify)
     stale = why_stale(run_dir, count, config, recipe, trajectory) or options.why_measure()
     if skip_fresh and stale is None:
         names, grid = pictures.picture_names(count, config.image_format)

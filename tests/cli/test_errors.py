@@ -127,6 +127,27 @@ def test_embeddings_of_other_prompts_exit_3(run_copy: Path, stage: Run) -> None:
     assert file_contents(run_copy) == before
 
 
+def test_latents_of_other_embeddings_exit_3(run_copy: Path, stage: Run) -> None:
+    """A new prompt was encoded, but not denoised: its old picture must not pass for it."""
+    assert stage(1, "--output_dir", run_copy, "--prompt", "a green ring").returncode == 0
+    before = file_contents(run_copy)
+    expect(stage(3, "--output_dir", run_copy), 3, LATENTS, EMBEDDINGS, "made from other data")
+    assert file_contents(run_copy) == before
+
+
+def test_no_verify_trusts_the_checksum_of_an_input(run_copy: Path, stage: Run) -> None:
+    flip_a_bit(run_copy / LATENTS)
+    expect(stage(3, "--output_dir", run_copy), 3, LATENTS, "checksum")
+    result = stage(3, "--output_dir", run_copy, "--no_verify")
+    assert result.returncode == 0, result.stderr
+
+
+def test_offline_forbids_to_fetch_a_checkpoint(tmp_path: Path, stage: Run) -> None:
+    result = stage(1, "--output_dir", tmp_path / "run", "--offline", "--model_id", "org/name")
+    expect(result, 5, "--model_id org/name", "--offline")
+    assert not (tmp_path / "run").exists()
+
+
 def test_files_in_each_others_place_exit_3(run_copy: Path, stage: Run) -> None:
     shutil.copy(run_copy / EMBEDDINGS, run_copy / LATENTS)
     expect(stage(3, "--output_dir", run_copy), 3, LATENTS, "lacks latents")

@@ -1,0 +1,57 @@
+"""Text, JSON and YAML that may be damaged or made to do harm."""
+
+from pathlib import Path
+
+import pytest
+
+from common.text_files import parse_json, parse_yaml, read_text
+
+
+def test_text_is_read_without_an_editors_mark(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffä\n".encode())
+    assert read_text(path) == "ä\n"
+
+
+def test_too_much_and_what_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"x" * 2_000_001)
+    with pytest.raises(ValueError, match="larger than 2 MB"):
+        read_text(path, 2_000_000)
+    with pytest.raises(ValueError, match="larger than 2 MB"):
+        read_text(Path("/dev/zero"), 2_000_000)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="utf-8"):
+        read_text(path)
+
+
+@pytest.mark.parametrize("parse", [parse_json, parse_yaml])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_deep_nesting_is_refused(parse: object, text: str) -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse(text)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [1, 2]\nb: *x",  # grows without bound where aliases hold aliases
+        "!!python/object/apply:os.system ['touch made']",
+        "!!bool x",
+        "!!timestamp x",
+        "!!int x",
+        "[",
+        "a: " + "9" * 5000,
+    ],
+)
+def test_yaml_holds_plain_values_only(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError):
+        parse_yaml(text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_yaml_is_what_it_says() -> None:
+    assert parse_yaml("a: [1, 2.5, yes]\nb: {c: null}") == {"a": [1, 2.5, True], "b": {"c": None}}
