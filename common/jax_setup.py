@@ -13,7 +13,7 @@ import jax
 import psutil
 
 from common import private_cache
-from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
+from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line, shorten
 from common.report import Program, StageReport
 
 SECONDS_TO_MEET = 300.0  # as long as jax waits
@@ -82,6 +82,15 @@ def set_up_jax(distributed: str | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", usable_cores())
     if distributed is not None:
         join_processes(distributed)
+    find_devices()
+
+
+def find_devices() -> None:
+    """Let jax start its platform.
+
+    Raises:
+        UnfitEnvironmentError: it has no device, or another process holds it; names that.
+    """
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter without jax's plugin for it
@@ -116,7 +125,8 @@ def _name_holder(message: str) -> str:
     if match is None:
         return ""
     try:
-        return f" is {shlex.join(psutil.Process(int(match[1])).cmdline())[:200]}"
+        command = shlex.join(psutil.Process(int(match[1])).cmdline())
+        return f", which runs {shorten(command, 200)}"
     except (psutil.Error, OSError):
         return ""
 

@@ -964,6 +964,30 @@ def test_a_platform_that_is_not_there(
 
 
 @pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(
+            f"ABORTED: The TPU is already in use by process with pid {os.getpid()}. Not "
+            "attempting to load libtpu.so in this process."),
+         [f"with pid {os.getpid()}", "which runs", "pytest", "free the device"]),
+        (RuntimeError("The TPU is already in use by process with pid 4194305."), ["pid 4194305."]),
+        (AssertionError(), ["JAX_PLATFORMS=cpu", "install jax for it"]),
+    ],
+)  # fmt: skip
+def test_a_device_that_is_taken_or_not_supported(
+    error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libtpu's own message, which names the holder; jax's for a platform without its plugin."""
+
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(jax, "devices", refuse)
+    with refusal(UnfitEnvironmentError, "jax finds no device", *words):
+        jax_setup.find_devices()
+
+
+@pytest.mark.parametrize(
     "error",
     [
         ValueError("coordinator_address should be defined."),

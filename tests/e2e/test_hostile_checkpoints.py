@@ -625,9 +625,9 @@ def test_a_library_of_the_checkpoints_own_is_not_imported(tmp_path: Path, layout
     result = watch.stage(1, "--output_dir", tmp_path / "run", *model, cwd=checkpoint)
     watch.check_nothing_ran()
     watch.check_no_network()
-    assert result.returncode in (0, 2, 3), result.stderr
-    if result.returncode:
-        expect(result, result.returncode)
+    expect(
+        result, 2, "text_encoder is a CLIPTextModel of evil_module", "none of a checkpoint's own"
+    )
 
 
 @pytest.mark.slow
@@ -655,7 +655,7 @@ def test_an_attention_kernel_of_the_hub_is_not_fetched(tmp_path: Path) -> None:
     result = watch.stage(1, "--output_dir", tmp_path / "run", "--model_id", checkpoint)
     watch.check_nothing_ran()
     watch.check_no_network()
-    expect(result, 3, "text_encoder")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
@@ -672,5 +672,4 @@ def test_an_adapter_of_pickles_is_not_opened(tmp_path: Path) -> None:
     watch.check_nothing_ran()
     watch.check_no_network()
     assert not opened & set(planted)
-    if result.returncode:
-        expect(result, 3, "adapter")
+    expect(result, 3, "adapter_config.json", "--lora")
