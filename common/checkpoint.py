@@ -135,7 +135,7 @@ class Checkpoint:
     def listed(self, components: Sequence[str]) -> list[str]:
         """Those of the components that `model_index.json` lists."""
         index = self.index()
-        return [name for name in components if index.get(name, [None])[0] is not None]
+        return [name for name in components if (index.get(name) or [None])[0] is not None]
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own config."""

@@ -88,10 +88,13 @@ def config_misfit(component: str, config: dict[str, Any]) -> str | None:
 
 def index_misfit(index: dict[str, Any]) -> str | None:
     """What is wrong in a `model_index.json`, which gives each component's library and class."""
-    for name, value in index.items():
-        is_pair = isinstance(value, list) and len(value) == 2
-        if name in COMPONENTS and not (
-            is_pair and all(part is None or isinstance(part, str) for part in value)
+    for name in COMPONENTS:
+        value = index.get(name)
+        if value in (None, [None, None]) or (  # the checkpoint leaves it out
+            isinstance(value, list)
+            and len(value) == 2
+            and all(isinstance(part, str) for part in value)
         ):
-            return f'{name}: give a library and a class, as ["diffusers", "AutoencoderKL"]'
+            continue
+        return f'{name}: give a library and a class, as ["diffusers", "AutoencoderKL"]'
     return None

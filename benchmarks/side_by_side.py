@@ -1,0 +1,492 @@
+"""Ours beside what people use now: same weights, prompts, seeds, scheduler, steps and size.
+
+    python benchmarks/side_by_side.py --load demo --batch 1
+    python benchmarks/side_by_side.py --load mid --dtype bfloat16
+
+Each peer is a process of its own, which loads and warms up and then runs when it is told to, so
+that the runs of all are interleaved while the others wait. The denoising loop, from the embeddings
+to the latents, and decoding, from the latents to 8-bit pictures, are timed apart. Prints medians,
+their ratio to diffusers in PyTorch's eager mode, the difference from its results, and memory.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Annotated, Any
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT_DIR))
+
+import numpy as np
+import psutil
+import typer
+from pydantic import BaseModel
+from tqdm import tqdm
+
+from common.components import quiet_libraries
+
+REFERENCE = "diffusers eager"
+GUIDANCE_SCALE = 7.5
+PROMPT = "a large red star on a blue background"
+NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed"
+
+
+class Workload(BaseModel):
+    """What every peer computes."""
+
+    folder: Path  # holds embeddings.safetensors, and each peer's results
+    checkpoint: Path
+    batch: int
+    steps: int
+    size: int  # pixels a side
+    dtype: str  # of the UNet; the VAE decodes in float32, as its config asks
+
+    @property
+    def seeds(self) -> list[int]:
+        """One for each picture."""
+        return list(range(self.batch))
+
+    def embeddings(self) -> dict[str, Any]:
+        """Stage 1's tensors, [1, L, D] and [1, E], in the UNet's dtype."""
+        import torch
+        from safetensors.torch import load_file
+
+        tensors = load_file(self.folder / "embeddings.safetensors")
+        return {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in tensors.items()}
+
+
+class Peer(ABC):
+    """A way of denoising and decoding; its models are loaded when it is made."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+
+    @abstractmethod
+    def denoise(self) -> Any:
+        """The latents, [B, C, h, w]."""
+
+    @abstractmethod
+    def decode(self, latents: Any) -> np.ndarray:
+        """The pictures of latents, [B, H, W, 3] uint8."""
+
+    def to_numpy(self, latents: Any) -> np.ndarray:
+        """Latents as float32 on the host."""
+        return np.asarray(latents.float().numpy())
+
+
+class Diffusers(Peer):
+    """diffusers' own pipeline in PyTorch."""
+
+    compiled = False
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        import torch
+
+        self.pipeline = load_pipeline(workload)
+        if self.compiled:
+            self.pipeline.unet = torch.compile(self.pipeline.unet)
+            self.pipeline.vae.decode = torch.compile(self.pipeline.vae.decode)
+
+    def denoise(self) -> Any:
+        import torch
+
+        work = self.workload
+        embeddings = {
+            name: tensor.expand(work.batch, *tensor.shape[1:])
+            for name, tensor in work.embeddings().items()
+        }
+        return self.pipeline(
+            **embeddings,
+            num_inference_steps=work.steps,
+            guidance_scale=GUIDANCE_SCALE,
+            height=work.size,
+            width=work.size,
+            generator=[torch.Generator().manual_seed(seed) for seed in work.seeds],
+            output_type="latent",
+        ).images
+
+    def decode(self, latents: Any) -> np.ndarray:
+        import torch
+
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            images = vae.decode(latents.float() / vae.config.scaling_factor, return_dict=False)[0]
+        return to_pixels(self.pipeline, images)
+
+
+class CompiledDiffusers(Diffusers):
+    """The same with `torch.compile` on the UNet and on the VAE's decoding."""
+
+    compiled = True
+
+
+class TorchaxPerStep(Peer):
+    """diffusers' UNet under `torchax.compile`; the scheduler steps eagerly on the device."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        from common.torchax_runtime import torchax  # importable only after its stand-ins
+
+        self.pipeline = load_pipeline(workload)
+        self.env = torchax.default_env()
+        with self.env:
+            self.unet = torchax.compile(self.pipeline.unet.to("jax"))
+            self.vae = torchax.compile(
+                self.pipeline.vae.to("jax"),
+                torchax.CompileOptions(methods_to_compile=["decode"]),
+            )
+
+    def denoise(self) -> Any:
+        import torch
+        from diffusers.utils.torch_utils import randn_tensor
+
+        work, scheduler = self.workload, self.pipeline.scheduler
+        embeddings = work.embeddings()
+        channels = self.pipeline.unet.config.in_channels
+        generators = [torch.Generator().manual_seed(seed) for seed in work.seeds]
+        factor = self.pipeline.vae_scale_factor
+        shape = (1, channels, work.size // factor, work.size // factor)
+        noise = [randn_tensor(shape, g, dtype=getattr(torch, work.dtype)) for g in generators]
+
+        def both(name: str) -> Any:
+            halves = [embeddings[f"negative_{name}"], embeddings[name]]
+            return torch.cat([half.expand(work.batch, *half.shape[1:]) for half in halves])
+
+        scheduler.set_timesteps(work.steps)
+        latents = torch.cat(noise) * scheduler.init_noise_sigma
+        size = (work.size, work.size)
+        time_ids = torch.tensor([[*size, 0, 0, *size]]).to(latents.dtype)
+        with self.env, torch.no_grad():
+            prompt_embeds = both("prompt_embeds").to("jax")
+            added = {
+                "text_embeds": both("pooled_prompt_embeds").to("jax"),
+                "time_ids": time_ids.expand(2 * work.batch, 6).contiguous().to("jax"),
+            }
+            latents = latents.to("jax")
+            for timestep in scheduler.timesteps:
+                doubled = torch.cat([latents] * 2)
+                scaled = scheduler.scale_model_input(doubled, timestep)
+                output = self.unet(
+                    scaled,
+                    timestep.to("jax"),
+                    encoder_hidden_states=prompt_embeds,
+                    added_cond_kwargs=added,
+                    return_dict=False,
+                )[0]
+                negative, positive = output.chunk(2)
+                guided = negative + GUIDANCE_SCALE * (positive - negative)
+                latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+            return latents.cpu()
+
+    def decode(self, latents: Any) -> np.ndarray:
+        import torch
+
+        with self.env, torch.no_grad():
+            scaled = (latents.float() / self.pipeline.vae.config.scaling_factor).to("jax")
+            images = self.vae.decode(scaled, return_dict=False)[0].cpu()
+        return to_pixels(self.pipeline, images)
+
+
+class Ours(Peer):
+    """Stages 2 and 3."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        from common import jax_setup
+        from common.checkpoint import open_checkpoint
+        from common.config import GenerationConfig, RunOptions
+        from common.devices import Devices
+        from common.report import StageReport
+        from stages import stage2_unet, stage3_vae_decoder
+
+        jax_setup.set_up_jax()
+        self.stage2, self.stage3 = stage2_unet, stage3_vae_decoder
+        self.config = GenerationConfig.model_validate(
+            {
+                "model_id": str(workload.checkpoint),
+                "prompts": [{"prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT}],
+                "num_images_per_prompt": workload.batch,
+                "num_inference_steps": workload.steps,
+                "guidance_scale": GUIDANCE_SCALE,
+                "seed": 0,
+                "height": workload.size,
+                "width": workload.size,
+            }
+        )
+        self.checkpoint = open_checkpoint(self.config, ("unet", "scheduler", "vae"))
+        self.options = RunOptions(batch_size=workload.batch)
+        self.denoiser = stage2_unet.load_denoiser(
+            self.config, self.checkpoint, workload.dtype, self.options, StageReport(2)
+        )
+        channels = self.checkpoint.config("unet")["in_channels"]
+        side = workload.size // self.checkpoint.vae_scale_factor
+        self.decoder = stage3_vae_decoder.load_decoder(
+            (workload.batch, channels, side, side),
+            self.config,
+            self.checkpoint,
+            "float32",
+            self.options,
+            StageReport(3),
+            Devices.present(),
+        )
+
+    def denoise(self) -> Any:
+        embeddings = self.workload.embeddings()
+        return self.stage2.denoise_images(
+            self.config, self.checkpoint, embeddings, self.denoiser, self.options
+        ).latents
+
+    def decode(self, latents: Any) -> np.ndarray:
+        return self.stage3.decode_groups(self.decoder, latents.numpy(), self.options, bar=False)
+
+
+PEERS: dict[str, type[Peer]] = {
+    REFERENCE: Diffusers,
+    "diffusers torch.compile": CompiledDiffusers,
+    "torchax per step": TorchaxPerStep,
+    "ours, jax": Ours,
+}
+
+
+def load_pipeline(workload: Workload) -> Any:
+    """diffusers' pipeline without its text encoders, the VAE in float32."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        workload.checkpoint,
+        torch_dtype=getattr(torch, workload.dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        add_watermarker=False,
+        **without,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.to(torch.float32)
+    return pipeline
+
+
+def to_pixels(pipeline: Any, images: Any) -> np.ndarray:
+    """What a VAE gave, [B, 3, H, W], as pictures [B, H, W, 3] uint8, by diffusers."""
+    pictures = pipeline.image_processor.postprocess(images, output_type="np")
+    return (pictures * 255).round().astype(np.uint8)
+
+
+# --- the workloads -------------------------------------------------------------------------------
+
+
+def make_demo(folder: Path, batch: int, steps: int | None) -> Workload:
+    """The embedded checkpoint and a prompt of its own."""
+    import torch
+    from safetensors.torch import save_file
+
+    from common.checkpoint import open_checkpoint
+    from common.components import load_text_pipeline
+    from common.config import RunSettings, resolve
+    from common.prompts import encode_prompts
+    from stages.stage1_text_encoder import COMPONENTS
+
+    settings = RunSettings(prompt=(PROMPT,), negative_prompt=NEGATIVE_PROMPT)
+    checkpoint = open_checkpoint(settings, COMPONENTS)
+    config = resolve(settings, native_size=checkpoint.native_size, size_factor=8)
+    tensors = encode_prompts(load_text_pipeline(checkpoint, torch.float32), config)
+    save_file(tensors, folder / "embeddings.safetensors")
+    return Workload(
+        folder=folder,
+        checkpoint=checkpoint.folder,
+        batch=batch,
+        steps=steps or 20,
+        size=checkpoint.native_size,
+        dtype="float32",
+    )
+
+
+def make_mid(folder: Path, batch: int, steps: int | None) -> Workload:
+    """A UNet of SDXL's shape with about 250 million random weights, and SDXL's VAE likewise."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    sdxl, checkpoint = PROJECT_DIR / "models" / "sdxl_base", folder / "checkpoint"
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(sdxl / "unet"),
+        sample_size=64,
+        block_out_channels=(128, 256, 512),
+        attention_head_dim=(2, 4, 8),
+        cross_attention_dim=768,
+    )
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(sdxl / "vae"))
+    unet.save_pretrained(checkpoint / "unet")
+    vae.save_pretrained(checkpoint / "vae")
+    EulerDiscreteScheduler.from_config(
+        EulerDiscreteScheduler.load_config(sdxl / "scheduler")
+    ).save_pretrained(checkpoint / "scheduler")
+    index = json.loads((sdxl / "model_index.json").read_text())
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    print(f"UNet of {sum(p.numel() for p in unet.parameters()) / 1e6:.0f} M weights", flush=True)
+    widths = {"prompt_embeds": (1, 77, 768), "pooled_prompt_embeds": (1, 1280)}
+    tensors = {
+        f"{sign}{name}": torch.randn(shape)
+        for name, shape in widths.items()
+        for sign in ("", "negative_")
+    }
+    save_file(tensors, folder / "embeddings.safetensors")
+    return Workload(
+        folder=folder,
+        checkpoint=checkpoint,
+        batch=batch,
+        steps=steps or 4,
+        size=512,
+        dtype="float32",
+    )
+
+
+LOADS = {"demo": make_demo, "mid": make_mid}
+
+
+# --- one peer's process --------------------------------------------------------------------------
+
+
+def work(name: str, folder: Path) -> None:
+    """Load a peer, then answer each line with a run and its seconds, as JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print is no answer
+    quiet_libraries()
+    workload = Workload.model_validate_json((folder / "workload.json").read_text())
+    peer = PEERS[name](workload)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        latents = peer.denoise()
+        denoised = time.perf_counter()
+        pictures = peer.decode(latents)
+        decoded = time.perf_counter()
+        if line.strip() == "keep":
+            np.savez(result_file(folder, name), latents=peer.to_numpy(latents), pictures=pictures)
+        answer = {
+            "denoise": denoised - began,
+            "decode": decoded - denoised,
+            "memory": psutil.Process().memory_info().rss,
+        }
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def result_file(folder: Path, name: str) -> Path:
+    """What a peer made in its first run."""
+    return folder / f"{name}.npz"
+
+
+class Worker:
+    """A peer's process, seen from the one that compares."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", name, "--folder", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, request: str = "run") -> dict[str, float]:
+        """Let it run once. Returns its seconds and its memory in bytes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(request, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+        return dict(json.loads(answer))
+
+    def end(self) -> None:
+        """Let the process go."""
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(folder: Path, name: str) -> tuple[float, int]:
+    """The relative difference of a peer's latents, and the greatest of its pictures' values."""
+    own, reference = (np.load(result_file(folder, each)) for each in (name, REFERENCE))
+    difference = np.linalg.norm(own["latents"] - reference["latents"])
+    pictures = np.abs(own["pictures"].astype(int) - reference["pictures"].astype(int))
+    return float(difference / np.linalg.norm(reference["latents"])), int(pictures.max())
+
+
+def main(
+    load: Annotated[str, typer.Option("--load", help=f"{', '.join(LOADS)}.")] = "demo",
+    batch: Annotated[int, typer.Option("--batch", help="Pictures at once.", min=1)] = 1,
+    steps: Annotated[
+        int | None, typer.Option("--num_inference_steps", help="Steps. [20; mid: 4]", min=1)
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the UNet.")] = "float32",
+    repeat: Annotated[int, typer.Option("--repeat", help="Timed runs of each.", min=1)] = 7,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peer", help=f"{', '.join(PEERS)}. [all]")
+    ] = None,
+    worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", hidden=True)] = None,
+) -> None:
+    """Print the table of one load."""
+    if worker is not None and folder is not None:
+        work(worker, folder)
+        return
+    names = [REFERENCE, *(name for name in peer or PEERS if name != REFERENCE)]
+    for name, known in (*((name, PEERS) for name in names), (load, LOADS)):
+        if name not in known:
+            raise typer.BadParameter(f"{name} is none of: {', '.join(known)}")
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        workload = LOADS[load](folder, batch, steps).model_copy(update={"dtype": dtype})
+        (folder / "workload.json").write_text(workload.model_dump_json())
+        workers = [Worker(name, folder) for name in names]
+        try:
+            print(table(workers, workload, load, repeat))
+        finally:
+            for each in workers:
+                each.end()
+
+
+def table(workers: list[Worker], workload: Workload, load: str, repeat: int) -> str:
+    """Run all, and say what was measured, as Markdown."""
+    for each in tqdm(workers, desc="compile and warm up"):
+        each.run("keep")
+        each.run()
+    runs: dict[str, list[dict[str, float]]] = {each.name: [] for each in workers}
+    for _ in tqdm(range(repeat), desc="rounds"):
+        for each in workers:
+            runs[each.name].append(each.run())
+
+    def median(name: str, part: str) -> float:
+        return statistics.median(run[part] for run in runs[name])
+
+    lines = [
+        f"{load}, batch {workload.batch}, {workload.steps} steps, {workload.size}², "
+        f"{workload.dtype}, {os.cpu_count()} cores, medians of {repeat} interleaved runs:",
+        "",
+        "| | denoising | ratio | decoding | ratio | memory | latents differ | pictures differ |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in runs:
+        cells = [name]
+        for part in ("denoise", "decode"):
+            seconds = [run[part] for run in runs[name]]
+            ratio = median(name, part) / median(REFERENCE, part)
+            spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+            cells += [f"{median(name, part):.3f} s ({spread})", f"{ratio:.2f}"]
+        latents, pictures = compare(workload.folder, name)
+        memory = max(run["memory"] for run in runs[name]) / 1e9
+        cells += [f"{memory:.2f} GB", f"{latents:.1e}", f"{pictures}/255"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
