@@ -969,7 +969,7 @@ def test_a_platform_that_is_not_there(
         (RuntimeError(
             f"ABORTED: The TPU is already in use by process with pid {os.getpid()}. Not "
             "attempting to load libtpu.so in this process."),
-         [f"with pid {os.getpid()}", "which runs", "pytest", "free the device"]),
+         [f"with pid {os.getpid()}", "which runs", Path(sys.executable).name, "free the device"]),
         (RuntimeError("The TPU is already in use by process with pid 4194305."), ["pid 4194305."]),
         (AssertionError(), ["JAX_PLATFORMS=cpu", "install jax for it"]),
     ],

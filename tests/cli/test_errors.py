@@ -135,6 +135,7 @@ def test_latents_of_other_embeddings_exit_3(run_copy: Path, stage: Run) -> None:
     assert file_contents(run_copy) == before
 
 
+@pytest.mark.slow
 def test_no_verify_trusts_the_checksum_of_an_input(run_copy: Path, stage: Run) -> None:
     flip_a_bit(run_copy / LATENTS)
     expect(stage(3, "--output_dir", run_copy), 3, LATENTS, "checksum")

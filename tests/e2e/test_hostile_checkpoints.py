@@ -27,6 +27,7 @@ from common.checkpoint import Checkpoint
 from tests.cli.test_errors import expect
 from tests.conftest import DEMO, STAGES, run_script
 
+pytestmark = pytest.mark.slow
 COMPONENTS = {path.name: path for path in DEMO.iterdir() if path.is_dir()}
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
@@ -531,7 +532,7 @@ PICKLED = {
     [
         "text_encoder",
         "lora",
-        *(pytest.param(what, marks=pytest.mark.slow) for what in list(PICKLED)[2:]),
+        *(pytest.param(what) for what in list(PICKLED)[2:]),
     ],
 )
 def test_a_pickle_under_the_name_of_safetensors_is_refused(
@@ -558,7 +559,6 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(
     expect(result, 3, Path(name).parent.name or name)
 
 
-@pytest.mark.slow
 def test_a_variant_beside_pickles_runs_without_them(tmp_path: Path) -> None:
     """The weights are fp16's safetensors; all that is under the plain names is pickles."""
     watch = Watch(tmp_path / "watched")
@@ -610,7 +610,7 @@ def test_a_class_of_the_checkpoints_own_is_refused(
     expect(result, 2, word)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("folder", marks=pytest.mark.slow), "single file"])
+@pytest.mark.parametrize("layout", ["folder", "single file"])
 def test_a_library_of_the_checkpoints_own_is_not_imported(tmp_path: Path, layout: str) -> None:
     """The class's name is a known one; the library that is to hold it is not."""
     watch = Watch(tmp_path / "watched")
@@ -630,7 +630,6 @@ def test_a_library_of_the_checkpoints_own_is_not_imported(tmp_path: Path, layout
     )
 
 
-@pytest.mark.slow
 def test_a_scheduler_of_the_checkpoints_own_is_refused(hostile: HostileRun, tmp_path: Path) -> None:
     watch = Watch(tmp_path / "watched")
     checkpoint = copy_demo(watch.root / "checkpoint")
@@ -645,7 +644,6 @@ def test_a_scheduler_of_the_checkpoints_own_is_refused(hostile: HostileRun, tmp_
     expect(result, 2, "EvilClass")
 
 
-@pytest.mark.slow
 def test_an_attention_kernel_of_the_hub_is_not_fetched(tmp_path: Path) -> None:
     """transformers would download and run one that a config names."""
     watch = Watch(tmp_path / "watched")
@@ -658,7 +656,6 @@ def test_an_attention_kernel_of_the_hub_is_not_fetched(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
 def test_an_adapter_of_pickles_is_not_opened(tmp_path: Path) -> None:
     """transformers reads an adapter that stands in a text encoder's folder."""
     watch = Watch(tmp_path / "watched")

@@ -18,6 +18,7 @@ from tests.fuzz.fuzz import (
     what_is_wrong,
 )
 
+pytestmark = pytest.mark.slow
 REGRESSIONS = sorted((Path(__file__).parent / "regressions").iterdir())
 
 

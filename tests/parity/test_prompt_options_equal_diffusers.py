@@ -182,6 +182,7 @@ def test_a_bad_embedding_file_is_one_sentence(
         load_embedding(pipeline, TokenFile(file=str(file), token=token))
 
 
+@pytest.mark.slow
 def test_embeddings_computed_elsewhere(
     sdxl: tuple[Path, Any, Ours], tmp_path: Path, stage: Run
 ) -> None:

@@ -43,7 +43,9 @@ def test_pictures_no_larger_than_a_tile_are_decoded_whole() -> None:
     assert ours.programs.compiled + ours.programs.from_cache == 1
 
 
-@pytest.mark.parametrize(("size", "stale"), [(128, False), (160, True)])
+@pytest.mark.parametrize(
+    ("size", "stale"), [pytest.param(128, False, marks=pytest.mark.slow), (160, True)]
+)
 def test_tiling_is_a_setting_of_large_pictures(
     size: int, stale: bool, stage: Run, run_all: Run, tmp_path: Path
 ) -> None:
