@@ -136,11 +136,14 @@ class TorchaxPerStep(Peer):
 
         self.pipeline = load_pipeline(workload)
         self.env = torchax.default_env()
+        static = {"static_argnames": ("return_dict",)}
         with self.env:
-            self.unet = torchax.compile(self.pipeline.unet.to("jax"))
+            self.unet = torchax.compile(
+                self.pipeline.unet.to("jax"), torchax.CompileOptions(jax_jit_kwargs=static)
+            )
             self.vae = torchax.compile(
                 self.pipeline.vae.to("jax"),
-                torchax.CompileOptions(methods_to_compile=["decode"]),
+                torchax.CompileOptions(methods_to_compile=["decode"], jax_jit_kwargs=static),
             )
 
     def denoise(self) -> Any:
