@@ -21,7 +21,14 @@ from common.config import (
     RunSettings,
     parse_scheduler_options,
 )
-from common.errors import OUT_OF_DEVICE_MEMORY, BadSettingError, StageError, in_one_line, shorten
+from common.errors import (
+    OUT_OF_DEVICE_MEMORY,
+    BadSettingError,
+    StageError,
+    in_one_line,
+    shorten,
+    without_controls,
+)
 from common.hub import OFFLINE
 from common.profile import lines_of
 from common.report import Profile as ProfileReport
@@ -374,7 +381,7 @@ def run_in_process(
     except StageError as error:
         if debug:
             traceback.print_exc()
-        return error.exit_code, str(error)
+        return error.exit_code, without_controls(str(error))
     except MemoryError:
         return 5, f"out of memory: {LESS_MEMORY}"
     except OSError as error:

@@ -37,7 +37,7 @@ class _UNetConfig(_Config):
 class _VaeConfig(_Config):
     block_out_channels: Channels
     latent_channels: Count
-    sample_size: Count | list[Count] = 32
+    sample_size: Count | Annotated[list[Count], Field(min_length=1)] = 32
     force_upcast: bool = True
     scaling_factor: Number = 0.18215
     latents_mean: list[Number] | None = None
@@ -88,6 +88,8 @@ def config_misfit(component: str, config: dict[str, Any]) -> str | None:
 
 def index_misfit(index: dict[str, Any]) -> str | None:
     """What is wrong in a `model_index.json`, which gives each component's library and class."""
+    if index.get("force_zeros_for_empty_prompt") not in (None, True, False):
+        return "force_zeros_for_empty_prompt: give true or false"
     for name in COMPONENTS:
         value = index.get(name)
         if value in (None, [None, None]) or (  # the checkpoint leaves it out

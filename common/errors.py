@@ -18,6 +18,11 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
+def without_controls(text: str) -> str:
+    """A message in which a file's own text can neither break the line nor steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class StageError(Exception):
     """A failure to report as one sentence that names the file or flag and the mend."""
 

@@ -51,6 +51,7 @@ from common.errors import (
     NotFiniteError,
     StageError,
     UnfitEnvironmentError,
+    without_controls,
 )
 from common.jax_profiler import JaxProfiler
 from common.progress import Progress
@@ -1011,6 +1012,10 @@ def test_processes_that_do_not_find_each_other(
         "HOST:PORT,COUNT,INDEX",
     ):
         jax_setup.join_processes(place)
+
+
+def test_a_files_own_text_cannot_break_the_line_or_steer_the_terminal() -> None:
+    assert without_controls("a\nb\x1b[2Jc → é") == r"a\nb\x1b[2Jc → é"
 
 
 def free_port() -> int:
