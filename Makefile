@@ -27,7 +27,7 @@ parity: setup
 faults: setup
 	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --terminations 30
 
-# Twenty thousand damaged and hostile files, two hundred whole processes; some 40 minutes.
+# Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup
 	JAX_PLATFORMS=cpu $(PYTHON_BIN) tests/fuzz/fuzz.py --cases 20000 --processes 200
 
