@@ -371,35 +371,36 @@ def run_in_process(
     command: TyperCommand, arguments: list[str], called: str
 ) -> tuple[int, str | None]:
     """Run a script's command. Returns the documented exit code, and the sentence of a failure."""
-    debug = "--debug" in arguments
     try:
         return command.main(arguments, prog_name=called, standalone_mode=False) or 0, None
-    except TyperException as error:
+    except Exception as error:
+        if "--debug" in arguments and not isinstance(error, TyperException | MemoryError):
+            traceback.print_exc()
+        code, message = _explain(error, called)
+        return code, without_controls(message)
+
+
+def _explain(error: Exception, called: str) -> tuple[int, str]:
+    """The exit code and the sentence for what ended a script."""
+    what = in_one_line(error)
+    if isinstance(error, TyperException):
         formatted = getattr(error, "format_message", None)
         message = str(formatted() if formatted else error)
         return 2, f"{message.rstrip('.')} ({called} --help lists the flags)"
-    except StageError as error:
-        if debug:
-            traceback.print_exc()
-        return error.exit_code, without_controls(str(error))
-    except MemoryError:
+    if isinstance(error, StageError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
         return 5, f"out of memory: {LESS_MEMORY}"
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
+    if isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename is not None else ""
         return (
             5,
             f"{shorten(named, 300)}{error.strerror or error}: choose another place, or free it",
         )
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        what = in_one_line(error)
-        if OUT_OF_DEVICE_MEMORY in what:
-            return 5, f"out of memory on the devices ({what}): {LESS_MEMORY}"
-        said = f"{type(error).__name__}: {what} (--debug shows where)"
-        return 1, f"a defect of this program: {said}"
+    if OUT_OF_DEVICE_MEMORY in what:
+        return 5, f"out of memory on the devices ({what}): {LESS_MEMORY}"
+    said = f"{type(error).__name__}: {what} (--debug shows where)"
+    return 1, f"a defect of this program: {said}"
 
 
 def keep_to_ourselves() -> None:

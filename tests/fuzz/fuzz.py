@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
+from unittest.mock import patch
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
@@ -35,7 +36,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from common import command_line, components, config
+from common import command_line, config
 from common.artifacts import EMBEDDINGS_FILE, HEADER_KEY, LATENTS_FILE, TRAJECTORY_FILE, Recipe
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 
@@ -337,20 +338,12 @@ def _stop_before_models(*_: object, **__: object) -> NoReturn:
 @contextlib.contextmanager
 def models_out_of_reach() -> Iterator[None]:
     """Let every stage end where it would load models."""
-    replaced: list[tuple[Any, str]] = [
-        (stage1_text_encoder, "load_text_pipeline"),
-        (stage2_unet, "load_denoiser"),
-        (stage3_vae_decoder, "load_decoder"),
-        (components, "load_model"),
-    ]
-    before = [getattr(module, name) for module, name in replaced]
-    for module, name in replaced:
-        setattr(module, name, _stop_before_models)
-    try:
+    with (
+        patch.object(stage1_text_encoder, "load_text_pipeline", _stop_before_models),
+        patch.object(stage2_unet, "load_denoiser", _stop_before_models),
+        patch.object(stage3_vae_decoder, "load_decoder", _stop_before_models),
+    ):
         yield
-    finally:
-        for (module, name), value in zip(replaced, before, strict=True):
-            setattr(module, name, value)
 
 
 def _too_late(_: int, __: FrameType | None) -> NoReturn:
