@@ -3,9 +3,10 @@ PYTHON_BIN := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 # Some processes at once, each with whole files of tests, so that a file's models are loaded once,
 # and with one thread for torch, which otherwise wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 \
+    --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup test test-slow test-all parity faults fuzz check format clean
+.PHONY: setup test test-slow test-all parity faults fuzz bench check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -30,6 +31,14 @@ faults: setup
 # Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup
 	JAX_PLATFORMS=cpu $(PYTHON_BIN) tests/fuzz/fuzz.py --cases 20000 --processes 200
+
+# The tables of docs/performance.md, some 30 minutes on two cores with nothing else running.
+bench: setup
+	$(PYTHON_BIN) benchmarks/side_by_side.py --load demo --batch 1
+	$(PYTHON_BIN) benchmarks/side_by_side.py --load demo --batch 8
+	$(PYTHON_BIN) benchmarks/side_by_side.py --load mid
+	$(PYTHON_BIN) benchmarks/side_by_side.py --load mid --dtype bfloat16
+	$(PYTHON_BIN) benchmarks/cold_start.py
 
 check: setup
 	.venv/bin/ruff format --check .

@@ -62,11 +62,11 @@ def main(
     configs = {name: base.model_copy(update=changes) for name, changes in WAYS.items()}
     pipeline = load_text_pipeline(checkpoint, torch.float32)
     embeddings = encode_prompts(pipeline, base)
-    dtype = jax_setup.choose_dtype("auto")
+    dtype = "float32" if jax_setup.platform() == "cpu" else "bfloat16"
     meshes = {name: RunOptions(batch_size=batch, mesh=name) for name in mesh or ["auto"]}
     report = StageReport(2)
     denoisers = {
-        name: stage2_unet.load_denoiser(base, checkpoint, dtype, options, report)
+        name: stage2_unet.load_denoiser("jax", base, checkpoint, dtype, options, report)
         for name, options in meshes.items()
     }
 

@@ -3,20 +3,22 @@
     python benchmarks/side_by_side.py --load demo --batch 1
     python benchmarks/side_by_side.py --load mid --dtype bfloat16
 
-Each peer is a process of its own, which loads and warms up and then runs when it is told to, so
-that the runs of all are interleaved while the others wait. The denoising loop, from the embeddings
-to the latents, and decoding, from the latents to 8-bit pictures, are timed apart. Prints medians,
-their ratio to diffusers in PyTorch's eager mode, the difference from its results, and memory.
+Each peer is a process of its own, which loads and warms up and then runs when it is asked to, so
+that the runs of all are interleaved while the others wait. The denoising loop alone, all from the
+embeddings to the latents (with tables, noise and transfers), and decoding, from the latents to
+8-bit pictures, are timed apart. Prints medians, their ratio to diffusers in PyTorch's eager mode,
+the difference from its results, and memory.
 """
 
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +26,17 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
 import numpy as np
-import psutil
 import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests
 from common.components import quiet_libraries
+from common.profile import lines_of
+from common.report import peak_memory
 
 REFERENCE = "diffusers eager"
+PARTS = {"loop": "denoising loop", "latents": "with preparation", "pictures": "decoding"}
 GUIDANCE_SCALE = 7.5
 PROMPT = "a large red star on a blue background"
 NEGATIVE_PROMPT = "blurry, low quality, distorted, deformed"
@@ -46,6 +51,7 @@ class Workload(BaseModel):
     steps: int
     size: int  # pixels a side
     dtype: str  # of the UNet; the VAE decodes in float32, as its config asks
+    decodes: bool  # whether decoding is measured as well
 
     @property
     def seeds(self) -> list[int]:
@@ -66,14 +72,19 @@ class Peer(ABC):
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
+        self.clock = LoopClock()
 
     @abstractmethod
     def denoise(self) -> Any:
-        """The latents, [B, C, h, w]."""
+        """The latents, [B, C, h, w]; the loop by the clock."""
 
     @abstractmethod
     def decode(self, latents: Any) -> np.ndarray:
         """The pictures of latents, [B, H, W, 3] uint8."""
+
+    def flops(self) -> float | None:
+        """Of all steps; None where they are not counted."""
+        return None
 
     def to_numpy(self, latents: Any) -> np.ndarray:
         """Latents as float32 on the host."""
@@ -90,6 +101,7 @@ class Diffusers(Peer):
         import torch
 
         self.pipeline = load_pipeline(workload)
+        self.clock.watch(self.pipeline)
         if self.compiled:
             self.pipeline.unet = torch.compile(self.pipeline.unet)
             self.pipeline.vae.decode = torch.compile(self.pipeline.vae.decode)
@@ -150,7 +162,8 @@ class TorchaxPerStep(Peer):
         import torch
         from diffusers.utils.torch_utils import randn_tensor
 
-        work, scheduler = self.workload, self.pipeline.scheduler
+        work = self.workload
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         embeddings = work.embeddings()
         channels = self.pipeline.unet.config.in_channels
         generators = [torch.Generator().manual_seed(seed) for seed in work.seeds]
@@ -173,20 +186,25 @@ class TorchaxPerStep(Peer):
                 "time_ids": time_ids.expand(2 * work.batch, 6).contiguous().to("jax"),
             }
             latents = latents.to("jax")
-            for timestep in scheduler.timesteps:
-                doubled = torch.cat([latents] * 2)
-                scaled = scheduler.scale_model_input(doubled, timestep)
-                output = self.unet(
-                    scaled,
-                    timestep.to("jax"),
-                    encoder_hidden_states=prompt_embeds,
-                    added_cond_kwargs=added,
-                    return_dict=False,
-                )[0]
-                negative, positive = output.chunk(2)
-                guided = negative + GUIDANCE_SCALE * (positive - negative)
-                latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
-            return latents.cpu()
+            for name, value in vars(scheduler).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(scheduler, name, value.to("jax"))
+            with self.clock.running():
+                for timestep in scheduler.timesteps:
+                    doubled = torch.cat([latents] * 2)
+                    scaled = scheduler.scale_model_input(doubled, timestep)
+                    output = self.unet(
+                        scaled.to(getattr(torch, work.dtype)),
+                        timestep,
+                        encoder_hidden_states=prompt_embeds,
+                        added_cond_kwargs=added,
+                        return_dict=False,
+                    )[0]
+                    negative, positive = output.chunk(2)
+                    guided = negative + GUIDANCE_SCALE * (positive - negative)
+                    latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+                made = latents.cpu()
+            return made
 
     def decode(self, latents: Any) -> np.ndarray:
         import torch
@@ -200,16 +218,18 @@ class TorchaxPerStep(Peer):
 class Ours(Peer):
     """Stages 2 and 3."""
 
+    backend = "jax"
+
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        from common import jax_setup
+        from common.backends import start_backend
         from common.checkpoint import open_checkpoint
         from common.config import GenerationConfig, RunOptions
-        from common.devices import Devices
         from common.report import StageReport
         from stages import stage2_unet, stage3_vae_decoder
 
-        jax_setup.set_up_jax()
+        self.options = RunOptions(batch_size=workload.batch, backend=self.backend)
+        start_backend(self.options, torch_on_cpus=False)
         self.stage2, self.stage3 = stage2_unet, stage3_vae_decoder
         self.config = GenerationConfig.model_validate(
             {
@@ -224,30 +244,54 @@ class Ours(Peer):
             }
         )
         self.checkpoint = open_checkpoint(self.config, ("unet", "scheduler", "vae"))
-        self.options = RunOptions(batch_size=workload.batch)
         self.denoiser = stage2_unet.load_denoiser(
-            self.config, self.checkpoint, workload.dtype, self.options, StageReport(2)
+            self.backend, self.config, self.checkpoint, workload.dtype, self.options, StageReport(2)
         )
+        self.run_untimed = self.denoiser.run
+        self.denoiser.run = self.run  # type: ignore[method-assign]
         channels = self.checkpoint.config("unet")["in_channels"]
         side = workload.size // self.checkpoint.vae_scale_factor
         self.decoder = stage3_vae_decoder.load_decoder(
+            self.backend,
             (workload.batch, channels, side, side),
             self.config,
             self.checkpoint,
             "float32",
             self.options,
             StageReport(3),
-            Devices.present(),
         )
 
+    def run(self, **options: Any) -> Iterator[int]:
+        """All steps, with the clock running."""
+        with self.clock.running():
+            yield from self.run_untimed(**options)
+
     def denoise(self) -> Any:
+        return self.denoise_images().latents
+
+    def denoise_images(self, profile_folder: Path | None = None) -> Any:
+        """All that stage 2 computes; with a profile of some steps, whose trace a folder gets."""
         embeddings = self.workload.embeddings()
         return self.stage2.denoise_images(
-            self.config, self.checkpoint, embeddings, self.denoiser, self.options
-        ).latents
+            self.config,
+            self.checkpoint,
+            embeddings,
+            self.denoiser,
+            self.options,
+            profile_folder=profile_folder,
+        )
+
+    def flops(self) -> float | None:
+        return self.denoiser.flops(True) * self.workload.steps or None
 
     def decode(self, latents: Any) -> np.ndarray:
         return self.stage3.decode_groups(self.decoder, latents.numpy(), self.options, bar=False)
+
+
+class OursInTorch(Ours):
+    """The same with `--backend torch`, which `auto` picks on CPUs."""
+
+    backend = "torch"
 
 
 PEERS: dict[str, type[Peer]] = {
@@ -255,6 +299,7 @@ PEERS: dict[str, type[Peer]] = {
     "diffusers torch.compile": CompiledDiffusers,
     "torchax per step": TorchaxPerStep,
     "ours, jax": Ours,
+    "ours, torch": OursInTorch,
 }
 
 
@@ -272,7 +317,6 @@ def load_pipeline(workload: Workload) -> Any:
         add_watermarker=False,
         **without,
     )
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(torch.float32)
     return pipeline
 
@@ -309,6 +353,7 @@ def make_demo(folder: Path, batch: int, steps: int | None) -> Workload:
         steps=steps or 20,
         size=checkpoint.native_size,
         dtype="float32",
+        decodes=True,
     )
 
 
@@ -323,8 +368,8 @@ def make_mid(folder: Path, batch: int, steps: int | None) -> Workload:
     unet = UNet2DConditionModel.from_config(
         UNet2DConditionModel.load_config(sdxl / "unet"),
         sample_size=64,
-        block_out_channels=(128, 256, 512),
-        attention_head_dim=(2, 4, 8),
+        block_out_channels=(128, 256, 384),
+        attention_head_dim=(2, 4, 6),
         cross_attention_dim=768,
     )
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(sdxl / "vae"))
@@ -350,6 +395,7 @@ def make_mid(folder: Path, batch: int, steps: int | None) -> Workload:
         steps=steps or 4,
         size=512,
         dtype="float32",
+        decodes=False,
     )
 
 
@@ -360,26 +406,28 @@ LOADS = {"demo": make_demo, "mid": make_mid}
 
 
 def work(name: str, folder: Path) -> None:
-    """Load a peer, then answer each line with a run and its seconds, as JSON."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
-    quiet_libraries()
-    workload = Workload.model_validate_json((folder / "workload.json").read_text())
-    peer = PEERS[name](workload)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        latents = peer.denoise()
-        denoised = time.perf_counter()
-        pictures = peer.decode(latents)
-        decoded = time.perf_counter()
-        if line.strip() == "keep":
-            np.savez(result_file(folder, name), latents=peer.to_numpy(latents), pictures=pictures)
-        answer = {
-            "denoise": denoised - began,
-            "decode": decoded - denoised,
-            "memory": psutil.Process().memory_info().rss,
-        }
-        print(json.dumps(answer), file=answers, flush=True)
+    """Load a peer, then answer each request with a run's seconds and the memory."""
+
+    def make() -> Any:
+        quiet_libraries()
+        peer = PEERS[name](Workload.model_validate_json((folder / "workload.json").read_text()))
+
+        def answer(keep: bool = False) -> dict[str, Any]:
+            began = time.perf_counter()
+            latents = peer.denoise()
+            seconds = {"loop": peer.clock.seconds, "latents": time.perf_counter() - began}
+            made = {"latents": peer.to_numpy(latents)}
+            if peer.workload.decodes:
+                began = time.perf_counter()
+                made["pictures"] = peer.decode(latents)
+                seconds["pictures"] = time.perf_counter() - began
+            if keep:
+                np.savez(result_file(folder, name), **made)
+            return {**seconds, "memory": peak_memory(), "flops": peer.flops()}
+
+        return answer
+
+    answer_requests(make)
 
 
 def result_file(folder: Path, name: str) -> Path:
@@ -387,39 +435,15 @@ def result_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.npz"
 
 
-class Worker:
-    """A peer's process, seen from the one that compares."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--folder", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, request: str = "run") -> dict[str, float]:
-        """Let it run once. Returns its seconds and its memory in bytes."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(request, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
-        return dict(json.loads(answer))
-
-    def end(self) -> None:
-        """Let the process go."""
-        self.process.kill()
-        self.process.wait()
-
-
-def compare(folder: Path, name: str) -> tuple[float, int]:
+def compare(folder: Path, name: str) -> dict[str, str]:
     """The relative difference of a peer's latents, and the greatest of its pictures' values."""
     own, reference = (np.load(result_file(folder, each)) for each in (name, REFERENCE))
     difference = np.linalg.norm(own["latents"] - reference["latents"])
-    pictures = np.abs(own["pictures"].astype(int) - reference["pictures"].astype(int))
-    return float(difference / np.linalg.norm(reference["latents"])), int(pictures.max())
+    found = {"latents differ": f"{difference / np.linalg.norm(reference['latents']):.1e}"}
+    if "pictures" in own:
+        pictures = np.abs(own["pictures"].astype(int) - reference["pictures"].astype(int))
+        found["pictures differ"] = f"{pictures.max()}/255"
+    return found
 
 
 def main(
@@ -433,6 +457,9 @@ def main(
     peer: Annotated[
         list[str] | None, typer.Option("--peer", help=f"{', '.join(PEERS)}. [all]")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Profile ours, jax, in place of the table.")
+    ] = False,
     worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
     folder: Annotated[Path | None, typer.Option("--folder", hidden=True)] = None,
 ) -> None:
@@ -449,46 +476,69 @@ def main(
         folder = Path(temporary)
         workload = LOADS[load](folder, batch, steps).model_copy(update={"dtype": dtype})
         (folder / "workload.json").write_text(workload.model_dump_json())
-        workers = [Worker(name, folder) for name in names]
-        try:
+        if profile:
+            peer_to_profile = Ours(workload)
+            peer_to_profile.denoise()  # compiles
+            print("\n".join(lines_of(peer_to_profile.denoise_images(folder).profile)))
+            return
+        with ExitStack() as open_workers:
+            workers = [
+                open_workers.enter_context(PeerProcess(__file__, name, folder)) for name in names
+            ]
             print(table(workers, workload, load, repeat))
-        finally:
-            for each in workers:
-                each.end()
 
 
-def table(workers: list[Worker], workload: Workload, load: str, repeat: int) -> str:
+def flops_per_second() -> float:
+    """What this machine computes at best, or near it: products of large float32 matrices."""
+    import torch
+
+    matrix = torch.randn(2048, 2048)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
+
+
+def table(workers: list[PeerProcess], workload: Workload, load: str, repeat: int) -> str:
     """Run all, and say what was measured, as Markdown."""
     for each in tqdm(workers, desc="compile and warm up"):
-        each.run("keep")
-        each.run()
+        each.ask(keep=True)
+        each.ask()
     runs: dict[str, list[dict[str, float]]] = {each.name: [] for each in workers}
     for _ in tqdm(range(repeat), desc="rounds"):
         for each in workers:
-            runs[each.name].append(each.run())
+            runs[each.name].append(each.ask())
 
     def median(name: str, part: str) -> float:
         return statistics.median(run[part] for run in runs[name])
 
-    lines = [
+    print(
         f"{load}, batch {workload.batch}, {workload.steps} steps, {workload.size}², "
-        f"{workload.dtype}, {os.cpu_count()} cores, medians of {repeat} interleaved runs:",
-        "",
-        "| | denoising | ratio | decoding | ratio | memory | latents differ | pictures differ |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"{workload.dtype}, {os.cpu_count()} cores, medians of {repeat} interleaved runs:\n"
+    )
+    rows = []
     for name in runs:
-        cells = [name]
-        for part in ("denoise", "decode"):
+        cells = {"": name}
+        for part, title in PARTS.items():
+            if part not in runs[name][0]:
+                continue
             seconds = [run[part] for run in runs[name]]
-            ratio = median(name, part) / median(REFERENCE, part)
             spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-            cells += [f"{median(name, part):.3f} s ({spread})", f"{ratio:.2f}"]
-        latents, pictures = compare(workload.folder, name)
-        memory = max(run["memory"] for run in runs[name]) / 1e9
-        cells += [f"{memory:.2f} GB", f"{latents:.1e}", f"{pictures}/255"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells[title] = f"{median(name, part):.3f} s ({spread})"
+            cells[f"{title}, ratio"] = f"{median(name, part) / median(REFERENCE, part):.2f}"
+        cells["memory"] = f"{max(run['memory'] for run in runs[name]) / 1e9:.2f} GB"
+        rows.append(cells | compare(workload.folder, name))
+    rates = [
+        f"{name} computes {runs[name][0]['flops'] / median(name, 'loop') / 1e9:.0f}"
+        for name in runs
+        if runs[name][0]["flops"]
+    ]
+    product = f"a product of 2048² matrices in PyTorch {flops_per_second() / 1e9:.0f}"
+    print(f"GFLOP/s in the loop: {', '.join([*rates, product])}.\n")
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(cells.values()) for cells in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

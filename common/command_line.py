@@ -202,6 +202,7 @@ ImageFormatFlag = Annotated[
 Tile = Annotated[bool | None, flag("tile", " ", MODEL, "Decode large pictures in tiles.")]
 
 # Running
+Backend = Annotated[str | None, _option("backend", "NAME", "jax, torch (on the CPU), or auto.")]
 Mesh = Annotated[str | None, _option("mesh", "AXES", "single, or cfg=2,rows=4 ….")]
 BatchSize = Annotated[int | None, _option("batch_size", "N", "Most pictures computed at once.")]
 StepsPerCall = Annotated[

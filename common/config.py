@@ -367,6 +367,7 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    backend: Literal["auto", "jax", "torch"] = "auto"
     mesh: str = "auto"
     batch_size: int = Field(default=8, ge=1)
     steps_per_call: int | None = Field(default=None, ge=1)  # None: 1 on CPU, else all

@@ -1,53 +1,38 @@
-"""The compiled decoding programs: latents to 8-bit pictures, whole or in tiles."""
+"""Decoding latents to 8-bit pictures, whole or in tiles.
+
+`jax_decoding` is the compiled program, `torch_decoding` the same module in PyTorch.
+"""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-from jax import Array
-from jax.sharding import Mesh
 from PIL import Image
 
-from common.devices import Devices, fetch
-from common.fast_ops import finish, products_for, replacements
-from common.jax_profiler import JaxProfiler
-from common.jax_setup import CompiledProgram, compile_program
+from common.profile import Profiler
 from common.report import Profile, StageReport
-from common.sharding import ActivationLayout, split_latents
-from common.torchax_runtime import Parameters, as_jax_function
 
 MOST_GRID_PIXELS = 16_000  # a side; WebP ends at 16 383
 
 
-def unscale_latents(latents: Array, config: dict[str, Any]) -> Array:
+def unscale_latents(latents: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     """Undo the VAE's own scaling of its latents, as diffusers' SDXL pipeline does.
 
     Args:
         latents: [B, C, h, w] float32.
         config: the VAE's config.
     """
+    unscaled = latents / np.float32(config["scaling_factor"])
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        mean, std = (
-            jnp.asarray(values, jnp.float32).reshape(1, -1, 1, 1) for values in (mean, std)
-        )
-        return latents * std / config["scaling_factor"] + mean
-    return latents / config["scaling_factor"]
-
-
-def to_pixels(images: Array) -> tuple[Array, Array]:
-    """[B, 3, H, W] float32 to [B, H, W, 3] uint8, and whether all values were finite.
-
-    diffusers' VaeImageProcessor: denormalize, clamp, to 8 bits by rounding.
-    """
-    pixels = jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-    return pixels.transpose(0, 2, 3, 1), jnp.isfinite(images).all()
+    if mean is None or std is None:
+        return unscaled
+    mean, std = (np.asarray(values, np.float32).reshape(1, -1, 1, 1) for values in (mean, std))
+    return latents * std / np.float32(config["scaling_factor"]) + mean
 
 
 class Tiles:
@@ -86,45 +71,25 @@ class _AsModule(torch.nn.Module):
         return torch.from_numpy(self.function(x.numpy()).copy())
 
 
-class Decoder:
-    """The VAE on its devices, and its compiled programs: one, or one for each shape of a tile."""
+class Decoder(ABC):
+    """The VAE of a backend, and how it is measured."""
 
-    def __init__(
-        self,
-        vae: Any,
-        parameters: Parameters,
-        mesh: Mesh,
-        devices: Devices,
-        tiles: Tiles | None,
-        operations: str,
-        report: StageReport,
-    ) -> None:
+    backend: str
+    devices_of_images: int  # that a group's images are spread over
+
+    def __init__(self, vae: Any, tiles: Tiles | None, report: StageReport) -> None:
         """
         Args:
-            vae: diffusers' module, for its code.
-            parameters: its weights on the devices of the mesh.
-            devices: those of the mesh; for ones that are not there, programs can only be lowered.
+            vae: diffusers' module, in the dtype that it computes in.
             tiles: None to decode pictures whole.
-            operations: "fast" or "torchax".
         """
+        self.module = vae
         self.config = vae.config
-        self.dtype = parameters["decoder.conv_in.weight"].dtype
-        self.parameters = parameters
-        self.mesh = mesh
-        self.devices = devices
+        self.dtype: torch.dtype = vae.dtype
         self.tiles = tiles
         self.report = report
-        self.compiled: dict[tuple[int, ...], CompiledProgram] = {}
-        self._counted = "run"  # the part of the report that the programs' seconds count as
+        self._counted = "run"  # the part of the report that the decoder's seconds count as
         self._run_seconds = 0.0
-        layout = ActivationLayout(mesh, ("data",), ("rows",)) if mesh.size > 1 else None
-        self.module = vae
-        self.vae = as_jax_function(
-            vae,
-            "decode",
-            replacements=replacements(layout, devices.platform, operations),
-            finish=partial(finish, layout=layout, platform=devices.platform),
-        )
 
     def decode(self, latents: np.ndarray, *, warm_up: bool = False) -> tuple[np.ndarray, bool]:
         """Latents [B, C, h, w] float32 to [B, H, W, 3] uint8, and whether all was finite.
@@ -132,79 +97,72 @@ class Decoder:
         Args:
             warm_up: run each program once before it is timed, when it is compiled.
         """
+        scaled = unscale_latents(latents, self.config)
         if self.tiles is None:
-            pixels, finite = self._run(latents, warm_up)
-            return pixels, bool(finite)
+            return self._decode_whole(scaled, warm_up)
         with self.report.part("blending"):
-            scaled = np.array(unscale_latents(jnp.asarray(latents), self.config))
-            images = self.tiles.decode(scaled, lambda tile: self._run(tile, warm_up))
-            pixels, finite = jax.jit(to_pixels)(images)
-            return np.asarray(pixels), bool(finite)
+            images = self.tiles.decode(scaled, lambda tile: self._decode_tile(tile, warm_up))
+            return to_pixels(images)
+
+    @abstractmethod
+    def _decode_whole(self, scaled: np.ndarray, warm_up: bool) -> tuple[np.ndarray, bool]:
+        """[B, C, h, w] as the VAE takes them to what `decode` returns."""
+
+    @abstractmethod
+    def _decode_tile(self, scaled: np.ndarray, warm_up: bool) -> np.ndarray:
+        """[B, C, h, w] as the VAE takes them to [B, 3, H, W] float32."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the devices."""
+
+    @abstractmethod
+    def profiler(self, folder: Path) -> Profiler:
+        """A profiler of a decoding, whose trace goes to a folder."""
 
     def repeat(self, latents: np.ndarray, times: int) -> None:
-        """Measure the programs some times more."""
+        """Measure the decoding some times more."""
         for _ in range(times):
             self._run_seconds = 0.0
             with self.counting_as("repeats"):
                 self.decode(latents)
             self.report.repeats.append(self._run_seconds)
 
-    def profile(self, latents: np.ndarray, profiler: JaxProfiler) -> Profile:
+    def profile(self, latents: np.ndarray, folder: Path) -> Profile:
         """Decode once more under the profiler."""
+        profiler = self.profiler(folder)
         profiler.start()
         with profiler.step(0), self.counting_as("profile"):
             self.decode(latents)
         profiler.stop()
-        return profiler.result(self.compiled.values(), self.module)
+        return profiler.result()
 
     @contextmanager
     def counting_as(self, part: str) -> Iterator[None]:
-        """Report the programs' seconds as another part than `run`."""
+        """Report the decoder's seconds as another part than `run`."""
         self._counted = part
         with self.report.part(part):
             yield
         self._counted = "run"
 
-    def lower(self, shape: tuple[int, ...]) -> Any:
-        """Trace the program for latents [B, C, h, w], of whole pictures or of tiles."""
-        latents = self.devices.describe(shape, "float32", split_latents(self.mesh))
-        return jax.jit(self._program()).lower(self.parameters, latents)
-
-    def _program(self) -> Callable[..., Any]:
-        return self.decode_whole if self.tiles is None else self.decode_tile
-
-    def decode_whole(self, parameters: Parameters, latents: Array) -> tuple[Array, Array]:
-        """The program of pictures that are decoded whole."""
-        return to_pixels(self.decode_tile(parameters, unscale_latents(latents, self.config)))
-
-    def decode_tile(self, parameters: Parameters, scaled: Array) -> Array:
-        """[B, C, h, w] as the VAE takes them to [B, 3, H, W] float32."""
-        with products_for(self.dtype):
-            images = self.vae(parameters, scaled.astype(self.dtype), return_dict=False)[0]
-        return images.astype(jnp.float32)
-
-    def _run(self, latents: np.ndarray, warm_up: bool) -> Any:
-        """Run the program for the latents' shape, which is compiled the first time."""
-        with self.report.part("host_to_device"):
-            latents_there = self.devices.put(latents, split_latents(self.mesh))
-        if latents.shape not in self.compiled:
-            with self.report.part("trace"):
-                lowered = self.lower(latents.shape)
-            self.compiled[latents.shape] = compile_program(
-                lowered, self._program().__name__, self.report
-            )
-            if warm_up:
-                with self.report.part("warm_up"):
-                    program = self.compiled[latents.shape]
-                    jax.block_until_ready(program(self.parameters, latents_there))
-        program = self.compiled[latents.shape]
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Count a block's seconds, which ends when the devices are done."""
         with self.report.part(self._counted):
             began = time.perf_counter()
-            result = jax.block_until_ready(program(self.parameters, latents_there))
+            yield
             self._run_seconds += time.perf_counter() - began
-        self.report.count_flops(self._counted, (program.flops or 0.0) * self.mesh.size)
-        with self.report.part("device_to_host"):
-            return jax.tree.map(fetch, result)
+
+
+def to_pixels(images: np.ndarray) -> tuple[np.ndarray, bool]:
+    """[B, 3, H, W] float32 to [B, H, W, 3] uint8, and whether all values were finite.
+
+    diffusers' VaeImageProcessor: denormalize, clamp, to 8 bits by rounding.
+    """
+    finite = bool(np.isfinite(images).all())
+    with np.errstate(invalid="ignore"):  # what is not finite is refused by the caller
+        pixels = np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+    return pixels.transpose(0, 2, 3, 1), finite
 
 
 def shrink(picture: np.ndarray, side: int) -> np.ndarray:

@@ -134,6 +134,7 @@ def device_facts(mesh: jax.sharding.Mesh, dtype: str) -> dict[str, Any]:
     peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
     peak_flops = PEAK_BFLOAT16.get(kind) if dtype == "bfloat16" else None
     return {
+        "backend": "jax",
         "platform": devices[0].platform,
         "device": kind,
         "devices": len(devices),

@@ -45,15 +45,6 @@ def norm_weights(module: torch.nn.Module) -> set[str]:
     }
 
 
-def prompt_projections(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """A UNet's submodules that see the prompt alone, so that one result serves all steps."""
-    return {
-        name: submodule
-        for name, submodule in unet.named_modules()
-        if name.endswith((".attn2.to_k", ".attn2.to_v"))
-    }
-
-
 def products_for(dtype: Any) -> Any:
     """float32 weights ask for float32 products, which TPUs and GPUs otherwise round."""
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
@@ -81,7 +72,7 @@ def conv2d(
         if groups == 1 and pair(dilation) == (1, 1) and rows.fit(x, layout):
             return _conv2d_by_rows(x, weight, bias, rows, layout)
     result = jax.lax.conv_general_dilated(
-        x,
+        x.astype(weight.dtype),
         weight,
         pair(stride),
         padding.upper() if isinstance(padding, str) else [(p, p) for p in pair(padding)],
@@ -89,7 +80,14 @@ def conv2d(
         dimension_numbers=("NCHW", "HWIO", "NCHW"),
         feature_group_count=groups,
     )
-    return result if bias is None else result + bias[:, None, None]
+    result = result if bias is None else result + bias[:, None, None]
+    return result.astype(x.dtype)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """torch's `linear` of [..., in] with a weight [out, in], computed in the weight's dtype."""
+    result = x.astype(weight.dtype) @ weight.T
+    return (result if bias is None else result + bias).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -184,12 +182,17 @@ def _with_borders(x: Array, above: int, below: int, layout: ActivationLayout | N
     return jnp.concatenate(parts, 2)
 
 
-def arrange_weight(name: str, array: np.ndarray, *, operations: str) -> np.ndarray:
+def arrange_weight(name: str, array: np.ndarray, *, operations: str, platform: str) -> np.ndarray:
     """Lay a weight out as our operations want it: a convolution's as [kh, kw, in, out].
 
-    XLA brings it there anyhow, on CPUs in every step.
+    XLA brings it there anyhow, on CPUs in every step. There it has no fast product of 16-bit
+    numbers either, so their values are kept as float32.
     """
-    is_convolution = array.ndim == 4 and name.endswith("weight") and operations == "fast"
+    if operations == "torchax":
+        return array
+    if platform == "cpu":
+        array = array.astype(np.float32)
+    is_convolution = array.ndim == 4 and name.endswith("weight")
     return array.transpose(2, 3, 1, 0) if is_convolution else array
 
 
@@ -291,9 +294,12 @@ def attention(
     kernel = _kernel_for(query, key, platform)
     if kernel is not None:
         return _on_each_device(partial(kernel, scale=scale), layout)(query, key, value)
+    dtype = query.dtype
+    if platform == "cpu":
+        query, key, value = (array.astype(jnp.float32) for array in (query, key, value))
     scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
-    return jnp.einsum("nhst,nhtd->nhsd", weights, value)
+    return jnp.einsum("nhst,nhtd->nhsd", weights, value).astype(dtype)
 
 
 def _constrain(x: Array, layout: ActivationLayout, rows: Any) -> Array:
@@ -413,7 +419,9 @@ def replacements(
     if operations == "torchax":
         return {}
     functional = torch.nn.functional
-    return {
+    # Elsewhere torchax's own product is what is wanted.
+    products = {functional.linear: linear} if platform == "cpu" else {}
+    return products | {
         functional.conv2d: partial(conv2d, layout=layout, platform=platform),
         functional.group_norm: group_norm,
         functional.layer_norm: layer_norm,

@@ -3,7 +3,7 @@
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,27 @@ STEP = "step"  # the annotation's name
 class JaxProfiler:
     """Traces a window of warm steps, and says which operations they spent their time on."""
 
-    def __init__(self, folder: Path, steps: range, report: StageReport) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        steps: range | None,
+        report: StageReport,
+        programs: Mapping[Any, CompiledProgram],
+        model: torch.nn.Module,
+    ) -> None:
         """
         Args:
             folder: of the trace; jax puts each run's below plugins/profile.
-            steps: to trace; for work that has none, range(1).
+            steps: to trace; None for work that has none and is one step itself.
+            programs: the compiled programs, at the end, for the names of their operations.
+            model: whose modules those names hold.
         """
         self.folder = folder
-        self.steps = steps
+        self.steps = range(1) if steps is None else steps
+        self.reported_steps = steps
         self.report = report
+        self.programs = programs
+        self.model = model
 
     def start(self) -> None:
         """Start to trace; everything handed to the devices before must be done.
@@ -69,15 +81,11 @@ class JaxProfiler:
             "another --profile_dir"
         )
 
-    def result(self, programs: Iterable[CompiledProgram], model: torch.nn.Module) -> Profile:
-        """Read the trace.
-
-        Args:
-            programs: the compiled programs, for the names of their operations.
-            model: whose modules those names hold.
-        """
+    def result(self) -> Profile:
+        """Read the trace."""
         with self.report.part("profile"):
-            modules = {name for name, _ in model.named_modules()}
+            modules = {name for name, _ in self.model.named_modules()}
+            programs = self.programs.values()
             names = dict(found for program in programs for found in operation_names(program))
             trace = max(self.folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
             runs = read_operations(trace)
@@ -97,7 +105,7 @@ class JaxProfiler:
                 trace=trace,
                 how_to_open=f"open it: xprof --logdir {self.folder} (pip install xprof), or "
                 f"{trace.parent}/*.trace.json.gz in ui.perfetto.dev",
-                steps=self.steps,
+                steps=self.reported_steps,
                 window_seconds=self.window_seconds,
                 idle_seconds=idle / devices,
             )

@@ -217,10 +217,3 @@ def usable_cores() -> int:
 def platform() -> str:
     """The platform of the devices in use: cpu, gpu or tpu."""
     return str(jax.default_backend())
-
-
-def choose_dtype(asked: str, *, force_float32: bool = False) -> str:
-    """Settle `auto`: float32 on CPU and where the model asks for it, else bfloat16."""
-    if asked != "auto":
-        return asked
-    return "float32" if force_float32 or platform() == "cpu" else "bfloat16"

@@ -3,8 +3,10 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from common.report import Operation, Profile
 
@@ -30,6 +32,24 @@ class TracedEvent:
     name: str
     module: str
     seconds: float  # self time
+
+
+class Profiler(Protocol):
+    """Watches some steps of a stage's work: `start`, each `step`, `stop`, then `result`."""
+
+    steps: range  # to trace
+
+    def start(self) -> None:
+        """Start to trace; everything handed to the devices before must be done."""
+
+    def step(self, number: int) -> AbstractContextManager[Any]:
+        """Mark what a block hands to the devices as a step."""
+
+    def stop(self) -> None:
+        """End the trace; everything handed to the devices must be done."""
+
+    def result(self) -> Profile:
+        """What the trace holds."""
 
 
 def make_profile(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KEY = "staged_diffusion_progress"
 SECONDS_BETWEEN_SAVES = 30.0
+DEVICE_FACTS = ("backend", "mesh", "platform", "device", "devices")
 
 
 class Progress:
@@ -101,7 +102,7 @@ def progress_of(
 
     Args:
         recipe: of what the stage makes.
-        devices: as `device_facts` gives them.
+        devices: what the report says of them.
         facts: what else must be the same for a run to go on from another's progress.
     """
     if options.distributed is not None or options.why_measure() is not None:
@@ -114,7 +115,7 @@ def progress_of(
             "batch_size": options.batch_size,
             "operations": options.operations,
             "save_trajectory": options.save_trajectory,
-            **{name: devices.get(name) for name in ("mesh", "platform", "device", "devices")},
+            **{name: devices.get(name) for name in DEVICE_FACTS},
             **facts,
         },
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _process = psutil.Process()
+_seconds_before = 0.0  # of the process, before its stage's turn came
 
 
 class _Fields(BaseModel):
@@ -30,7 +31,7 @@ class Seconds(_Fields):
     """Disjoint parts of the process's time; they sum to `wall_seconds`."""
 
     imports: float = 0.0
-    """From the process's start: Python, the script, the libraries; finding the devices."""
+    """From the start: Python, the script, the libraries; finding the devices."""
     settings: float = 0.0
     """Reading settings, checking the input, asking whether the output is fresh."""
     checkpoint_read: float = 0.0
@@ -145,7 +146,9 @@ class Report(_Fields):
     stage: int
     written_at: str
     wall_seconds: float
-    """From the process's start to the writing of this report."""
+    """From the process's start, or its turn's, to the writing of this report."""
+    preload_seconds: float | None = None
+    """Of the process before its turn: `run_all.sh` lets a stage import while another one runs."""
     seconds: Seconds
     step_seconds: list[float] | None = None
     """From the end of the step before to its own end, for steps called one by one (stage 2)."""
@@ -169,6 +172,8 @@ class Report(_Fields):
     dtype: str
     """That the model computes in."""
     dtype_asked: str
+    backend: str
+    """jax: compiled programs; torch: PyTorch as it is."""
     mesh: str | None = None
     platform: str
     device: str
@@ -196,7 +201,7 @@ class StageReport:
         self.flops = 0.0  # of `run`
         self.repeated_flops = 0.0
         self.programs = Programs()
-        self._born = time.perf_counter() - process_age()
+        self._born = time.perf_counter() - process_age() + _seconds_before
         self._seconds = dict.fromkeys(Seconds.model_fields, 0.0)
         self._open = ["imports"]
         self._since = self._born
@@ -273,6 +278,7 @@ class StageReport:
             stage=self.stage,
             written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             wall_seconds=round(sum(parts.values()), 4),
+            preload_seconds=round(_seconds_before, 4) or None,
             seconds=Seconds(**{name: round(seconds, 4) for name, seconds in parts.items()}),
             step_seconds=[round(second, 6) for second in self.step_seconds] or None,
             repeat=Repeat.of(self.repeats) if self.repeats else None,
@@ -286,6 +292,12 @@ class StageReport:
         )
         text = report.model_dump_json(indent=2) + "\n"
         write_text_whole(report_path(output_dir, self.stage), text)
+
+
+def count_from_now() -> None:
+    """Begin to count a stage's seconds: its turn has come."""
+    global _seconds_before
+    _seconds_before = process_age()
 
 
 def process_age() -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +14,86 @@ from common.profile import TracedEvent, covered, make_profile
 from common.report import Profile, StageReport
 
 MICROSECOND = 1e-6
-MODULE = "module: "  # how the trace marks a module's range
+MODULE, STEP = "module: ", "step: "  # how the trace marks ranges of modules and of steps
 
 
-def profile_torch(
-    work: Callable[[], Any],
-    modules: Mapping[str, torch.nn.Module],
-    folder: Path,
-    report: StageReport,
-) -> Profile:
-    """Run some work under torch's profiler, and write its trace.
+class TorchProfiler:
+    """Traces a window of steps, and says which operations they spent their time on."""
 
-    Args:
-        modules: whose submodules the trace and the table name.
-        folder: of the trace.
+    def __init__(
+        self,
+        file: Path,
+        steps: range | None,
+        report: StageReport,
+        modules: Mapping[str, torch.nn.Module],
+    ) -> None:
+        """
+        Args:
+            file: the trace's.
+            steps: to trace; None for work that has none and is one step itself.
+            modules: whose submodules the trace and the table name.
+        """
+        self.file = file
+        self.steps = range(1) if steps is None else steps
+        self.reported_steps = steps
+        self.report = report
+        self.modules = modules
+        self._open = ExitStack()
 
-    Raises:
-        UnfitEnvironmentError: the trace cannot be written.
-    """
-    file = folder / "encode.pt.trace.json.gz"
-    with report.part("profile"):
-        with _named_in_trace(modules), profile(activities=[ProfilerActivity.CPU]) as profiler:
-            began = time.perf_counter()
-            work()
-            window = time.perf_counter() - began
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(file))
-        except (OSError, RuntimeError) as error:
-            raise UnfitEnvironmentError(
-                f"--profile: {file} cannot be written ({error}): choose another --profile_dir"
-            ) from None
-        found = profiler.events() or []
-        events = [
-            TracedEvent(event.name, _module_of(event), event.self_cpu_time_total * MICROSECOND)
-            for event in found
-            if not event.name.startswith(MODULE)
-        ]
-        spans = [
-            (event.time_range.start * MICROSECOND, event.time_range.end * MICROSECOND)
-            for event in found
-            if not event.name.startswith(MODULE)
-        ]
-        return make_profile(
-            events,
-            devices=1,
-            trace=file,
-            how_to_open=f"open it: {file} in ui.perfetto.dev",
-            steps=None,
-            window_seconds=window,
-            idle_seconds=window - covered(spans),
-        )
+    def start(self) -> None:
+        """Start to trace."""
+        with self.report.part("profile"):
+            self._open.enter_context(_named_in_trace(self.modules))
+            self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU]))
+            self._began = time.perf_counter()
+
+    def step(self, number: int) -> AbstractContextManager[Any]:
+        """Mark what a block computes as a step."""
+        return record_function(f"{STEP}{number}")
+
+    def stop(self) -> None:
+        """End the trace, and write it.
+
+        Raises:
+            UnfitEnvironmentError: the folder cannot be written.
+        """
+        self.window_seconds = time.perf_counter() - self._began
+        with self.report.part("profile"):
+            self._open.close()
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self._profile.export_chrome_trace(str(self.file))
+            except (OSError, RuntimeError) as error:
+                raise UnfitEnvironmentError(
+                    f"--profile: {self.file} cannot be written ({error}): choose another "
+                    "--profile_dir"
+                ) from None
+
+    def result(self) -> Profile:
+        """Read the trace."""
+        with self.report.part("profile"):
+            found = [
+                event
+                for event in self._profile.events() or []
+                if not event.name.startswith((MODULE, STEP))
+            ]
+            events = [
+                TracedEvent(event.name, _module_of(event), event.self_cpu_time_total * MICROSECOND)
+                for event in found
+            ]
+            spans = [
+                (event.time_range.start * MICROSECOND, event.time_range.end * MICROSECOND)
+                for event in found
+            ]
+            return make_profile(
+                events,
+                devices=1,
+                trace=self.file,
+                how_to_open=f"open it: {self.file} in ui.perfetto.dev",
+                steps=self.reported_steps,
+                window_seconds=self.window_seconds,
+                idle_seconds=self.window_seconds - covered(spans),
+            )
 
 
 def _module_of(event: Any) -> str:

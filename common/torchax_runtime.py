@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from jax import Array
 
+from common.submodules import bypassed
+
 
 def register_missing_overloads() -> list[str]:
     """Give torchax stand-ins for the aten overloads it names but this torch no longer has.
@@ -81,7 +83,7 @@ def as_jax_function(
             environment,
             _replaced(environment, replacements or {}),
             _watched(module, finish),
-            _bypassed(module, given or {}),
+            bypassed(module, interop.torch_view(dict(given or {}))),
         ):
             weights, args, kwargs = interop.torch_view((dict(parameters), args, kwargs))
             result = torch.func.functional_call(
@@ -151,23 +153,6 @@ def _watched(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _bypassed(module: torch.nn.Module, given: Mapping[str, Array]) -> Iterator[None]:
-    """Let submodules return what is given in place of what they would compute."""
-    submodules = [(module.get_submodule(name), array) for name, array in given.items()]
-    for submodule, array in submodules:
-        submodule.forward = partial(_return, interop.torch_view(array))
-    try:
-        yield
-    finally:
-        for submodule, _ in submodules:
-            del submodule.forward
-
-
-def _return(output: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return output
 
 
 class _MethodAsForward(torch.nn.Module):

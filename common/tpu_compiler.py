@@ -105,6 +105,8 @@ def prepare(
     prepare_environment()
     config, checkpoint = read_settings(source_dir, parameters, stage_dtype, components)
     options = read_run_options(parameters)
+    if options.backend == "torch":
+        raise BadSettingError("--topology compiles by jax: leave it or --backend torch out")
     quiet_libraries()
     from common.devices import Devices
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import typer
 
 from common import artifacts, command_line
+from common.backends import TORCH_FACTS
 from common.checkpoint import Checkpoint, hash_large_file, open_checkpoint
 from common.command_line import say, warn
 from common.components import (
@@ -29,6 +30,7 @@ from common.components import (
     load_embedding,
     load_text_pipeline,
     quiet_libraries,
+    spare_imports,
     text_components,
 )
 from common.config import (
@@ -48,7 +50,6 @@ from common.run_lock import RunLock
 from common.stopping import finishing_first
 
 ENCODERS = ("text_encoder", "text_encoder_2")
-DEVICES: dict[str, Any] = {"platform": "cpu", "device": "cpu", "devices": 1}
 COMPONENTS = ("tokenizer", "tokenizer_2", *ENCODERS)
 
 
@@ -105,15 +106,16 @@ def profile_encoding(
     pipeline: Any, config: GenerationConfig, folder: Path, report: StageReport
 ) -> Profile:
     """Encode once more under torch's profiler."""
-    from common.torch_profiler import profile_torch
+    from common.torch_profiler import TorchProfiler
 
     encoders = {name: getattr(pipeline, name, None) for name in ENCODERS}
-    return profile_torch(
-        lambda: encode_prompts(pipeline, config),
-        {name: encoder for name, encoder in encoders.items() if encoder is not None},
-        folder,
-        report,
-    )
+    modules = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+    profiler = TorchProfiler(folder / "encode.pt.trace.json.gz", None, report, modules)
+    profiler.start()
+    with profiler.step(0):
+        encode_prompts(pipeline, config)
+    profiler.stop()
+    return profiler.result()
 
 
 def main(
@@ -210,6 +212,8 @@ def main(
     report.phase("imports")
     if not debug:
         quiet_libraries()
+    if not resolved.loras:
+        spare_imports("peft", "scipy")
     import torch
 
     import_text_classes(checkpoint)
@@ -223,7 +227,7 @@ def main(
     # 4. Encode
     for line in cut_prompts(pipeline, resolved):
         warn(line)
-    progress = progress_of(run_dir, recipe, options, DEVICES, threads=torch.get_num_threads())
+    progress = progress_of(run_dir, recipe, options, TORCH_FACTS, threads=torch.get_num_threads())
     keeps = len(resolved.prompts) > 1 and progress is not None
     with finishing_first() if keeps else nullcontext() as stop, report.part("run"):
         tensors = encode_prompts(pipeline, resolved, progress, stop)
@@ -247,7 +251,7 @@ def main(
         shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
         dtype=resolved.text_encoder_dtype,
         dtype_asked=resolved.text_encoder_dtype,
-        **DEVICES,
+        **TORCH_FACTS,
         versions=recipe.versions,
         profile=profiled,
     )

@@ -16,6 +16,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,16 @@ import typer
 
 from common import artifacts, command_line, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
+from common.backends import refuse_unknown_to_torch, start_backend
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import import_class, load_model, quiet_libraries
+from common.components import (
+    import_class,
+    load_model,
+    quiet_libraries,
+    spare_imports,
+    with_weights,
+)
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
@@ -55,8 +63,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from common.components import Weights
     from common.denoising import Denoiser
     from common.devices import Devices
+    from common.jax_denoising import JaxDenoiser
     from common.scheduler_tables import SchedulerTables
 
 COMPONENTS = ("unet", "scheduler")
@@ -154,6 +164,14 @@ def choose_scheduler(
     return config.scheduler_choice(checkpoint.config("scheduler")["_class_name"])
 
 
+def packages_to_spare(config: GenerationConfig, checkpoint: Checkpoint) -> list[str]:
+    """What diffusers need not import for these settings, as `spare_imports` takes it."""
+    class_name, options = choose_scheduler(config, checkpoint)
+    settings = {**checkpoint.config("scheduler"), **options}
+    needs_scipy = class_name == "LMSDiscreteScheduler" or settings.get("use_beta_sigmas")
+    return [] if config.loras else ["peft", "transformers", *([] if needs_scipy else ["scipy"])]
+
+
 def steps_of(config: GenerationConfig) -> dict[str, Any]:
     """The number of steps, or the timesteps or sigmas in its place; None for the others."""
     return {name: getattr(config, name) for name in STEP_SETTINGS}
@@ -173,31 +191,68 @@ def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
 
 
 def load_denoiser(
+    backend: str,
     config: GenerationConfig,
     checkpoint: Checkpoint,
     unet_dtype: str,
     options: RunOptions,
     report: StageReport,
-    devices: "Devices | None" = None,
 ) -> "Denoiser":
-    """The UNet: a PyTorch module for its code, its weights on the devices (jax's own, if None)."""
+    """The UNet of a backend."""
+    if backend == "torch":
+        return load_torch_denoiser(config, checkpoint, unet_dtype, options, report)
+    from common.devices import Devices
+
+    return load_jax_denoiser(config, checkpoint, unet_dtype, options, report, Devices.present())
+
+
+def load_torch_denoiser(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    unet_dtype: str,
+    options: RunOptions,
+    report: StageReport,
+) -> "Denoiser":
+    """The UNet in PyTorch."""
     import torch
 
-    from common.denoising import Denoiser
-    from common.devices import Devices
-    from common.fast_ops import arrange_weight
+    from common.torch_denoising import TorchDenoiser
 
-    devices = devices or Devices.present()
+    with report.part("checkpoint_read"):
+        unet, weights = load_unet(config, checkpoint, getattr(torch, unet_dtype))
+        unet = with_weights(unet, report.watch_memory(weights))
+    return TorchDenoiser(unet, options, report)
+
+
+def load_unet(
+    config: GenerationConfig, checkpoint: Checkpoint, dtype: "torch.dtype", **how: bool
+) -> "tuple[Any, Weights]":
+    """diffusers' module without weights, and its weights, the LoRAs fused into them."""
+    fuse = partial(fuse_into_unet, loras=config.loras) if config.loras else None
+    return load_model(checkpoint, "unet", dtype, change=fuse, **how)
+
+
+def load_jax_denoiser(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    unet_dtype: str,
+    options: RunOptions,
+    report: StageReport,
+    devices: "Devices",
+) -> "JaxDenoiser":
+    """The UNet as jax compiles it: PyTorch's module for its code, its weights on the devices."""
+    import torch
+
+    from common.fast_ops import arrange_weight
+    from common.jax_denoising import JaxDenoiser
+
     choice = settle_mesh(config, checkpoint, options, devices)
     for note in choice.notes:
         warn(note)
     mesh = sharding.make_mesh(choice.sizes, devices.devices)
     dtype = getattr(torch, unet_dtype)
     with report.part("checkpoint_read"):
-        fuse = partial(fuse_into_unet, loras=config.loras) if config.loras else None
-        unet, weights = load_model(
-            checkpoint, "unet", dtype, change=fuse, by_config=not devices.are_there
-        )
+        unet, weights = load_unet(config, checkpoint, dtype, by_config=not devices.are_there)
     size = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     spread = sharding.axis_to_spread(mesh, size, devices.memory_bytes)
     if spread is not None:
@@ -206,11 +261,13 @@ def load_denoiser(
         parameters = devices.put_weights(
             report.watch_memory(weights),
             lambda name, shape: sharding.split_weight(mesh, name, shape, spread),
-            arrange=partial(arrange_weight, operations=options.operations),
+            arrange=partial(
+                arrange_weight, operations=options.operations, platform=devices.platform
+            ),
         )
     if mesh.size > 1:
         say(f"  mesh {choice}, {mesh.size} devices; weights: {sharding.say_weights(parameters)}")
-    return Denoiser(unet, parameters, mesh, devices, options, report)
+    return JaxDenoiser(unet, parameters, mesh, devices, options, report)
 
 
 def settle_mesh(
@@ -302,7 +359,6 @@ def denoise_images(
     import torch
     from tqdm import tqdm
 
-    from common.jax_profiler import JaxProfiler
     from common.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 
     # The scheduler as data, probed on the CPU
@@ -317,12 +373,12 @@ def denoise_images(
                 warn(f"--checkpoint_every has no effect: {sampler.name} steps on the host")
     count = len(config.image_seeds())
     latents = np.empty((count, *latent_shape(config, checkpoint)), np.float32)
-    size = group_size(count, options.batch_size, denoiser.mesh.shape["data"])
+    size = group_size(count, options.batch_size, denoiser.devices_of_images)
     evaluations = len(sampler.restart())
     profiler, profile = None, None
     if profile_folder is not None:
         steps = options.profiled_steps(evaluations)
-        profiler = JaxProfiler(profile_folder, steps, denoiser.report)
+        profiler = denoiser.profiler(profile_folder, steps)
     kept_after = steps_to_keep(evaluations, options.save_trajectory)
     trajectory = np.empty((len(kept_after), *latents.shape), np.float32)
     is_first = True
@@ -338,8 +394,8 @@ def denoise_images(
                 bar.update(evaluations)
                 continue
             start_group(config, checkpoint, embeddings, denoiser, sampler, tables, chosen)
-            if is_first and denoiser.frees_a_half():
-                say(f"  steps without guidance: {denoiser.layout(guided=False).freed_half()}")
+            if is_first and (freed := denoiser.freed_half()):
+                say(f"  steps without guidance: {freed}")
             denoiser.compile()
             denoiser.warm_up(options.warmup_steps if is_first else 0)
             group.resume(denoiser)
@@ -360,7 +416,7 @@ def denoise_images(
             if is_first:
                 denoiser.repeat(options.repeat)
             if is_first and profiler is not None:
-                profile = profiler.result(denoiser.compiled.values(), denoiser.unet)
+                profile = profiler.result()
             is_first = False
     return Denoised(
         latents=torch.from_numpy(latents),
@@ -422,9 +478,9 @@ def compile_for_tpu(
     from common.scheduler_tables import NotLinearError, make_tables
 
     dtype = "bfloat16" if config.unet_dtype == "auto" else config.unet_dtype
-    denoiser = load_denoiser(config, checkpoint, dtype, options, StageReport(2), devices)
+    denoiser = load_jax_denoiser(config, checkpoint, dtype, options, StageReport(2), devices)
     sampler = make_sampler(config, checkpoint)
-    size = group_size(len(config.image_seeds()), options.batch_size, denoiser.mesh.shape["data"])
+    size = group_size(len(config.image_seeds()), options.batch_size, denoiser.devices_of_images)
     embeddings = empty_embeddings(size, checkpoint.config("unet"))
     group = next(groups(len(config.image_seeds()), size))[0]
     try:
@@ -482,6 +538,7 @@ def main(
     unet_dtype: command_line.UnetDtype = None,
     input_dir: command_line.InputDir = None,
     output_dir: command_line.OutputDir = None,
+    backend: command_line.Backend = None,
     mesh: command_line.Mesh = None,
     batch_size: command_line.BatchSize = None,
     steps_per_call: command_line.StepsPerCall = None,
@@ -520,6 +577,7 @@ def main(
     report.phase("settings")
     options = read_run_options(context.params)
     sharding.parse_mesh(options.mesh)
+    refuse_unknown_to_torch(options)
     lock = RunLock.of_stage(run_dir, wait=wait, writes=options.writes())
     context.call_on_close(lock.release)
     lock.acquire(make_folder=False)
@@ -544,23 +602,23 @@ def main(
 
     warn_of_idle_settings(config, checkpoint)
 
-    # 3. Start jax
+    # 3. Start the backend
     report.phase("imports")
     if not debug:
         quiet_libraries()
-    from common import denoising, jax_setup  # noqa: F401
-    from common.devices import device_facts
-
+    in_16_bits = config.unet_dtype not in ("auto", "float32")
+    started = start_backend(options, torch_on_cpus=in_16_bits)  # XLA's are slow there
+    spare_imports(*packages_to_spare(config, checkpoint))
+    import_module(f"common.{started.name}_denoising")
     import_class("unet")
-    jax_setup.set_up_jax(distributed)
-    dtype_used = jax_setup.choose_dtype(config.unet_dtype)
+    dtype_used = started.choose_dtype(config.unet_dtype)
     report.phase("other")
 
     # 4. Denoise
     tensors = artifacts.load_tensors(embeddings, warn)
-    denoiser = load_denoiser(config, checkpoint, dtype_used, options, report)
+    denoiser = load_denoiser(started.name, config, checkpoint, dtype_used, options, report)
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)
-    facts = device_facts(denoiser.mesh, dtype_used)
+    facts = denoiser.facts()
     progress = progress_of(
         run_dir, recipe, options, facts, loops_on_device=denoiser.loops_on_device
     )
@@ -577,7 +635,7 @@ def main(
             progress=progress,
             stop=stop,
         )
-        if not jax_setup.is_first_process():
+        if not started.is_first_process:
             say("  the first process writes")
             return
 
@@ -585,8 +643,7 @@ def main(
         with report.part("writing"):
             provenance = {
                 **config.model_settings(),
-                "platform": jax_setup.platform(),
-                "mesh": sharding.name_of(denoiser.mesh),
+                **{name: facts.get(name) for name in ("backend", "platform", "mesh")},
                 "unet_dtype_asked": config.unet_dtype,
                 "overrides": overrides,
             }
@@ -603,7 +660,7 @@ def main(
         dtype_asked=config.unet_dtype,
         versions=recipe.versions,
         profile=denoised.profile,
-        **device_facts(denoiser.mesh, dtype_used),
+        **denoiser.facts(),
     )
     command_line.say_times(report, path, denoised.profile)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,17 @@ import typer
 
 from common import artifacts, command_line, pictures, sharding, tpu_compiler
 from common.artifacts import Artifact, Header, Recipe
+from common.backends import refuse_unknown_to_torch, start_backend
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.command_line import say, warn
-from common.components import import_class, load_model, make_without_weights, quiet_libraries
+from common.components import (
+    import_class,
+    load_model,
+    make_without_weights,
+    quiet_libraries,
+    spare_imports,
+    with_weights,
+)
 from common.config import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
@@ -49,9 +58,11 @@ from common.whole_files import write_bytes_whole
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
-    from common.decoding import Decoder
+    from common.decoding import Decoder, Tiles
     from common.devices import Devices
+    from common.jax_decoding import JaxDecoder
 
 COMPONENTS = ("vae",)
 MOST_STRIP_PIXELS, MOST_FRAME_PIXELS = 192, 512  # a side of a picture of a trajectory
@@ -149,7 +160,7 @@ def decode_groups(
     import torch
     from tqdm import tqdm
 
-    size = group_size(len(latents), options.batch_size, decoder.mesh.shape["data"])
+    size = group_size(len(latents), options.batch_size, decoder.devices_of_images)
     decoded = []
     hidden = None if bar else True  # None: where there is no terminal
     with tqdm(
@@ -163,8 +174,9 @@ def decode_groups(
                 continue
             pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
             if not finite:
+                dtype = str(decoder.dtype).removeprefix("torch.")
                 raise NotFiniteError(
-                    f"the VAE in {decoder.dtype} gave values that are not finite, so no picture "
+                    f"the VAE in {dtype} gave values that are not finite, so no picture "
                     "was written: use --vae_dtype float32"
                 )
             decoded.append(pixels[:real])
@@ -184,14 +196,12 @@ def measure(
     decoder: "Decoder", latents: "np.ndarray", options: RunOptions, profile_folder: Path
 ) -> Profile | None:
     """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
-    from common.jax_profiler import JaxProfiler
-
-    size = group_size(len(latents), options.batch_size, decoder.mesh.shape["data"])
+    size = group_size(len(latents), options.batch_size, decoder.devices_of_images)
     first = latents[next(groups(len(latents), size))[0]]
     decoder.repeat(first, options.repeat)
     if not options.profile:
         return None
-    return decoder.profile(first, JaxProfiler(profile_folder, range(1), decoder.report))
+    return decoder.profile(first, profile_folder)
 
 
 def find_trajectory(source_dir: Path, latents: Artifact, *, verify: bool) -> Artifact | None:
@@ -239,6 +249,58 @@ def decode_trajectory(
 
 
 def load_decoder(
+    backend: str,
+    shape: tuple[int, ...],
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    vae_dtype: str,
+    options: RunOptions,
+    report: StageReport,
+) -> "Decoder":
+    """The VAE of a backend.
+
+    Args:
+        shape: of all latents, [B, C, h, w].
+    """
+    if backend == "torch":
+        return load_torch_decoder(shape, config, checkpoint, vae_dtype, report)
+    from common.devices import Devices
+
+    devices = Devices.present()
+    return load_jax_decoder(shape, config, checkpoint, vae_dtype, options, report, devices)
+
+
+def load_torch_decoder(
+    shape: tuple[int, ...],
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    vae_dtype: str,
+    report: StageReport,
+) -> "Decoder":
+    """The VAE in PyTorch, for latents [B, C, h, w]."""
+    import torch
+
+    from common.torch_decoding import TorchDecoder
+
+    dtype = getattr(torch, vae_dtype)
+    with report.part("checkpoint_read"):
+        vae, weights = load_model(checkpoint, "vae", dtype)
+        vae = with_weights(vae, report.watch_memory(weights))
+    return TorchDecoder(vae, make_tiles(shape, config, checkpoint, dtype), report)
+
+
+def make_tiles(
+    shape: Sequence[int], config: GenerationConfig, checkpoint: Checkpoint, dtype: "torch.dtype"
+) -> "Tiles | None":
+    """How latents [B, C, h, w] are cut; None where they are decoded whole."""
+    from common.decoding import Tiles
+
+    if not in_tiles(config, checkpoint, shape):
+        return None
+    return Tiles(make_without_weights(checkpoint, "vae", dtype))
+
+
+def load_jax_decoder(
     shape: tuple[int, ...],
     config: GenerationConfig,
     checkpoint: Checkpoint,
@@ -246,23 +308,17 @@ def load_decoder(
     options: RunOptions,
     report: StageReport,
     devices: "Devices",
-) -> "Decoder":
-    """The VAE: a PyTorch module for its code, its weights on the devices.
-
-    Args:
-        shape: of all latents, [B, C, h, w].
-    """
+) -> "JaxDecoder":
+    """The VAE as jax compiles it: PyTorch's module for its code, its weights on the devices."""
     import torch
 
-    from common.decoding import Decoder, Tiles
     from common.fast_ops import arrange_weight
+    from common.jax_decoding import JaxDecoder
 
     dtype = getattr(torch, vae_dtype)
     with report.part("checkpoint_read"):
         vae, weights = load_model(checkpoint, "vae", dtype, by_config=not devices.are_there)
-    tiles = None
-    if in_tiles(config, checkpoint, shape):
-        tiles = Tiles(make_without_weights(checkpoint, "vae", dtype))
+    tiles = make_tiles(shape, config, checkpoint, dtype)
     # The decoder only doubles rows.
     rows = [shape[2]] if tiles is None else tiles.rows(shape[2])
     choice = settle_mesh(options, shape[0], rows, devices)
@@ -273,9 +329,11 @@ def load_decoder(
         parameters = devices.put_weights(
             report.watch_memory(weights),
             lambda *_: sharding.replicated(mesh),
-            arrange=partial(arrange_weight, operations=options.operations),
+            arrange=partial(
+                arrange_weight, operations=options.operations, platform=devices.platform
+            ),
         )
-    return Decoder(vae, parameters, mesh, devices, tiles, options.operations, report)
+    return JaxDecoder(vae, parameters, mesh, devices, tiles, options.operations, report)
 
 
 def settle_mesh(
@@ -310,8 +368,8 @@ def compile_for_tpu(topology: str, parameters: dict[str, Any], source_dir: Path 
     count, height, width = tpu_compiler.pictures_shape(parameters["pictures_shape"], config, factor)
     shape = (count, vae_config["latent_channels"], height // factor, width // factor)
 
-    decoder = load_decoder(shape, config, checkpoint, dtype, options, StageReport(3), devices)
-    size = group_size(count, options.batch_size, decoder.mesh.shape["data"])
+    decoder = load_jax_decoder(shape, config, checkpoint, dtype, options, StageReport(3), devices)
+    size = group_size(count, options.batch_size, decoder.devices_of_images)
     decoded, what = (size, *shape[1:]), f"{width}×{height}"
     if decoder.tiles is not None:
         tile = [min(decoder.tiles.size, extent) for extent in shape[2:]]
@@ -432,6 +490,7 @@ def main(
     output_dir: command_line.OutputDir = None,
     tile: command_line.Tile = None,
     image_format: command_line.ImageFormatFlag = None,
+    backend: command_line.Backend = None,
     mesh: command_line.Mesh = None,
     batch_size: command_line.BatchSize = None,
     warmup: command_line.Warmup = False,
@@ -466,6 +525,7 @@ def main(
     report.phase("settings")
     options = read_run_options(context.params)
     sharding.parse_mesh(options.mesh)
+    refuse_unknown_to_torch(options)
     lock = RunLock.of_stage(run_dir, wait=wait, writes=options.writes())
     context.call_on_close(lock.release)
     lock.acquire(make_folder=False)
@@ -490,27 +550,26 @@ def main(
     say(f"stage 3: decode {count} image(s)")
     command_line.say_why(stale if skip_fresh else None, overrides)
 
-    # 3. Start jax
+    # 3. Start the backend
     report.phase("imports")
     if not debug:
         quiet_libraries()
-    from common import jax_setup
-    from common.devices import Devices, device_facts
-
+    started = start_backend(options, torch_on_cpus=True)
+    spare_imports("peft", "scipy", "transformers")
+    import_module(f"common.{started.name}_decoding")
     import_class("vae")
-    jax_setup.set_up_jax(distributed)
     upcast = bool(vae_config.get("force_upcast", True))  # True is diffusers' own default
-    dtype_used = jax_setup.choose_dtype(config.vae_dtype, force_float32=upcast)
+    dtype_used = started.choose_dtype(config.vae_dtype, force_float32=upcast)
     report.phase("other")
 
     # 4. Decode
     tensor = artifacts.load_tensors(latents, warn)["latents"].float().numpy()
-    devices = Devices.present()
-    decoder = load_decoder(tensor.shape, config, checkpoint, dtype_used, options, report, devices)
+    decoder = load_decoder(
+        started.name, tensor.shape, config, checkpoint, dtype_used, options, report
+    )
     recipe = make_recipe(config, checkpoint, latents, dtype_used)
-    facts = device_facts(decoder.mesh, dtype_used)
-    progress = progress_of(run_dir, recipe, options, facts)
-    several = count > group_size(count, options.batch_size, decoder.mesh.shape["data"])
+    progress = progress_of(run_dir, recipe, options, decoder.facts())
+    several = count > group_size(count, options.batch_size, decoder.devices_of_images)
     keeps = several and progress is not None
     with finishing_first() if keeps else nullcontext() as stop:
         images = decode_groups(decoder, tensor, options, progress=progress, stop=stop)
@@ -520,7 +579,7 @@ def main(
         kept = artifacts.load_tensors(trajectory, warn)["latents"].float().numpy()
         strip, frames = decode_trajectory(decoder, kept, options)
         decoded = replace(decoded, strip=strip, frames=frames)
-    if not jax_setup.is_first_process():
+    if not started.is_first_process:
         say("  the first process writes")
         return
 
@@ -539,7 +598,7 @@ def main(
         versions=recipe.versions,
         recipe=recipe.model_dump(),
         profile=profiled,
-        **device_facts(decoder.mesh, dtype_used),
+        **decoder.facts(),
     )
     command_line.say_times(report, main_picture, profiled)
 

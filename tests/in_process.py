@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from common.checkpoint import open_checkpoint
 from common.components import load_embedding, load_text_pipeline
 from common.config import SIZE_CONDITIONS, GenerationConfig, RunOptions
-from common.devices import Devices
 from common.lora import fuse_into_text_encoders
 from common.prompts import encode_prompts
 from common.report import StageReport
@@ -42,13 +41,14 @@ class Ours:
         self,
         model: str | Path,
         *,
+        backend: str = "jax",
         dtype: str = "float32",
         embeddings: Sequence[str] = (),
         loras: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.dtype = dtype
+        self.backend, self.dtype = backend, dtype
         config = make_config(Path(model), embeddings=embeddings, loras=loras, **(settings or {}))
         self.config = config
         self.checkpoint = open_checkpoint(config, ("unet", "vae"))
@@ -59,7 +59,7 @@ class Ours:
         for embedding in config.embeddings:
             load_embedding(self.text_pipeline, embedding)
         self.denoiser = stage2_unet.load_denoiser(
-            config, self.checkpoint, dtype, self.options, StageReport(2)
+            backend, config, self.checkpoint, dtype, self.options, StageReport(2)
         )
         self.programs = self.denoiser.report.programs
 
@@ -73,13 +73,13 @@ class Ours:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Stage 3. Returns pictures [B, H, W, 3] uint8."""
         decoder = stage3_vae_decoder.load_decoder(
+            self.backend,
             latents.shape,
             self.config,
             self.checkpoint,
             self.dtype,
             self.options,
             StageReport(3),
-            Devices.present(),
         )
         self.programs = decoder.report.programs
         return stage3_vae_decoder.decode_groups(decoder, latents, self.options)

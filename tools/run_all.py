@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,11 @@ import typer
 from typer.core import TyperCommand
 
 from common import artifacts, command_line, pictures
+from common.backends import has_only_cpus
 from common.config import DEFAULT_OUTPUT_DIR, read_generation_config
 from common.errors import BadSettingError, StageError
+from common.hub import OFFLINE
+from common.preloaded import PreloadedStage
 from common.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
 from common.stopping import STOP_SIGNALS
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
@@ -33,6 +37,7 @@ from tools.sweep import StageRun, parse_sweep, run_sweep
 STAGES = (stage1_text_encoder, stage2_unet, stage3_vae_decoder)
 DTYPES = ("text_encoder_dtype", "unet_dtype", "vae_dtype")
 RUN_ALL = "Which stages"
+SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
 FOR_ONE_STAGE = ("distributed", "topology", "pictures_shape", "save_hlo", "json")
 
 
@@ -70,13 +75,14 @@ def main(
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
     context.call_on_close(lock.release)
     lock.acquire()
+    if given.get("offline"):
+        os.environ[OFFLINE] = "1"  # for the libraries that a stage imports before its turn
     os.environ[HELD_BY_PARENT] = os.fspath(run_dir.resolve())
     if sweep is not None:
         return run_all_cells(run_dir, given, sweep)
-    for command in commands:
-        code = run_stage(command)
-        if code != 0:
-            return code
+    code = run_in_turn(commands, libraries_of(given))
+    if code != 0:
+        return code
     if to_stage == 3:
         source_dir = Path(given.get("input_dir", run_dir)) if from_stage == 3 else run_dir
         picture = picture_path(run_dir, source_dir, given.get("image_format"))
@@ -142,6 +148,11 @@ def make_command() -> TyperCommand:
     return command
 
 
+def script_of(stage: int) -> str:
+    """A stage's script."""
+    return str(PROJECT_DIR / "stages" / f"{STAGES[stage - 1].__name__.split('.')[-1]}.py")
+
+
 def flags_for(
     stage_command: TyperCommand, given: dict[str, Any], *, first: bool
 ) -> tuple[list[str], set[str]]:
@@ -188,14 +199,60 @@ def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[
             commands_of_stages[number - 1], given, first=number == from_stage
         )
         known |= names
-        script = PROJECT_DIR / "stages" / f"{STAGES[number - 1].__name__.split('.')[-1]}.py"
         skipping = [] if force else ["--skip_fresh"]
-        commands.append([sys.executable, str(script), *arguments, *skipping])
+        commands.append([sys.executable, script_of(number), *arguments, *skipping])
     unused = given.keys() - known - for_all
     if unused:
         flags = ", ".join(f"--{name}" for name in sorted(unused))
         raise BadSettingError(f"{flags}: no stage from {from_stage} to {to_stage} takes it")
     return commands
+
+
+def libraries_of(given: dict[str, Any]) -> dict[str, list[str]] | None:
+    """Script → modules that its stage imports whatever its settings, in their order.
+
+    None where no stage is to import beside another one: libraries are to be heard, or times are
+    measured.
+    """
+    if given.keys() & {"debug", "repeat", "profile", "profile_dir", "profile_steps"}:
+        return None
+    in_torch = ["torch", "diffusers.utils"]
+    in_jax = [*in_torch, "common.jax_setup", "common.torchax_runtime"]
+    backend = given.get("backend", "auto")
+    decodes_by_torch = backend == "torch" or (backend == "auto" and has_only_cpus())
+    return {
+        script_of(1): in_torch,
+        script_of(2): in_torch if backend == "torch" else in_jax,
+        script_of(3): in_torch if decodes_by_torch else in_jax,
+    }
+
+
+def run_in_turn(commands: list[list[str]], libraries: dict[str, list[str]] | None) -> int:
+    """Run stages one after the other. Returns the exit code of the first that failed, or 0.
+
+    Args:
+        libraries: what each stage's script imports while the one before it runs; None: nothing.
+    """
+    ahead: PreloadedStage | None = None
+
+    def prepare(command: list[str]) -> None:
+        nonlocal ahead
+        assert libraries is not None
+        ahead = PreloadedStage(command[1], libraries[command[1]])
+
+    for command, following in zip(commands, [*commands[1:], None], strict=True):
+        process = ahead.begin(command[2:]) if ahead is not None else None
+        ahead = None
+        meanwhile = None
+        if libraries is not None and following is not None:
+            meanwhile = partial(prepare, following)
+        process = process or subprocess.Popen(command, text=True)
+        code = wait_for_stage(process, meanwhile=meanwhile)
+        if code != 0:
+            if ahead is not None:
+                ahead.give_up()
+            return code
+    return 0
 
 
 def run_stage_and_listen(command: list[str]) -> tuple[int, str]:
@@ -207,15 +264,21 @@ def run_stage_and_listen(command: list[str]) -> tuple[int, str]:
         if line.startswith("error: "):
             heard.append(line.removeprefix("error: ").strip())
 
-    code = run_stage(command, listen)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    code = wait_for_stage(process, listen)
     return code, heard[-1] if heard else ""
 
 
-def run_stage(command: list[str], listen: Callable[[str], None] | None = None) -> int:
-    """Run one stage and wait for it. Returns its exit code, or that of a signal to stop.
+def wait_for_stage(
+    process: "subprocess.Popen[str]",
+    listen: Callable[[str], None] | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> int:
+    """Wait for a stage. Returns its exit code, or that of a signal to stop.
 
     Args:
         listen: is given each line of the stage's messages, which otherwise go to the terminal.
+        meanwhile: called when the stage has more to do than to see that its outputs are fresh.
     """
     received: list[int] = []
 
@@ -225,14 +288,17 @@ def run_stage(command: list[str], listen: Callable[[str], None] | None = None) -
         if number == signal.SIGTERM:
             process.terminate()
 
-    pipe = None if listen is None else subprocess.PIPE
-    process = subprocess.Popen(command, stderr=pipe, text=True)
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         if listen is not None and process.stderr is not None:
             for line in process.stderr:
                 listen(line)
-        code = process.wait()
+        try:
+            code = process.wait(timeout=SECONDS_OF_A_FRESH_STAGE)
+        except subprocess.TimeoutExpired:
+            if meanwhile is not None and not received:
+                meanwhile()
+            code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

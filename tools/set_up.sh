@@ -4,6 +4,7 @@
 #   tools/set_up.sh          what running needs
 #   tools/set_up.sh dev      what testing and checking need as well
 #   tools/set_up.sh tpu      what running on a TPU VM needs as well
+#   tools/set_up.sh gpu      what running on a GPU needs as well
 #
 # Installs the exact versions of constraints.txt; runs again only when they or pyproject.toml change.
 # PYTHON names the interpreter to use (3.11 or later).

@@ -24,17 +24,48 @@ def test_guidance() -> None:
     assert found[0][1:] == ("1.00", "1.00") and found[3][1] == "1.00"
 
 
+def rows_of(*command: object) -> list[dict[str, str]]:
+    """The rows of the tables that a benchmark prints, by their titles."""
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if "|" in line]
+    titles = ["", *lines[0]]
+    return [dict(zip(titles, cells, strict=False)) for cells in lines[2:]]
+
+
 @pytest.mark.slow
 def test_side_by_side() -> None:
-    """Every peer but the one that takes minutes to compile; all give diffusers' result."""
+    """The peers that do not take long to compile; all give diffusers' result."""
     small = ["--repeat", "1", "--num_inference_steps", "2"]
-    small += ["--peer", "torchax per step", "--peer", "ours, jax"]
-    result = subprocess.run(
-        [sys.executable, BENCHMARKS / "side_by_side.py", *small], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| diffusers eager", "| torchax per step", "| ours, jax"]
-    assert rows[0][2] == rows[0][4] == "1.00"
+    peers = ["ours, jax", "ours, torch"]
+    rows = rows_of(BENCHMARKS / "side_by_side.py", *small, *(f"--peer={name}" for name in peers))
+    assert [row[""] for row in rows] == ["diffusers eager", *peers]
+    assert rows[0]["denoising loop, ratio"] == rows[0]["decoding, ratio"] == "1.00"
     for row in rows:
-        assert float(row[6]) < 1e-4 and int(row[7].split("/")[0]) <= 1
+        assert float(row["latents differ"]) < 1e-4
+        assert int(row["pictures differ"].split("/")[0]) <= 1
+
+
+@pytest.mark.slow
+def test_gpu_sdxl_on_a_cpu() -> None:
+    """Weights computed by torch and by jax are the same, so are the results."""
+    small = ["--tiny", "--repeat=1", "--batch=1", "--batch=2", "--num_inference_steps=2"]
+    peers = ["diffusers channels_last", "ours, jax"]
+    rows = rows_of(
+        BENCHMARKS / "gpu_sdxl.py", *small, "--dtype=float32", *(f"--peer={name}" for name in peers)
+    )
+    found = [row for row in rows if row[""] in peers]
+    assert [row[""] for row in found] == 2 * peers
+    for row in found:
+        assert float(row["latents differ"]) < 1e-4
+        assert float(row["pictures differ"].split("/")[0]) < 0.1
+
+
+@pytest.mark.slow
+def test_cold_start() -> None:
+    rows = rows_of(BENCHMARKS / "cold_start.py", "--repeat=1")
+    seconds = {
+        row[""]: float(row["wall"].split()[0]) for row in rows if " s" in row.get("wall", "")
+    }
+    assert seconds["stage 2 alone"] > seconds["stage 2's floor"] > 0.5
+    assert seconds["run_all.sh"] > seconds["stage 1 alone"]

@@ -44,7 +44,6 @@ from common.config import (
     write_generation_config,
 )
 from common.decoding import Decoder
-from common.devices import Devices
 from common.errors import (
     BadInputFileError,
     BadSettingError,
@@ -60,7 +59,7 @@ from common.run_lock import RunLock
 from common.sampler import Sampler
 from common.scheduler_tables import make_tables
 from common.stopping import StoppedError, StopRequest
-from common.torch_profiler import profile_torch
+from common.torch_profiler import TorchProfiler
 from common.tpu_estimate import CHIPS
 from common.whole_files import remove_file
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
@@ -891,7 +890,7 @@ def decoder() -> Decoder:
     checkpoint = open_checkpoint(config, ["vae"])
     options = RunOptions(mesh="single")
     return stage3_vae_decoder.load_decoder(
-        (1, 4, 8, 8), config, checkpoint, "float32", options, StageReport(3), Devices.present()
+        "jax", (1, 4, 8, 8), config, checkpoint, "float32", options, StageReport(3)
     )
 
 
@@ -925,13 +924,13 @@ def test_a_trace_that_cannot_be_begun(tmp_path: Path) -> None:
         f"--profile: no trace can be written to {folder}",
         "choose another --profile_dir",
     ):
-        JaxProfiler(folder, range(1), StageReport(2)).start()
+        JaxProfiler(folder, None, StageReport(2), {}, torch.nn.Identity()).start()
 
 
 def test_a_trace_that_cannot_be_ended(tmp_path: Path) -> None:
     """The folder became a file while the trace ran."""
     folder = tmp_path / "profile" / "stage2"
-    profiler = JaxProfiler(folder, range(1), StageReport(2))
+    profiler = JaxProfiler(folder, None, StageReport(2), {}, torch.nn.Identity())
     profiler.start()
     shutil.rmtree(tmp_path / "profile")
     (tmp_path / "profile").write_text("")
@@ -946,9 +945,10 @@ def test_a_trace_that_cannot_be_ended(tmp_path: Path) -> None:
 def test_a_trace_of_torch_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "stage1"
-    module = torch.nn.Linear(2, 2)
+    profiler = TorchProfiler(folder / "trace.json.gz", None, StageReport(1), {})
+    profiler.start()
     with refusal(UnfitEnvironmentError, f"--profile: {folder}", "choose another --profile_dir"):
-        profile_torch(lambda: module(torch.zeros(1, 2)), {"m": module}, folder, StageReport(1))
+        profiler.stop()
 
 
 def test_a_platform_that_is_not_there(

@@ -81,8 +81,10 @@ def test_stage_2_traces_the_steps_that_were_asked_for(
 def test_stage_3_and_stage_1_trace_their_modules(
     run_copy: Path, stage: Run, tmp_path: Path
 ) -> None:
+    compiled = ("--output_dir", run_copy, "--backend", "jax")
+    assert stage(3, *compiled).returncode == 0
     pictures = {path.name: path.read_bytes() for path in run_copy.glob("output_*")}
-    result = stage(3, "--output_dir", run_copy, "--profile", "--profile_dir", tmp_path / "traces")
+    result = stage(3, *compiled, "--profile", "--profile_dir", tmp_path / "traces")
     assert result.returncode == 0, result.stderr
     profile = profile_of(run_copy, 3)
     assert Path(profile.trace).is_relative_to(tmp_path / "traces" / "stage3")

@@ -37,9 +37,9 @@ class StopAfter(StopRequest):
         return signal.SIGTERM if self.looks < 0 else None
 
 
-@pytest.fixture(scope="module")
-def ours() -> Ours:
-    return Ours(DEMO)
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def ours(request: pytest.FixtureRequest) -> Ours:
+    return Ours(DEMO, backend=request.param)
 
 
 @pytest.mark.parametrize("scheduler", ["euler_a", "dpmpp_2m", "heun"])

@@ -340,6 +340,10 @@ def models_out_of_reach() -> Iterator[None]:
     """Let every stage end where it would load models."""
     with (
         patch.object(stage1_text_encoder, "load_text_pipeline", _stop_before_models),
+        # The tests that run in this process later need all of diffusers.
+        patch.object(stage1_text_encoder, "spare_imports"),
+        patch.object(stage2_unet, "spare_imports"),
+        patch.object(stage3_vae_decoder, "spare_imports"),
         patch.object(stage2_unet, "load_denoiser", _stop_before_models),
         patch.object(stage3_vae_decoder, "load_decoder", _stop_before_models),
     ):

@@ -74,6 +74,17 @@ def test_one_lora_with_a_scale(model: Path, tmp_path: Path) -> None:
     assert apart < 1e-4 < 1e-2 < changed
 
 
+def test_a_lora_by_torch(sdxl: Path, tmp_path: Path) -> None:
+    """diffusers reads the whole UNet for it, and the module gets the fused weights back."""
+    file = make_lora(sdxl, tmp_path / "a.safetensors", 1, list(TARGETS))
+    config = make_config(sdxl, num_inference_steps=3, guidance_scale=2.0)
+    by_torch, by_jax = (
+        Ours(sdxl, backend=backend, loras=[f"{file}:0.7"]).denoise(config)
+        for backend in ("torch", "jax")
+    )
+    assert relative_difference(by_torch, by_jax) < 1e-5
+
+
 def test_several_loras_add_up(sdxl: Path, tmp_path: Path) -> None:
     first = make_lora(sdxl, tmp_path / "a.safetensors", 1, list(TARGETS))
     second = make_lora(sdxl, tmp_path / "b.safetensors", 2, ["unet"])

@@ -26,10 +26,18 @@ def by_diffusers(latents: np.ndarray, *, tile: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mesh", ["single", pytest.param("data=2,rows=4", marks=pytest.mark.slow)])
-def test_tiles_equal_diffusers(size: tuple[int, int], mesh: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": "single"},
+        pytest.param({"mesh": "data=2,rows=4"}, marks=pytest.mark.slow),
+        {"backend": "torch"},
+    ],
+    ids=str,
+)
+def test_tiles_equal_diffusers(size: tuple[int, int], options: dict[str, str]) -> None:
     latents = np.random.default_rng(1).normal(size=(2, 4, *size)).astype(np.float32)
-    found = Ours(DEMO, mesh=mesh, settings={"tile": True}).decode(latents)
+    found = Ours(DEMO, settings={"tile": True}, **options).decode(latents)
     expected = by_diffusers(latents, tile=True)
     assert pixel_difference(found, expected) <= 1
     # Tiles are seen: this is not the picture that is decoded whole.

@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit_are_gathered_in_every_step(reduced_sdxl: Path) 
     given = {"model_id": str(reduced_sdxl)}
     config, checkpoint = tpu_compiler.read_settings(None, given, "unet_dtype", ("unet",))
     devices = Devices.described(tpu_compiler.devices_of("v6e:2x4"), memory_bytes=1_000_000)
-    denoiser = stage2_unet.load_denoiser(
+    denoiser = stage2_unet.load_jax_denoiser(
         config, checkpoint, "bfloat16", RunOptions(), StageReport(2), devices
     )
     sampler = stage2_unet.make_sampler(config, checkpoint)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from jax.experimental.pallas import tpu as pltpu
 
-from common.denoising import prepare_model
 from common.fast_ops import attention, conv2d, gelu, group_norm, layer_norm
+from common.jax_denoising import prepare_model
 from common.sharding import SINGLE, ActivationLayout, make_mesh
 from common.torchax_runtime import as_jax_function
 

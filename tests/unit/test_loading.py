@@ -73,7 +73,7 @@ def test_the_devices_of_a_cpu_share_one_copy() -> None:
     mesh = make_mesh(SINGLE | {"data": 2}, devices.devices)
     _, weights = load_model(open_with(), "unet", torch.float32)
     tensors = dict(weights)
-    arrange = partial(arrange_weight, operations="fast")
+    arrange = partial(arrange_weight, operations="fast", platform="gpu")
     parameters = devices.put_weights(tensors.items(), lambda *_: replicated(mesh), arrange=arrange)
     assert parameters.keys() == tensors.keys()
     for name, array in parameters.items():
@@ -114,7 +114,7 @@ report = StageReport(2)
 parameters = devices.put_weights(
     report.watch_memory(weights),
     lambda *_: sharding.replicated(mesh),
-    arrange=lambda name, array: arrange_weight(name, array, operations="fast"),
+    arrange=lambda name, array: arrange_weight(name, array, operations="fast", platform="gpu"),
 )
 going[0] = False
 thread.join()

@@ -272,6 +272,7 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
 }
 # How a stage computes: another value, and why stage 2 runs again although its latents are fresh.
 RUN_OPTIONS: dict[str, tuple[Any, str | None]] = {
+    "backend": ("torch", None),
     "mesh": ("single", None),
     "batch_size": (1, None),
     "steps_per_call": (3, None),

@@ -1,0 +1,86 @@
+"""Peers of a benchmark as processes of their own, which compute when they are asked to.
+
+So the runs of all can be interleaved: while one runs, the others wait and take no time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+
+class PeerProcess:
+    """A script started with `--worker NAME --folder DIR`, which calls `answer_requests`."""
+
+    def __init__(self, script: str, name: str, folder: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--worker", name, "--folder", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Let it answer one request.
+
+        Raises:
+            RuntimeError: it ended.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+        return dict(json.loads(answer))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def answer_requests(make: Callable[[], Callable[..., dict[str, Any]]]) -> None:
+    """Answer each request on the standard input by a line of JSON, until there is none.
+
+    Args:
+        make: loads what is needed, and returns what answers a request.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print is no answer
+    answer = make()
+    for line in sys.stdin:
+        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
+
+
+class LoopClock:
+    """The seconds of a denoising loop alone: from its first model evaluation's start to its end."""
+
+    def __init__(self, finish: Callable[[], None] = lambda: None) -> None:
+        """`finish` waits for the device."""
+        self.finish = finish
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[Any]:
+        """Time a block."""
+        began = time.perf_counter()
+        yield _NoBar()
+        self.finish()
+        self.seconds = time.perf_counter() - began
+
+    def watch(self, pipeline: Any) -> None:
+        """Time the loop of diffusers' pipeline, which runs inside of its progress bar."""
+        pipeline.progress_bar = lambda **_: self.running()
+
+
+class _NoBar:
+    def update(self) -> None:
+        """Shown to nobody."""

@@ -1,0 +1,75 @@
+"""A stage's process that imports its libraries while the stage before it runs.
+
+`run_all.sh` starts it ahead with `PreloadedStage`; this file is also the script that it runs.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+
+
+class PreloadedStage:
+    """A process that waits for its turn."""
+
+    def __init__(self, script: str, modules: Sequence[str]) -> None:
+        """
+        Args:
+            script: the stage's.
+            modules: to import while it waits.
+        """
+        command = [sys.executable, __file__, script, *modules]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+
+    def begin(self, arguments: Sequence[str]) -> "subprocess.Popen[str] | None":
+        """Let the stage run with arguments; None where the process is no more."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(list(arguments)) + "\n")
+            self.process.stdin.close()
+        except OSError:
+            return None
+        return self.process
+
+    def give_up(self) -> None:
+        """Let the process end; its turn does not come."""
+        self.process.kill()
+        self.process.wait()
+
+
+def main() -> None:
+    """Import modules, wait for the arguments on the standard input, run the script."""
+    script, *modules = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # nothing is begun
+    sys.path[0] = str(PROJECT_DIR)  # in place of this file's folder, whose names hide others
+    from common.command_line import keep_to_ourselves
+    from common.components import quiet_libraries
+    from common.report import count_from_now
+
+    keep_to_ourselves()
+    quiet_libraries()
+    for module in modules:
+        if select.select([sys.stdin], [], [], 0)[0]:
+            break  # its turn has come, and may need none of them
+        import_module(module)
+    line = sys.stdin.readline()
+    if not line:
+        return
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    count_from_now()
+    sys.argv = [script, *json.loads(line)]
+    import runpy
+
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

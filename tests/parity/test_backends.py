@@ -1,0 +1,223 @@
+"""`--backend torch` computes what the compiled program computes, and what diffusers computes."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.backends import Backend, refuse_unknown_to_torch, start_backend
+from common.config import RunOptions
+from common.errors import BadSettingError
+from common.torch_denoising import AttentionIn16Bits
+from tests.conftest import DEMO, PROJECT_DIR, Run
+from tests.in_process import (
+    Ours,
+    load_pipeline,
+    make_config,
+    pixel_difference,
+    relative_difference,
+    run_pipeline,
+)
+from tests.tiny_checkpoints import save_sd, save_sdxl
+
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def in_torch() -> Ours:
+    return Ours(DEMO, backend="torch")
+
+
+@pytest.fixture(scope="module")
+def in_jax() -> Ours:
+    return Ours(DEMO)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 3, "num_inference_steps": 5},
+        {"scheduler": "euler_a", "num_images_per_prompt": 2},
+        {"scheduler": "dpmpp_2m", "guidance_scale": 1.0},
+        {"guidance_rescale": 0.7, "width": 192},
+        {"scheduler": "heun", "num_inference_steps": 4},
+        {"scheduler": "dpmpp_sde", "num_inference_steps": 2},
+    ],
+    ids=str,
+)
+def test_torch_equals_diffusers(in_torch: Ours, settings: dict[str, Any]) -> None:
+    config = make_config(DEMO, **settings)
+    latents = in_torch.denoise(config)
+    expected, pictures = run_pipeline(load_pipeline(DEMO), config)
+    assert relative_difference(latents, expected) < ROUNDING
+    assert pixel_difference(in_torch.decode(latents), pictures) <= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 3},
+        {"guidance_start": 0.2, "guidance_end": 0.7},
+        {"guidance_rescale": 0.5, "scheduler": "lcm"},
+        {"scheduler": "ddim", "scheduler_options": {"clip_sample": True}, "guidance_scale": 2.0},
+    ],
+    ids=["batch", "guidance in some steps", "noise in every step", "scheduler on the host"],
+)
+def test_torch_equals_jax(in_torch: Ours, in_jax: Ours, settings: dict[str, Any]) -> None:
+    config = make_config(DEMO, num_inference_steps=5, **settings)
+    latents = in_jax.denoise(config)
+    assert relative_difference(in_torch.denoise(config), latents) < ROUNDING
+    assert pixel_difference(in_torch.decode(latents), in_jax.decode(latents)) <= 1
+
+
+@pytest.mark.parametrize("save", [save_sdxl, save_sd])
+def test_checkpoints_of_every_family(save: Any, tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    config = make_config(model, height=64, width=64, num_inference_steps=4, guidance_scale=2.0)
+    latents = Ours(model, backend="torch").denoise(config)
+    expected, _ = run_pipeline(load_pipeline(model), config)
+    assert relative_difference(latents, expected) < ROUNDING
+
+
+def test_a_unet_that_is_told_the_guidance_scale(tmp_path: Path) -> None:
+    model = save_sdxl(tmp_path / "model", time_cond_proj_dim=32)
+    config = make_config(model, height=64, width=64, num_inference_steps=3)
+    both = [Ours(model, backend=backend).denoise(config) for backend in ("torch", "jax")]
+    assert relative_difference(*both) < ROUNDING
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_bfloat16_is_as_near_to_float32_as_diffusers_own(backend: str, in_jax: Ours) -> None:
+    """On CPUs jax computes 16-bit products in float32, PyTorch with attention of its own kind."""
+    config = make_config(DEMO, batch=3, num_inference_steps=10)
+    exact = in_jax.denoise(config)
+    latents = Ours(DEMO, backend=backend, dtype="bfloat16").denoise(config)
+    pipeline = load_pipeline(DEMO)
+    pipeline.unet.to(torch.bfloat16)
+    theirs, _ = run_bfloat16(pipeline, config)
+    own = relative_difference(latents, exact)
+    print("bfloat16 differs by", own, "diffusers' by", relative_difference(theirs, exact))
+    assert 1e-4 < own < 1.5 * relative_difference(theirs, exact)
+
+
+def run_bfloat16(pipeline: Any, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """diffusers' UNet in bfloat16, everything around it in float32."""
+    unet = pipeline.unet
+    forward = unet.forward
+
+    def in_bfloat16(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> Any:
+        added = kwargs.pop("added_cond_kwargs")
+        kwargs["added_cond_kwargs"] = added | {"text_embeds": added["text_embeds"].bfloat16()}
+        kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"].bfloat16()
+        return (forward(sample.bfloat16(), timestep, **kwargs)[0].float(),)
+
+    unet.forward = in_bfloat16
+    return run_pipeline(pipeline, config)
+
+
+@pytest.mark.parametrize("tokens", [16, 3000])
+def test_attention_in_slices_equals_float64(tokens: int) -> None:
+    """3000 tokens are more scores than one slice takes: heads go one at a time."""
+    from diffusers.models.attention_processor import Attention
+
+    torch.manual_seed(0)
+    attention = Attention(query_dim=32, heads=4, dim_head=8).bfloat16()
+    hidden = torch.randn(2, tokens, 32).bfloat16()
+    with torch.no_grad():
+        expected = attention.double()(hidden.double())
+        attention.bfloat16().set_processor(AttentionIn16Bits())
+        found = attention(hidden)
+    assert relative_difference(found.float().numpy(), expected.numpy()) < 2e-2
+
+
+def test_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    jax, torch_ = Backend("jax", "cpu"), Backend("torch", "cpu")
+    for options, torch_on_cpus, expected in (
+        (RunOptions(), True, torch_),
+        (RunOptions(), False, jax),
+        (RunOptions(mesh="single"), True, jax),
+        (RunOptions(steps_per_call=2), True, jax),
+        (RunOptions(backend="jax"), True, jax),
+        (RunOptions(backend="torch"), False, torch_),
+    ):
+        assert start_backend(options, torch_on_cpus=torch_on_cpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mesh", "single"), ("steps_per_call", 2), ("operations", "torchax"), ("distributed", "auto")],
+)
+def test_flags_of_the_compiled_program_beside_torch(name: str, value: Any) -> None:
+    options = RunOptions.model_validate({"backend": "torch", name: value})
+    with pytest.raises(BadSettingError, match=f"--{name} is for the compiled program: leave it or"):
+        refuse_unknown_to_torch(options)
+    refuse_unknown_to_torch(options.model_copy(update={"backend": "jax"}))
+
+
+def backend_of(run_dir: Path, stage: int) -> str:
+    return str(json.loads((run_dir / f"stage{stage}_report.json").read_text())["backend"])
+
+
+def test_the_stages_say_which_backend_they_used(run_copy: Path, stage: Run) -> None:
+    """float32 by jax; 16 bits and the VAE on a CPU by PyTorch, without jax."""
+    assert [backend_of(run_copy, number) for number in (1, 2, 3)] == ["torch", "jax", "torch"]
+    result = stage(2, "--output_dir", run_copy, "--dtype", "bfloat16")
+    assert result.returncode == 0 and "mesh" not in result.stdout, result.stderr
+    assert backend_of(run_copy, 2) == "torch"
+    result = stage(2, "--output_dir", run_copy, "--backend", "torch", "--mesh", "single")
+    assert result.returncode == 2 and "--backend torch" in result.stderr
+
+
+def test_a_backend_is_no_setting(run_copy: Path, stage: Run) -> None:
+    """What was made by one is fresh for the other."""
+    for number in (2, 3):
+        for backend in ("torch", "jax"):
+            result = stage(number, "--output_dir", run_copy, "--skip_fresh", "--backend", backend)
+            assert f"stage {number}: fresh" in result.stdout, result.stderr
+
+
+def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> None:
+    flags = ("--backend", "torch", "--profile", "--repeat", 2, "--save_trajectory", 2)
+    result = stage(2, "--output_dir", run_copy, "--num_inference_steps", 6, *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run_copy / "stage2_report.json").read_text())
+    assert report["profile"]["steps"] == [2, 5] and len(report["repeat"]["seconds"]) == 2
+    assert len(report["step_seconds"]) == 3  # the others were profiled
+    assert min(report["step_seconds"]) > 0.3 * max(report["step_seconds"])
+    assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm", "feed-forward"}
+    assert (run_copy / "profile" / "stage2" / "denoise.pt.trace.json.gz").exists()
+    assert report["programs"] is None and report["mesh"] is None
+    result = stage(3, "--output_dir", run_copy, "--backend", "torch", "--profile", "--warmup")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run_copy / "stage3_report.json").read_text())
+    assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm"}
+    assert report["seconds"]["warm_up"] > 0 and report["profile"]["steps"] is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+def test_steps_take_the_memory_of_the_steps_before() -> None:
+    """Blocks of 20 MB, asked for and freed in turn, are mapped once."""
+    program = (
+        "import resource, torch\n"
+        "from common.backends import start_backend\n"
+        "from common.config import RunOptions\n"
+        "start_backend(RunOptions(backend='torch'), torch_on_cpus=True)\n"
+        "def faults(times):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(times):\n"
+        "        tensors = [torch.ones(5_000_000) for _ in range(4)]; del tensors\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(2); print(faults(20))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=PROJECT_DIR
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 5_000  # 20 MB are 5 000 pages; mapped anew it is 400 000
