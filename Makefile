@@ -32,7 +32,7 @@ faults: setup
 fuzz: setup
 	JAX_PLATFORMS=cpu $(PYTHON_BIN) tests/fuzz/fuzz.py --cases 20000 --processes 200
 
-# The tables of docs/performance.md, some 30 minutes on two cores with nothing else running.
+# The tables of docs/performance.md, some 20 minutes on two cores with nothing else running.
 bench: setup
 	$(PYTHON_BIN) benchmarks/side_by_side.py --load demo --batch 1
 	$(PYTHON_BIN) benchmarks/side_by_side.py --load demo --batch 8
