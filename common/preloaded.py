@@ -26,7 +26,9 @@ class PreloadedStage:
             modules: to import while it waits.
         """
         command = [sys.executable, __file__, script, *modules]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, preexec_fn=_ignore_interrupts
+        )
 
     def begin(self, arguments: Sequence[str]) -> "subprocess.Popen[str] | None":
         """Let the stage run with arguments; None where the process is no more."""
@@ -42,6 +44,11 @@ class PreloadedStage:
         """Let the process end; its turn does not come."""
         self.process.kill()
         self.process.wait()
+
+
+def _ignore_interrupts() -> None:
+    """Until the script has begun; Python's own handler would end its start with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:
