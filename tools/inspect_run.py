@@ -85,7 +85,8 @@ def lines_of(run: RunRecord, content: dict[str, Any]) -> Iterator[str]:
             weights = ", ".join(file.recipe.weights)
             yield f"  made from {' and '.join(part for part in (sources, weights) if part)}"
         if "written_at" in file.provenance:
-            yield f"  written {file.provenance['written_at']}, data {file.data_sha256[:12]}…"
+            by = f" by {file.provenance['backend']}" if "backend" in file.provenance else ""
+            yield f"  written {file.provenance['written_at']}{by}, data {file.data_sha256[:12]}…"
         for tensor in found["tensors"]:
             shape = "×".join(map(str, tensor["shape"]))
             values = ", ".join(

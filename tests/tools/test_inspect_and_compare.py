@@ -53,6 +53,9 @@ def test_a_run_is_shown_as_it_lies_on_the_disk(finished_run: Path) -> None:
     assert files["output_image_0000.png"]["made_from"] == {LATENTS: files[LATENTS]["data_sha256"]}
     printed = run_script(INSPECT, finished_run).stdout
     assert f"{LATENTS}: fresh" in printed and "2×4×16×16" in printed
+    report = json.loads((finished_run / "stage2_report.json").read_text())
+    latents = printed.split(f"\n{LATENTS}: ")[1].split("\noutput_")[0]
+    assert f" by {report['backend']}, data " in latents
 
 
 def test_what_is_stale_says_why(run_copy: Path) -> None:

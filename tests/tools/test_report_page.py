@@ -120,4 +120,4 @@ def test_prompts_and_seeds_become_a_grid(finished_run: Path, tmp_path: Path) -> 
     assert '<th class="axis" scope="col">seed</th>' in page
     assert '<th scope="row">42</th>' in page and '<th scope="row">43</th>' in page
     report = json.loads((finished_run / "stage2_report.json").read_text())
-    assert f"{report['wall_seconds']:.2f} s on cpu" in page
+    assert f"{report['wall_seconds']:.2f} s by {report['backend']} on cpu" in page
