@@ -34,7 +34,7 @@ import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests
+from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests, compare_results
 from common.components import quiet_libraries
 
 SDXL = PROJECT_DIR / "models" / "sdxl_base"
@@ -399,13 +399,11 @@ def measure(
     for _ in tqdm(range(repeat), desc=f"batch {batch}, {steps} steps"):
         for each in workers:
             found[each.name]["runs"].append(each.ask(batch=batch, steps=steps))
-    arrays = {each.name: dict(np.load(folder / f"{each.name}.npz")) for each in workers}
-    reference = arrays[workers[0].name]
-    for name, own in arrays.items():
-        difference = np.linalg.norm(own["latents"] - reference["latents"])
-        found[name]["latents_differ"] = float(difference / np.linalg.norm(reference["latents"]))
-        pictures = np.abs(own["pictures"].astype(int) - reference["pictures"].astype(int))
-        found[name]["pictures_differ"] = float(pictures.mean())
+    for each in workers:
+        files = (folder / f"{name}.npz" for name in (each.name, workers[0].name))
+        latents, pictures = compare_results(*files)
+        assert pictures is not None
+        found[each.name] |= {"latents_differ": latents, "pictures_differ": float(pictures.mean())}
     return found
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 
 class PeerProcess:
     """A script started with `--worker NAME --folder DIR`, which calls `answer_requests`."""
@@ -58,6 +60,19 @@ def answer_requests(make: Callable[[], Callable[..., dict[str, Any]]]) -> None:
     answer = make()
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
+
+
+def compare_results(own: Path, reference: Path) -> tuple[float, np.ndarray | None]:
+    """Compare two peers' files of `latents` and, where they decoded, `pictures`.
+
+    Returns the relative difference of the latents, and the differences of all the pictures' values.
+    """
+    found, expected = np.load(own), np.load(reference)
+    difference = np.linalg.norm(found["latents"] - expected["latents"])
+    pictures = None
+    if "pictures" in found:
+        pictures = np.abs(found["pictures"].astype(int) - expected["pictures"].astype(int))
+    return float(difference / np.linalg.norm(expected["latents"])), pictures
 
 
 class LoopClock:

@@ -30,7 +30,7 @@ import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests
+from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests, compare_results
 from common.components import quiet_libraries
 from common.profile import lines_of
 from common.report import peak_memory
@@ -437,11 +437,10 @@ def result_file(folder: Path, name: str) -> Path:
 
 def compare(folder: Path, name: str) -> dict[str, str]:
     """The relative difference of a peer's latents, and the greatest of its pictures' values."""
-    own, reference = (np.load(result_file(folder, each)) for each in (name, REFERENCE))
-    difference = np.linalg.norm(own["latents"] - reference["latents"])
-    found = {"latents differ": f"{difference / np.linalg.norm(reference['latents']):.1e}"}
-    if "pictures" in own:
-        pictures = np.abs(own["pictures"].astype(int) - reference["pictures"].astype(int))
+    files = (result_file(folder, each) for each in (name, REFERENCE))
+    latents, pictures = compare_results(*files)
+    found = {"latents differ": f"{latents:.1e}"}
+    if pictures is not None:
         found["pictures differ"] = f"{pictures.max()}/255"
     return found
 

@@ -75,5 +75,5 @@ def has_only_cpus() -> bool:
     """Whether jax has nothing but CPUs, as far as that can be told without importing it."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    plugins = find_spec("libtpu"), find_spec("jax_plugins"), *entry_points(group="jax_plugins")
-    return not any(plugins)
+    modules = any(find_spec(name) for name in ("libtpu", "jax_plugins"))
+    return not modules and not entry_points(group="jax_plugins")

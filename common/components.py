@@ -45,8 +45,9 @@ def spare_imports(*packages: str) -> None:
         return  # it has them already
     for package in packages:
         setattr(diffusers.utils.import_utils, f"_{package}_available", False)
-    # Asked for at every call of a UNet, whose LoRAs it would scale.
-    diffusers.utils.USE_PEFT_BACKEND = "peft" not in packages
+    if "peft" in packages:
+        # Asked for at every call of a UNet, whose LoRAs it would scale.
+        diffusers.utils.USE_PEFT_BACKEND = False
 
 
 def import_text_classes(checkpoint: Checkpoint) -> None:

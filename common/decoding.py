@@ -74,7 +74,6 @@ class _AsModule(torch.nn.Module):
 class Decoder(ABC):
     """The VAE of a backend, and how it is measured."""
 
-    backend: str
     devices_of_images: int  # that a group's images are spread over
 
     def __init__(self, vae: Any, tiles: Tiles | None, report: StageReport) -> None:

@@ -189,7 +189,6 @@ class Denoiser(ABC):
     and `latents`. Scheduler, steps and guidance may be others for each group.
     """
 
-    backend: str
     loops_on_device: bool  # whether one call runs a range of steps
     ranges_ahead: int  # handed to the devices beyond the one that runs
     devices_of_images: int  # that a group's images are spread over
@@ -234,26 +233,26 @@ class Denoiser(ABC):
             with self.report.part("noise"):
                 self.noise = prepare_noise(seeds, sampler, tables, latent_shape)
         self.guided = guidance.guided_steps(self.evaluations)
+        # With guidance (True), without, or both.
+        self.kinds = sorted({i in self.guided for i in range(self.evaluations)})
         conditions = {
             guided: prepare_conditions(
                 embeddings, size_conditions, timestep_cond, self.dtype, guided=guided
             )
-            for guided in {i in self.guided for i in range(self.evaluations)}
+            for guided in self.kinds
         }
         with self.report.part("host_to_device"):
             self._put(conditions, guidance)
+            if tables is not None:
+                self.state = self._first_state()
 
     @abstractmethod
     def _put(self, conditions: dict[bool, dict[str, torch.Tensor]], guidance: Guidance) -> None:
-        """Put what `start` prepared where it is computed with; set `state` where there are tables.
+        """Put what `start` prepared where it is computed with.
 
         Args:
-            conditions: of the steps with guidance (True) and without, where there are such.
+            conditions: of each of the group's `kinds` of steps.
         """
-
-    @abstractmethod
-    def kinds(self) -> list[bool]:
-        """Whether the group has steps with guidance (True), without, or both."""
 
     @abstractmethod
     def compile(self) -> None:
@@ -307,7 +306,7 @@ class Denoiser(ABC):
         if not steps:
             return
         with self.report.part("warm_up"):
-            for guided in self.kinds():
+            for guided in self.kinds:
                 if self.tables is None:
                     for _ in range(steps):
                         zeros = torch.zeros(len(self.seeds), *self.latent_shape)

@@ -126,13 +126,13 @@ class Devices:
         return parameters
 
 
-def device_facts(mesh: jax.sharding.Mesh, dtype: str) -> dict[str, Any]:
+def device_facts(mesh: jax.sharding.Mesh, dtype: torch.dtype) -> dict[str, Any]:
     """What a stage reports of its devices, with their peak where it is known for the dtype."""
     devices = list(mesh.devices.flat)
     kind = devices[0].device_kind
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
-    peak_flops = PEAK_BFLOAT16.get(kind) if dtype == "bfloat16" else None
+    peak_flops = PEAK_BFLOAT16.get(kind) if dtype == torch.bfloat16 else None
     return {
         "backend": "jax",
         "platform": devices[0].platform,

@@ -30,8 +30,6 @@ def to_pixels(images: Array) -> tuple[Array, Array]:
 class JaxDecoder(Decoder):
     """The VAE on the devices of a mesh, and its compiled programs."""
 
-    backend = "jax"
-
     def __init__(
         self,
         vae: Any,
@@ -112,7 +110,7 @@ class JaxDecoder(Decoder):
             return jax.tree.map(fetch, result)
 
     def facts(self) -> dict[str, Any]:
-        return device_facts(self.mesh, str(self.dtype).removeprefix("torch."))
+        return device_facts(self.mesh, self.dtype)
 
     def profiler(self, folder: Path) -> JaxProfiler:
         return JaxProfiler(folder, None, self.report, self.compiled, self.module)

@@ -131,7 +131,6 @@ def denoise_step(
 class JaxDenoiser(Denoiser):
     """The UNet on the devices of a mesh, and the compiled programs for one shape of groups."""
 
-    backend = "jax"
     ranges_ahead = 1
 
     def __init__(
@@ -175,10 +174,6 @@ class JaxDenoiser(Denoiser):
             return
         self.noises = self.put(self.noise.noises, split_latents(self.mesh, axis=1))
         self.schedule = self.put(prepare_schedule(self.tables, guidance), replicated(self.mesh))
-        self.state = self._first_state()
-
-    def kinds(self) -> list[bool]:
-        return list(self.conditions)
 
     def _restore(self, latents: np.ndarray, history: np.ndarray, step: int) -> State:
         return (
@@ -192,7 +187,7 @@ class JaxDenoiser(Denoiser):
         return fetch(array)
 
     def freed_half(self) -> str | None:
-        if self.mesh.shape["cfg"] > 1 and False in self.conditions:
+        if self.mesh.shape["cfg"] > 1 and False in self.kinds:
             return self.layout(guided=False).freed_half()
         return None
 
@@ -233,7 +228,7 @@ class JaxDenoiser(Denoiser):
 
     def compile(self) -> None:
         """Trace and compile the programs that the group needs, each once for its shapes."""
-        for guided in self.conditions:
+        for guided in self.kinds:
             key = self._program_key(guided)
             if key not in self.compiled:
                 with self.report.part("trace"):
@@ -260,8 +255,9 @@ class JaxDenoiser(Denoiser):
             program = jax.jit(_named(name, partial(self._predict_by, unet)))
             zeros = np.zeros((len(self.seeds), *self.latent_shape), np.float32)
             return program.lower(*self._predict_arguments(zeros, 0.0, guided))
-        *state, _ = self.state
-        shardings = jax.tree.map(lambda array: array.sharding, (tuple(state), self.state[2]))
+        latents, history, step = self.state
+        current = latents, history
+        shardings = jax.tree.map(lambda array: array.sharding, (current, step))
         function = self._denoise_range if self.loops_on_device else self._denoise_one
         program = jax.jit(
             _named(name, partial(function, unet)),
@@ -269,7 +265,7 @@ class JaxDenoiser(Denoiser):
             out_shardings=shardings,
         )
         index = (np.int32(0),) * (2 if self.loops_on_device else 1)
-        return program.lower(self.parameters, tuple(state), self._arguments(guided), *index)
+        return program.lower(self.parameters, current, self._arguments(guided), *index)
 
     def _prepare_model(
         self, parameters: Parameters, prompt_embeds: Array
@@ -360,7 +356,7 @@ class JaxDenoiser(Denoiser):
         return (self.compiled[self._program_key(guided)].flops or 0.0) * self.mesh.size
 
     def facts(self) -> dict[str, Any]:
-        return device_facts(self.mesh, str(self.dtype).removeprefix("torch."))
+        return device_facts(self.mesh, self.dtype)
 
     def profiler(self, folder: Path, steps: range) -> JaxProfiler:
         return JaxProfiler(folder, steps, self.report, self.compiled, self.unet)

@@ -54,8 +54,7 @@ def _ignore_interrupts() -> None:
 def main() -> None:
     """Import modules, wait for the arguments on the standard input, run the script."""
     script, *modules = sys.argv[1:]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # nothing is begun
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is begun
     sys.path[0] = str(PROJECT_DIR)  # in place of this file's folder, whose names hide others
     from common.command_line import keep_to_ourselves
     from common.components import quiet_libraries

@@ -15,7 +15,6 @@ from common.torch_profiler import TorchProfiler
 class TorchDecoder(Decoder):
     """The VAE as PyTorch runs it."""
 
-    backend = "torch"
     devices_of_images = 1
 
     def __init__(self, vae: Any, tiles: Tiles | None, report: StageReport) -> None:

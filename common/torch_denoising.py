@@ -43,7 +43,6 @@ class AttentionIn16Bits:
 class TorchDenoiser(Denoiser):
     """The UNet as PyTorch runs it, one step at a time."""
 
-    backend = "torch"
     loops_on_device = False
     ranges_ahead = 0  # a call returns when it is done
     devices_of_images = 1
@@ -62,10 +61,6 @@ class TorchDenoiser(Denoiser):
         schedule = prepare_schedule(self.tables, guidance)
         self.schedule = {name: torch.from_numpy(array) for name, array in schedule.items()}
         self.noises = torch.from_numpy(self.noise.noises)
-        self.state = self._first_state()
-
-    def kinds(self) -> list[bool]:
-        return list(self.conditions)
 
     def compile(self) -> None:
         pass
@@ -94,7 +89,7 @@ class TorchDenoiser(Denoiser):
 
     @torch.inference_mode()
     def _predict(self, model_input: torch.Tensor, timestep: float, guided: bool) -> torch.Tensor:
-        return self._evaluate(model_input, torch.tensor(timestep), guided).clone()
+        return self._evaluate(model_input, torch.tensor(timestep), guided)
 
     def _evaluate(
         self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool
