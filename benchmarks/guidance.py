@@ -76,7 +76,10 @@ def main(
             for way, config in configs.items():
                 before = report.parts().get("run", 0.0)
                 options = meshes[mesh_name]
-                stage2_unet.denoise_images(config, checkpoint, embeddings, denoiser, options)
+                sampler = stage2_unet.make_sampler(config, checkpoint)
+                stage2_unet.denoise_images(
+                    config, checkpoint, embeddings, denoiser, sampler, options
+                )
                 if round_number:  # the first round compiles and warms up
                     taken = report.parts()["run"] - before
                     seconds.setdefault((mesh_name, way), []).append(taken)

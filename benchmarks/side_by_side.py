@@ -277,6 +277,7 @@ class Ours(Peer):
             self.checkpoint,
             embeddings,
             self.denoiser,
+            self.stage2.make_sampler(self.config, self.checkpoint),
             self.options,
             profile_folder=profile_folder,
         )

@@ -67,8 +67,7 @@ def refuse_unknown_to_torch(options: RunOptions) -> None:
 
 def asked_of_jax(options: RunOptions) -> list[str]:
     """The options asked for that PyTorch does not know."""
-    defaults = RunOptions()
-    return [name for name in ONLY_JAX if getattr(options, name) != getattr(defaults, name)]
+    return [name for name in options.given() if name in ONLY_JAX]
 
 
 def has_only_cpus() -> bool:

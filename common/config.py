@@ -401,6 +401,12 @@ class RunOptions(BaseModel):
         named = values.get("profile_dir") or values.get("profile_steps")
         return values | {"profile": True} if named else values
 
+    def given(self) -> list[str]:
+        """The options that are not as they are by default."""
+        defaults = RunOptions()
+        names = type(self).model_fields
+        return [name for name in names if getattr(self, name) != getattr(defaults, name)]
+
     def writes(self) -> bool:
         """Whether this process is known to write: it is alone, or the first of several."""
         return self.distributed is None or self.distributed.endswith(",0")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from common.devices import Devices
 
 FORM = re.compile(r"(\w+):(\d+x\d+(?:x\d+)?)")
+COMPILED_BY = ("backend", "mesh", "batch_size", "steps_per_call", "operations")  # options
 
 
 def chip_of(topology: str) -> Chip:
@@ -102,16 +103,28 @@ def prepare(
     checkpoint only configs are read. Imports jax and torchax.
     """
     chip = chip_of(topology)
+    options = read_run_options(parameters)
+    refuse_flags_of_a_run(options, parameters)
     prepare_environment()
     config, checkpoint = read_settings(source_dir, parameters, stage_dtype, components)
-    options = read_run_options(parameters)
-    if options.backend == "torch":
-        raise BadSettingError("--topology compiles by jax: leave it or --backend torch out")
     quiet_libraries()
     from common.devices import Devices
 
     devices = Devices.described(devices_of(topology), int(chip.memory_bytes))
     return chip, config, checkpoint, options, devices
+
+
+def refuse_flags_of_a_run(options: RunOptions, parameters: Mapping[str, Any]) -> None:
+    """Raise `BadSettingError` for flags that would change nothing in what is compiled."""
+    if options.backend == "torch":
+        raise BadSettingError("--topology compiles by jax: leave it or --backend torch out")
+    asked = [name for name in options.given() if name not in COMPILED_BY]
+    asked += [name for name in ("wait", "skip_fresh") if parameters.get(name)]
+    if asked:
+        # The last: --profile_dir asks for --profile as well.
+        raise BadSettingError(
+            f"--{asked[-1]} is for a run, and --topology only compiles: leave one of them out"
+        )
 
 
 def read_settings(

@@ -178,7 +178,11 @@ def steps_of(config: GenerationConfig) -> dict[str, Any]:
 
 
 def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
-    """The scheduler that the settings ask for, with the checkpoint's own settings."""
+    """The scheduler that the settings ask for, with the checkpoint's own settings.
+
+    Raises:
+        BadSettingError: diffusers refuses its settings or its steps.
+    """
     class_name, options = choose_scheduler(config, checkpoint)
     settings = checkpoint.config("scheduler")
     if checkpoint.pipeline_class == "StableDiffusionPipeline":
@@ -187,6 +191,7 @@ def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
     sampler = Sampler(scheduler, **steps_of(config), eta=config.eta)
     if config.eta > 0 and not sampler.takes_eta:
         warn(f"--eta {config.eta} has no effect: {class_name} takes none")
+    sampler.restart()
     return sampler
 
 
@@ -340,6 +345,7 @@ def denoise_images(
     checkpoint: Checkpoint,
     embeddings: "dict[str, torch.Tensor]",
     denoiser: "Denoiser",
+    sampler: Sampler,
     options: RunOptions,
     profile_folder: Path | None = None,
     progress: Progress | None = None,
@@ -362,7 +368,6 @@ def denoise_images(
     from common.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 
     # The scheduler as data, probed on the CPU
-    sampler = make_sampler(config, checkpoint)
     with denoiser.report.part("scheduler_tables"):
         try:
             tables: SchedulerTables | None = make_tables(sampler)
@@ -616,6 +621,10 @@ def main(
 
     # 4. Denoise
     tensors = artifacts.load_tensors(embeddings, warn)
+    with report.part("scheduler_tables"):
+        sampler = make_sampler(config, checkpoint)
+    if options.profile:
+        options.profiled_steps(len(sampler.restart()))  # refused before weights are read
     denoiser = load_denoiser(started.name, config, checkpoint, dtype_used, options, report)
     recipe = make_recipe(config, checkpoint, embeddings, dtype_used)
     facts = denoiser.facts()
@@ -630,6 +639,7 @@ def main(
             checkpoint,
             tensors,
             denoiser,
+            sampler,
             options,
             profile_folder=options.profile_folder(run_dir, 2) if options.profile else None,
             progress=progress,

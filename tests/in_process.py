@@ -66,8 +66,9 @@ class Ours:
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""
         embeddings = encode_prompts(self.text_pipeline, config)
+        sampler = stage2_unet.make_sampler(config, self.checkpoint)
         return stage2_unet.denoise_images(
-            config, self.checkpoint, embeddings, self.denoiser, self.options
+            config, self.checkpoint, embeddings, self.denoiser, sampler, self.options
         ).latents.numpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:

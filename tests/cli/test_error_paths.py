@@ -256,6 +256,9 @@ def test_a_value_out_of_bounds_names_its_flag_and_the_bound(
          ["--prompt_2", "--prompts_file", "p.txt can hold prompt_2"]),
         (3, ["--json", "x"], ["--json is for --topology"]),
         (2, ["--topology", "v6e"], ["--topology v6e", "v6e:2x4"]),
+        (2, ["--topology", "v6e:1x1", "--repeat", 2], ["--repeat is for a run", "--topology"]),
+        (3, ["--topology", "v6e:1x1", "--profile_dir", "x"], ["--profile_dir is for a run"]),
+        (3, ["--topology", "v6e:1x1", "--wait"], ["--wait is for a run, and --topology only"]),
         (3, ["--topology", "v9:2x2"], ["--topology v9:2x2", "chips: v6e"]),
         (3, ["--mesh", "cfg=3"], ["--mesh cfg=3", "1 or 2"]),
     ],
@@ -876,6 +879,28 @@ class Wasteful(EulerAncestralDiscreteScheduler):
         for _ in range(2):
             randn_tensor(args[0].shape, generator=generator)
         return super().step(*args, generator=generator, **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--scheduler", "dpmpp_2m", "--scheduler_option", "solver_type=x"], ["solver_type", "x"]),
+        (["--scheduler", "euler", "--scheduler_option", "x=1"], ["has no such setting"]),
+        (["--scheduler", "ddim", "--num_inference_steps", 2000], ["num_inference_steps 2000"]),
+        (["--profile_steps", "2:9", "--num_inference_steps", 4], ["the run has 4 steps"]),
+    ],
+)
+def test_a_schedulers_refusal_comes_before_weights_are_read(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], words: list[str]
+) -> None:
+    def load(*arguments: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(stage2_unet, "load_denoiser", load)
+    before = file_contents(run_dir)
+    with refusal(BadSettingError, *words):
+        call(2, "--output_dir", run_dir, *flags)
+    assert file_contents(run_dir) == before
 
 
 def test_a_scheduler_that_draws_too_many_noises() -> None:

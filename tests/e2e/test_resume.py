@@ -54,8 +54,9 @@ def test_a_run_stopped_after_any_step_gives_the_same_bits(
 
     def denoise(progress: Progress | None, stop: StopRequest | None) -> stage2_unet.Denoised:
         options = RunOptions(mesh="single", batch_size=2, save_trajectory=2)
+        sampler = stage2_unet.make_sampler(config, ours.checkpoint)
         return stage2_unet.denoise_images(
-            *(config, ours.checkpoint, embeddings, ours.denoiser, options),
+            *(config, ours.checkpoint, embeddings, ours.denoiser, sampler, options),
             progress=progress,
             stop=stop,
         )

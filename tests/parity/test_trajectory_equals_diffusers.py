@@ -72,8 +72,9 @@ def test_a_trajectory_equals_diffusers(
 
     def denoise(every: int | None) -> stage2_unet.Denoised:
         chosen = RunOptions(mesh="single", save_trajectory=every)
+        sampler = stage2_unet.make_sampler(config, ours.checkpoint)
         return stage2_unet.denoise_images(
-            config, ours.checkpoint, embeddings, ours.denoiser, chosen
+            config, ours.checkpoint, embeddings, ours.denoiser, sampler, chosen
         )
 
     with_trajectory, without = denoise(every), denoise(None)
