@@ -65,7 +65,10 @@ def main() -> None:
     for module in modules:
         if select.select([sys.stdin], [], [], 0)[0]:
             break  # its turn has come, and may need none of them
-        import_module(module)
+        try:
+            import_module(module)
+        except Exception:
+            break  # the script will say so, if it needs it
     line = sys.stdin.readline()
     if not line:
         return

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,7 +210,7 @@ def plan(given: dict[str, Any], commands_of_stages: list[TyperCommand]) -> list[
 
 
 def libraries_of(given: dict[str, Any]) -> dict[str, list[str]] | None:
-    """Script → modules that its stage imports whatever its settings, in their order.
+    """Script → modules that its stage imports, as far as flags tell it, in their order.
 
     None where no stage is to import beside another one: libraries are to be heard, or times are
     measured.
@@ -220,9 +221,11 @@ def libraries_of(given: dict[str, Any]) -> dict[str, list[str]] | None:
     in_jax = [*in_torch, "common.jax_setup", "common.torchax_runtime"]
     backend = given.get("backend", "auto")
     decodes_by_torch = backend == "torch" or (backend == "auto" and has_only_cpus())
+    dtype = given.get("unet_dtype") or given.get("dtype") or "auto"
+    in_16_bits = dtype not in ("auto", "float32")
+    denoises_by_torch = backend == "torch" or (decodes_by_torch and in_16_bits)
     return {
-        script_of(1): in_torch,
-        script_of(2): in_torch if backend == "torch" else in_jax,
+        script_of(2): in_torch if denoises_by_torch else in_jax,
         script_of(3): in_torch if decodes_by_torch else in_jax,
     }
 
@@ -297,7 +300,8 @@ def wait_for_stage(
             code = process.wait(timeout=SECONDS_OF_A_FRESH_STAGE)
         except subprocess.TimeoutExpired:
             if meanwhile is not None and not received:
-                meanwhile()
+                with suppress(OSError):  # without another process the run only takes longer
+                    meanwhile()
             code = process.wait()
     finally:
         for number, handler in before.items():

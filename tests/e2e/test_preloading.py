@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,11 +14,12 @@ import pytest
 
 from common.preloaded import PreloadedStage
 from tests.conftest import DEMO, RUN_ALL, STAGES, Run
+from tools import run_all
 
 SCRIPT = """
 import json, sys, time
 from common import report
-modules = [name for name in ("colorsys", "chunk_that_is_not") if name in sys.modules]
+modules = [name for name in ("with_a_sign", "chunk_that_is_not") if name in sys.modules]
 stage = report.StageReport(1)
 print(json.dumps([sys.argv, modules, stage.wall_seconds(), __name__, sys.stdin.read()]))
 sys.exit(7)
@@ -31,18 +33,67 @@ def script(tmp_path: Path) -> str:
 
 
 def test_it_runs_the_script_with_its_arguments(
-    script: str, capfd: pytest.CaptureFixture[str]
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ahead = PreloadedStage(script, ["colorsys"])
-    time.sleep(2)
+    sign = tmp_path / "sign"
+    (tmp_path / "with_a_sign.py").write_text(f"open({str(sign)!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ahead = PreloadedStage(script, ["with_a_sign"])
+    wait_for(sign.exists)
     turn = time.perf_counter()
     process = ahead.begin(["--prompt=ein Stern ★", "--wait"])
     assert process is not None and process.wait() == 7
     ended = time.perf_counter()
     arguments, modules, seconds, name, heard = json.loads(capfd.readouterr().out)
     assert arguments == [script, "--prompt=ein Stern ★", "--wait"]
-    assert modules == ["colorsys"] and name == "__main__" and heard == ""
+    assert modules == ["with_a_sign"] and name == "__main__" and heard == ""
     assert seconds < ended - turn  # counted from its turn, not from its start
+
+
+def test_a_library_that_cannot_be_imported_is_left_to_the_stage(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sign = tmp_path / "sign"
+    (tmp_path / "broken_with_a_sign.py").write_text(f"open({str(sign)!r}, 'w'); raise ValueError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ahead = PreloadedStage(script, ["broken_with_a_sign", "chunk_that_is_not"])
+    wait_for(sign.exists)
+    process = ahead.begin([])
+    assert process is not None and process.wait() == 7
+    heard = capfd.readouterr()
+    assert json.loads(heard.out)[1] == [] and heard.err == ""
+
+
+def test_without_another_process_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(run_all, "PreloadedStage", refuse)
+    monkeypatch.setattr(run_all, "SECONDS_OF_A_FRESH_STAGE", 0)
+    commands = [[sys.executable, "-c", "import time; time.sleep(0.5)"] for _ in range(2)]
+    assert run_all.run_in_turn(commands, {"-c": []}) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "jax_in_2", "jax_in_3"),
+    [
+        ({}, True, False),
+        ({"dtype": "bfloat16"}, False, False),
+        ({"unet_dtype": "float32", "dtype": "bfloat16"}, True, False),
+        ({"backend": "jax", "dtype": "bfloat16"}, True, True),
+        ({"backend": "torch"}, False, False),
+    ],
+)
+def test_what_is_imported_ahead(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], jax_in_2: bool, jax_in_3: bool
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    libraries = run_all.libraries_of(given)
+    assert libraries is not None
+    found = {Path(script).name: modules for script, modules in libraries.items()}
+    assert ("common.jax_setup" in found["stage2_unet.py"]) == jax_in_2
+    assert ("common.jax_setup" in found["stage3_vae_decoder.py"]) == jax_in_3
+    assert run_all.libraries_of(given | {"repeat": "3"}) is None
 
 
 def test_a_turn_that_comes_at_once_imports_nothing_ahead(
@@ -108,17 +159,23 @@ def wait_for(what: object, seconds: float = 30) -> None:
 
 
 def waiting(session: int) -> list[psutil.Process]:
-    found = processes_of(session)
-    return [process for process in found if any("preloaded" in s for s in process.cmdline())]
+    found = []
+    for process in processes_of(session):
+        with suppress(psutil.Error):  # it has just ended
+            if any("preloaded" in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_failed_stage_takes_the_waiting_one_with_it(tmp_path: Path) -> None:
     embedding = tmp_path / "broken.safetensors"
     embedding.write_bytes(b"no tensors")
     process = start("--output_dir", tmp_path / "run", "--embedding", embedding)
+    wait_for(lambda: waiting(process.pid))
+    assert process.wait() == 3
+    assert not waiting(process.pid)
     _, errors = process.communicate()
-    assert process.returncode == 3 and "--embedding" in errors
-    wait_for(lambda: not processes_of(process.pid))
+    assert "--embedding" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
