@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from common.allocator import keep_freed_memory
@@ -71,8 +72,17 @@ def asked_of_jax(options: RunOptions) -> list[str]:
 
 
 def has_only_cpus() -> bool:
-    """Whether jax has nothing but CPUs, as far as that can be told without importing it."""
+    """Whether jax has nothing but CPUs, as far as that can be told without importing it.
+
+    The libtpu wheel alone is no TPU: it also compiles for those that are elsewhere (`--topology`).
+    """
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    modules = any(find_spec(name) for name in ("libtpu", "jax_plugins"))
-    return not modules and not entry_points(group="jax_plugins")
+    if find_spec("jax_plugins") or entry_points(group="jax_plugins"):
+        return False
+    return find_spec("libtpu") is None or not has_tpu_files(Path("/dev"))
+
+
+def has_tpu_files(folder: Path) -> bool:
+    """Whether a system shows what may be a TPU's chips, among its devices' files."""
+    return any(folder.glob("accel*")) or (folder / "vfio").exists()

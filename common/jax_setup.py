@@ -13,6 +13,7 @@ import jax
 import psutil
 
 from common import private_cache
+from common.backends import has_only_cpus
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line, shorten
 from common.report import Program, StageReport
 
@@ -80,6 +81,9 @@ def set_up_jax(distributed: str | None = None) -> None:
     asked = jax.config.jax_num_cpu_devices >= 0  # type: ignore[attr-defined]
     if not asked and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", usable_cores())
+    if has_only_cpus():
+        # libtpu would look for chips, and complain at length that there are none.
+        jax.config.update("jax_platforms", "cpu")
     if distributed is not None:
         join_processes(distributed)
     find_devices()
