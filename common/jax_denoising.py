@@ -51,7 +51,9 @@ def prepare_model(
     for name, module in prompt_projections(unet).items():
         own = {kind: parameters[f"{name}.{kind}"] for kind, _ in module.named_parameters()}
         with jax.named_scope(name), products_for(prompt_embeds.dtype):
-            given[name] = as_jax_function(module)(own, prompt_embeds)
+            projected = as_jax_function(module)(own, prompt_embeds)
+        # On CPUs 16-bit weights are kept in float32.
+        given[name] = projected.astype(prompt_embeds.dtype)
     parameters = {
         name: array.astype(jnp.float32) if name in in_float32 else array
         for name, array in parameters.items()

@@ -105,6 +105,8 @@ def progress_of(
         devices: what the report says of them.
         facts: what else must be the same for a run to go on from another's progress.
     """
+    import torch
+
     if options.distributed is not None or options.why_measure() is not None:
         return None
     return Progress(
@@ -116,6 +118,8 @@ def progress_of(
             "operations": options.operations,
             "save_trajectory": options.save_trajectory,
             **{name: devices.get(name) for name in DEVICE_FACTS},
+            # Sums are split over a CPU's threads.
+            "threads": torch.get_num_threads() if devices["platform"] == "cpu" else None,
             **facts,
         },
     )

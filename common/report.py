@@ -35,7 +35,7 @@ class Seconds(_Fields):
     settings: float = 0.0
     """Reading settings, checking the input, asking whether the output is fresh."""
     checkpoint_read: float = 0.0
-    """Making the model and opening its files; in stage 1 reading all of them."""
+    """Making the model and opening its files; by PyTorch reading all of them."""
     host_to_device: float = 0.0
     """Reading the weights, mapped from their files, and moving them and the inputs."""
     scheduler_tables: float = 0.0

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 
+from common.allocator import LARGEST_IN_HEAP
 from common.backends import TORCH_FACTS
 from common.config import RunOptions
 from common.denoising import Denoiser, Guidance, State, prepare_schedule
@@ -16,13 +17,14 @@ from common.report import StageReport
 from common.submodules import bypassed, prompt_projections
 from common.torch_profiler import TorchProfiler
 
-MOST_SCORES = 2**21  # at once, 8 MB: larger blocks come from the system anew each time
+MOST_SCORES = 2**21  # of several heads at once, 8 MB in float32
 
 
 class AttentionIn16Bits:
     """diffusers' attention by plain products, some heads at a time, with a float32 softmax.
 
-    PyTorch's fused attention on CPUs is no faster in 16 bits than in 32; its products are.
+    PyTorch's fused attention on CPUs is no faster in 16 bits than in 32; its products are. Scores
+    of a head that are too large to be kept from step to step lose to it: those are fused.
     """
 
     def __call__(
@@ -34,9 +36,12 @@ class AttentionIn16Bits:
         **kwargs: Any,
     ) -> torch.Tensor:
         attended = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = max(1, MOST_SCORES // (hidden_states.shape[1] * attended.shape[1]))
-        attn.upcast_softmax = True
-        processor = SlicedAttnProcessor(heads)
+        scores = hidden_states.shape[1] * attended.shape[1]  # of a head
+        if 4 * scores > LARGEST_IN_HEAP:
+            processor = AttnProcessor2_0()
+        else:
+            attn.upcast_softmax = True
+            processor = SlicedAttnProcessor(max(1, MOST_SCORES // scores))
         return processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 

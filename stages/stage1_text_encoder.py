@@ -227,7 +227,7 @@ def main(
     # 4. Encode
     for line in cut_prompts(pipeline, resolved):
         warn(line)
-    progress = progress_of(run_dir, recipe, options, TORCH_FACTS, threads=torch.get_num_threads())
+    progress = progress_of(run_dir, recipe, options, TORCH_FACTS)
     keeps = len(resolved.prompts) > 1 and progress is not None
     with finishing_first() if keeps else nullcontext() as stop, report.part("run"):
         tensors = encode_prompts(pipeline, resolved, progress, stop)

@@ -1,4 +1,4 @@
-"""Stage 2: denoise, by diffusers' UNet compiled for TPU, GPU or CPU.
+"""Stage 2: denoise, by diffusers' UNet compiled for TPU, GPU or CPU, or as PyTorch runs it.
 
     python stages/stage2_unet.py
     python stages/stage2_unet.py --num_inference_steps 30 --mesh data=4
@@ -565,7 +565,7 @@ def main(
     skip_fresh: command_line.SkipFresh = False,
     debug: command_line.Debug = False,
 ) -> None:
-    """Denoise latents with the checkpoint's UNet, as one compiled program.
+    """Denoise latents with the checkpoint's UNet, by one compiled program or by PyTorch.
 
     Defaults stand in brackets; hyphens in flags work as well.
     """

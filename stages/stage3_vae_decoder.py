@@ -1,4 +1,4 @@
-"""Stage 3: decode the latents to pictures, by diffusers' VAE compiled for TPU, GPU or CPU.
+"""Stage 3: decode the latents to pictures, by diffusers' VAE, compiled or as PyTorch runs it.
 
     python stages/stage3_vae_decoder.py
     python stages/stage3_vae_decoder.py --image_format webp
@@ -9,7 +9,7 @@ Writes  output_image.png when there is one image; output_image_0000.png … and 
         output_trajectory.png, output_trajectory.webp   where stage 2 saved a trajectory: a strip,
         and an animation
         stage3_report.json
-Takes   some seconds for the demo checkpoint on a CPU once compiled.
+Takes   some seconds for the demo checkpoint on a CPU, where PyTorch decodes.
 """
 
 import sys

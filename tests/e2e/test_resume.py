@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.artifacts import Recipe
+from common.backends import TORCH_FACTS
 from common.config import RunOptions
-from common.progress import Progress, remove_progress
+from common.progress import Progress, progress_of, remove_progress
 from common.prompts import encode_prompts
 from common.run_lock import HELD_BY_PARENT
 from common.stopping import StoppedError, StopRequest
@@ -125,6 +127,21 @@ def test_progress_of_other_settings_and_damaged_progress_is_not_used(tmp_path: P
     assert same.read_steps(0) is None and same.read_group(1) is None
     same.file.write_bytes(b"damaged")
     assert same.read_steps(0) is None
+
+
+def test_progress_on_a_cpu_is_for_its_number_of_threads(tmp_path: Path) -> None:
+    recipe = Recipe(stage=2, settings={}, weights={}, inputs={}, versions={})
+    threads = torch.get_num_threads()
+    keys = []
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            progress = progress_of(tmp_path, recipe, RunOptions(), TORCH_FACTS)
+            assert progress is not None
+            keys.append(progress.key)
+    finally:
+        torch.set_num_threads(threads)
+    assert keys[0] == keys[2] != keys[1]
 
 
 @pytest.mark.slow

@@ -7,13 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from common.backends import Backend, refuse_unknown_to_torch, start_backend
+from common.backends import (
+    Backend,
+    has_only_cpus,
+    has_tpu_files,
+    refuse_unknown_to_torch,
+    start_backend,
+)
 from common.config import RunOptions
 from common.errors import BadSettingError
+from common.jax_denoising import prepare_model
 from common.torch_denoising import AttentionIn16Bits
 from tests.conftest import DEMO, PROJECT_DIR, Run
 from tests.in_process import (
@@ -121,9 +130,18 @@ def run_bfloat16(pipeline: Any, config: Any) -> tuple[np.ndarray, np.ndarray]:
     return run_pipeline(pipeline, config)
 
 
-@pytest.mark.parametrize("tokens", [16, 3000])
-def test_attention_in_slices_equals_float64(tokens: int) -> None:
-    """3000 tokens are more scores than one slice takes: heads go one at a time."""
+def test_projections_of_prompts_have_the_dtype_that_is_computed_in() -> None:
+    """Beside weights that are kept in float32, as on CPUs."""
+    unet = UNet2DConditionModel.from_pretrained(DEMO / "unet")
+    weights = {name: jnp.asarray(weight.numpy()) for name, weight in unet.state_dict().items()}
+    embeddings = jnp.ones((2, 77, unet.config.cross_attention_dim), jnp.bfloat16)
+    _, given = prepare_model(unet, weights, embeddings, "fast")
+    assert given and all(array.dtype == jnp.bfloat16 for array in given.values())
+
+
+@pytest.mark.parametrize("tokens", [16, 1600, 3000])
+def test_attention_in_16_bits_equals_float64(tokens: int) -> None:
+    """All heads at once, one at a time, fused."""
     from diffusers.models.attention_processor import Attention
 
     torch.manual_seed(0)
@@ -148,6 +166,25 @@ def test_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
         (RunOptions(backend="torch"), False, torch_),
     ):
         assert start_backend(options, torch_on_cpus=torch_on_cpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [([], False), (["null", "kvm"], False), (["accel0"], True), (["vfio/0"], True)],
+)
+def test_a_system_with_and_without_tpu_chips(
+    tmp_path: Path, files: list[str], expected: bool
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert has_tpu_files(tmp_path) == expected
+
+
+def test_jax_has_what_its_platforms_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for platforms, expected in (("cpu", True), ("tpu", False), ("tpu,cpu", False)):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        assert has_only_cpus() == expected
 
 
 @pytest.mark.parametrize(
@@ -190,8 +227,6 @@ def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> No
     report = json.loads((run_copy / "stage2_report.json").read_text())
     assert report["profile"]["steps"] == [2, 5] and len(report["repeat"]["seconds"]) == 2
     assert len(report["step_seconds"]) == 3  # the others were profiled
-    # None was counted before it was done.
-    assert min(report["step_seconds"]) > 0.05 * max(report["step_seconds"])
     assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm", "feed-forward"}
     assert (run_copy / "profile" / "stage2" / "denoise.pt.trace.json.gz").exists()
     assert report["programs"] is None and report["mesh"] is None
@@ -204,21 +239,28 @@ def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> No
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
 def test_steps_take_the_memory_of_the_steps_before() -> None:
-    """Blocks of 20 MB, asked for and freed in turn, are mapped once."""
+    """Scores of 10 and 20 MB, asked for and freed in turn, are cleared by the system once."""
     program = (
-        "import resource, torch\n"
+        "import resource, sys, torch\n"
+        "from diffusers.models.attention_processor import Attention\n"
         "from common.backends import start_backend\n"
         "from common.config import RunOptions\n"
-        "start_backend(RunOptions(backend='torch'), torch_on_cpus=True)\n"
+        "from common.torch_denoising import AttentionIn16Bits\n"
+        "if 'keep' in sys.argv: start_backend(RunOptions(backend='torch'), torch_on_cpus=True)\n"
+        "attention = Attention(320, heads=5, processor=AttentionIn16Bits()).bfloat16()\n"
+        "hidden = torch.randn(2, 1024, 320).bfloat16()\n"
+        "@torch.inference_mode()\n"
         "def faults(times):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(times):\n"
-        "        tensors = [torch.ones(5_000_000) for _ in range(4)]; del tensors\n"
+        "    for _ in range(times): attention(hidden)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(2); print(faults(20))\n"
+        "faults(2); print(faults(10))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=PROJECT_DIR
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 100_000  # 20 MB are 5 000 pages; all mapped anew are 400 000
+
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", program, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_DIR)
+        assert result.returncode == 0, result.stderr
+        return int(result.stdout)
+
+    assert faults("keep") < 0.3 * faults()

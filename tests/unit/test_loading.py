@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from common import components
 from common.checkpoint import Checkpoint, open_checkpoint
-from common.components import load_model
+from common.components import load_model, with_weights
 from common.config import RunSettings
 from common.devices import Devices
 from common.fast_ops import arrange_weight
@@ -46,6 +47,19 @@ def test_weights_in_shards_are_read_one_by_one(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert all(tensor.dtype == dtype for tensor in found.values())
     assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_weights_for_torch_are_in_memory_before_the_first_step(tmp_path: Path) -> None:
+    """Mapped from their file, not copied, and every page of them there."""
+    UNet2DConditionModel.from_pretrained(DEMO / "unet").float().save_pretrained(tmp_path / "unet")
+    process = psutil.Process()
+    module, weights = load_model(open_with(unet=str(tmp_path / "unet")), "unet", torch.float32)
+    before = process.memory_info()
+    module = with_weights(module, weights)
+    after = process.memory_info()
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    assert after.shared - before.shared > 0.9 * size
+    assert (after.rss - after.shared) - (before.rss - before.shared) < 0.2 * size
 
 
 def test_weights_under_older_names_are_read_by_diffusers(tmp_path: Path) -> None:
