@@ -186,7 +186,8 @@ class Diffusers(Peer):
         self.clock, self.decode_clock = LoopClock(self.finish), LoopClock(self.finish)
         self.clock.watch(self.pipeline)
         if self.compile_mode is not None:
-            mode: dict[str, Any] = {"mode": self.compile_mode, "fullgraph": True}
+            # A program for each batch size, as ours: not one for any after the first.
+            mode: dict[str, Any] = {"mode": self.compile_mode, "fullgraph": True, "dynamic": False}
             self.pipeline.unet = torch.compile(self.pipeline.unet, **mode)
             self.pipeline.vae.decode = torch.compile(self.pipeline.vae.decode, **mode)
 
@@ -424,7 +425,7 @@ def lines_of(
         f"Batch {batch}, {steps} steps, {models.size}², {models.dtype}, {flops / 1e12:.3g} TFLOP a "
         "step; ratios to the fastest of PyTorch:",
         "",
-        "| | a step | ratio | of peak | VAE | ratio | device memory | first two runs "
+        "| | a step | ratio | of peak | VAE | ratio | device memory so far | first two runs "
         "| latents differ | pictures differ |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -491,6 +492,8 @@ def main(
         workers = [
             opened.enter_context(PeerProcess(__file__, name, folder)) for name in peer or PEERS
         ]
+        for each in workers:  # one after the other; nothing of it counts as anybody's first runs
+            each.wait_until_ready()
         for pictures in batch or [1, 4, 8]:
             for count in steps or [20, 50]:
                 found = measure(workers, folder, pictures, count, repeat)

@@ -28,14 +28,26 @@ class PeerProcess:
             text=True,
         )
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Let it answer one request.
+    def wait_until_ready(self) -> None:
+        """Let it load what it needs; it does so from its start.
 
         Raises:
             RuntimeError: it ended.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
+        self._read_answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Let it answer one request; it is ready.
+
+        Raises:
+            RuntimeError: it ended.
+        """
+        assert self.process.stdin is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._read_answer()
+
+    def _read_answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
@@ -50,7 +62,7 @@ class PeerProcess:
 
 
 def answer_requests(make: Callable[[], Callable[..., dict[str, Any]]]) -> None:
-    """Answer each request on the standard input by a line of JSON, until there is none.
+    """Say by a line of JSON that all is loaded, then answer each request by one.
 
     Args:
         make: loads what is needed, and returns what answers a request.
@@ -58,6 +70,7 @@ def answer_requests(make: Callable[[], Callable[..., dict[str, Any]]]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print is no answer
     answer = make()
+    print(json.dumps({}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
 

@@ -290,7 +290,7 @@ class Ours(Peer):
 
 
 class OursInTorch(Ours):
-    """The same with `--backend torch`, which `auto` picks on CPUs."""
+    """The same with `--backend torch`, which `auto` picks on CPUs for 16 bits and for the VAE."""
 
     backend = "torch"
 
@@ -458,7 +458,7 @@ def main(
         list[str] | None, typer.Option("--peer", help=f"{', '.join(PEERS)}. [all]")
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Profile ours, jax, in place of the table.")
+        bool, typer.Option("--profile", help="A profile of ours, jax, in place of the table.")
     ] = False,
     worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
     folder: Annotated[Path | None, typer.Option("--folder", hidden=True)] = None,
@@ -471,6 +471,8 @@ def main(
     for name, known in (*((name, PEERS) for name in names), (load, LOADS)):
         if name not in known:
             raise typer.BadParameter(f"{name} is none of: {', '.join(known)}")
+    if profile and peer:
+        raise typer.BadParameter("--profile is of ours, jax: leave --peer out")
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -479,7 +481,8 @@ def main(
         if profile:
             peer_to_profile = Ours(workload)
             peer_to_profile.denoise()  # compiles
-            print("\n".join(lines_of(peer_to_profile.denoise_images(folder).profile)))
+            *lines, _ = lines_of(peer_to_profile.denoise_images(folder).profile)
+            print("\n".join(lines))  # not how to open the trace, which does not stay
             return
         with ExitStack() as open_workers:
             workers = [
@@ -503,6 +506,8 @@ def flops_per_second() -> float:
 
 def table(workers: list[PeerProcess], workload: Workload, load: str, repeat: int) -> str:
     """Run all, and say what was measured, as Markdown."""
+    for each in workers:
+        each.wait_until_ready()
     for each in tqdm(workers, desc="compile and warm up"):
         each.ask(keep=True)
         each.ask()
