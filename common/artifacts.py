@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from common.errors import BadInputFileError, NotFiniteError, shorten
+from common.errors import BadInputFileError, NotFiniteError, first_refusal, shorten
 from common.text_files import parse_json
 from common.whole_files import write_bytes_whole
 
@@ -89,10 +89,8 @@ class Header(BaseModel):
         try:
             header = cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
             raise BadInputFileError(
-                f"{path}: its header cannot be read ({'.'.join(map(str, first['loc']))}: "
-                f"{first['msg']}); {how_to_remake(path)}"
+                f"{path}: its header cannot be read ({first_refusal(error)}); {how_to_remake(path)}"
             ) from None
         if header.fingerprint != header.recipe.fingerprint():
             raise BadInputFileError(

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.errors import first_refusal
+
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Channels = Annotated[list[Count], Field(min_length=1, max_length=16)]
@@ -80,9 +82,7 @@ def config_misfit(component: str, config: dict[str, Any]) -> str | None:
         if model is not None:
             model.model_validate(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        return f"{name}: {first['msg']}" if name else str(first["msg"])
+        return first_refusal(error)
     return None
 
 

@@ -5,12 +5,24 @@ Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, sett
 5 the environment (disk, memory, device, lock); 130 interrupted; 143 terminated.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's own message
 
 
 def in_one_line(error: BaseException) -> str:
     """A library's message as a part of our one sentence."""
     return " ".join(str(error).split())[:300]
+
+
+def first_refusal(error: "ValidationError") -> str:
+    """The first value that a model refuses: where it is, if that has a name, and why."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    return f"{name}: {first['msg']}" if name else first["msg"]
 
 
 def shorten(text: str, length: int) -> str:
