@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from common.preloaded import PreloadedStage
 from tests.conftest import DEMO, RUN_ALL, STAGES, Run
@@ -32,12 +33,20 @@ def script(tmp_path: Path) -> str:
     return str(tmp_path / "script.py")
 
 
-def test_it_runs_the_script_with_its_arguments(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sign = tmp_path / "sign"
-    (tmp_path / "with_a_sign.py").write_text(f"open({str(sign)!r}, 'w')")
+@pytest.fixture
+def sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is written by importing `with_a_sign`, or trying `broken_with_a_sign`."""
+    file = tmp_path / "sign"
+    gives_it = f"open({str(file)!r}, 'w')"
+    (tmp_path / "with_a_sign.py").write_text(gives_it)
+    (tmp_path / "broken_with_a_sign.py").write_text(f"{gives_it}; raise ValueError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return file
+
+
+def test_it_runs_the_script_with_its_arguments(
+    script: str, sign: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     ahead = PreloadedStage(script, ["with_a_sign"])
     wait_for(sign.exists)
     turn = time.perf_counter()
@@ -51,11 +60,8 @@ def test_it_runs_the_script_with_its_arguments(
 
 
 def test_a_library_that_cannot_be_imported_is_left_to_the_stage(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    script: str, sign: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sign = tmp_path / "sign"
-    (tmp_path / "broken_with_a_sign.py").write_text(f"open({str(sign)!r}, 'w'); raise ValueError")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     ahead = PreloadedStage(script, ["broken_with_a_sign", "chunk_that_is_not"])
     wait_for(sign.exists)
     process = ahead.begin([])
@@ -199,8 +205,6 @@ def test_a_stage_that_was_preloaded_writes_the_same(
     result = stage(2, "--output_dir", run_copy)
     assert result.returncode == 0, result.stderr
     both = [folder / "stage2_latents.safetensors" for folder in (finished_run, run_copy)]
-    from safetensors.torch import load_file
-
     first, second = (load_file(path)["latents"] for path in both)
     assert first.equal(second)
 
