@@ -26,18 +26,18 @@ import typer
 from PIL import Image
 from tqdm import tqdm
 
-from common.config import RunSettings
-from common.report import Seconds, read_report
+from common.files.report import Seconds, read_report
+from common.runs.generation import RunSettings
 
 STAGES = ("stage1_text_encoder", "stage2_unet", "stage3_vae_decoder")
-SPARING = "from common.components import spare_imports; spare_imports"
+SPARING = "from common.models.weights import spare_imports; spare_imports"
 # What a stage cannot do without, imported as the stage imports it.
 FLOORS = {
     1: f"import torch; {SPARING}('peft', 'scipy'); import diffusers, transformers; "
     "diffusers.StableDiffusionXLPipeline; transformers.CLIPTextModel; "
     "transformers.CLIPTextModelWithProjection; transformers.CLIPTokenizer",
-    2: f"{SPARING}('peft', 'scipy', 'transformers'); import common.torchax_runtime, diffusers; "
-    "diffusers.UNet2DConditionModel",
+    2: f"{SPARING}('peft', 'scipy', 'transformers'); import common.compute.torchax_runtime; "
+    "import diffusers; diffusers.UNet2DConditionModel",
     3: f"import torch; {SPARING}('peft', 'scipy', 'transformers'); import diffusers; "
     "diffusers.AutoencoderKL",
 }

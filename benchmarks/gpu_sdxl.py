@@ -35,7 +35,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests, compare_results
-from common.components import quiet_libraries
+from common.models.weights import quiet_libraries
 
 SDXL = PROJECT_DIR / "models" / "sdxl_base"
 GUIDANCE_SCALE = 5.0
@@ -258,13 +258,13 @@ class Ours(Peer):
 
     def __init__(self, models: Models) -> None:
         super().__init__(models)
-        from common import sharding
-        from common.config import RunOptions
-        from common.devices import Devices
-        from common.jax_decoding import JaxDecoder
-        from common.jax_denoising import JaxDenoiser
-        from common.jax_setup import set_up_jax
-        from common.report import StageReport
+        from common.compute import sharding
+        from common.compute.devices import Devices
+        from common.compute.jax_start import set_up_jax
+        from common.files.report import StageReport
+        from common.runs.generation import RunOptions
+        from common.sampling.jax_denoiser import JaxDenoiser
+        from common.vae.jax_decoder import JaxDecoder
 
         set_up_jax()
         devices = Devices.present()
@@ -282,7 +282,7 @@ class Ours(Peer):
         """A model's numbers on the device."""
         import jax
 
-        from common.fast_ops import arrange_weight
+        from common.compute.fast_ops import arrange_weight
 
         parameters = {}
         for name, source, shape in weights_on(module, prefix):
@@ -295,9 +295,9 @@ class Ours(Peer):
     def denoise(self, batch: int, steps: int) -> np.ndarray:
         from diffusers import EulerDiscreteScheduler
 
-        from common.denoising import Guidance
-        from common.sampler import Sampler
-        from common.scheduler_tables import make_tables
+        from common.sampling.denoiser import Guidance
+        from common.sampling.sampler import Sampler
+        from common.sampling.scheduler_tables import make_tables
 
         denoiser, size = self.denoiser, self.models.size
         config = denoiser.unet.config
@@ -447,7 +447,7 @@ def card() -> tuple[str, float | None]:
     """The GPU's name, and its peak in bfloat16 where it is known; of this machine without one."""
     import torch
 
-    from common.devices import PEAK_BFLOAT16
+    from common.compute.devices import PEAK_BFLOAT16
 
     if not torch.cuda.is_available():
         return f"no GPU, {os.cpu_count()} CPU cores", None

@@ -19,7 +19,7 @@ sys.path.insert(0, str(PROJECT_DIR))
 import typer
 from tqdm import tqdm
 
-from common.components import quiet_libraries
+from common.models.weights import quiet_libraries
 
 WAYS = {
     "full guidance": {},
@@ -39,15 +39,15 @@ def main(
     quiet_libraries()
     import torch
 
-    from common import jax_setup
-    from common.checkpoint import open_checkpoint
-    from common.components import load_text_pipeline
-    from common.config import RunOptions, RunSettings, resolve
-    from common.prompts import encode_prompts
-    from common.report import StageReport
+    from common.compute import jax_start
+    from common.conditions.prompts import encode_prompts
+    from common.files.report import StageReport
+    from common.models.checkpoint import open_checkpoint
+    from common.models.weights import load_text_pipeline
+    from common.runs.generation import RunOptions, RunSettings, resolve
     from stages import stage1_text_encoder, stage2_unet
 
-    jax_setup.set_up_jax()
+    jax_start.set_up_jax()
     components = stage1_text_encoder.COMPONENTS + stage2_unet.COMPONENTS
     settings = RunSettings(
         model_id=model_id,
@@ -62,7 +62,7 @@ def main(
     configs = {name: base.model_copy(update=changes) for name, changes in WAYS.items()}
     pipeline = load_text_pipeline(checkpoint, torch.float32)
     embeddings = encode_prompts(pipeline, base)
-    dtype = "float32" if jax_setup.platform() == "cpu" else "bfloat16"
+    dtype = "float32" if jax_start.platform() == "cpu" else "bfloat16"
     meshes = {name: RunOptions(batch_size=batch, mesh=name) for name in mesh or ["auto"]}
     report = StageReport(2)
     denoisers = {
@@ -84,7 +84,7 @@ def main(
                     taken = report.parts()["run"] - before
                     seconds.setdefault((mesh_name, way), []).append(taken)
 
-    print(f"{model_id}, batch {batch}, {steps} steps, {dtype}, {jax_setup.platform()}:")
+    print(f"{model_id}, batch {batch}, {steps} steps, {dtype}, {jax_start.platform()}:")
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     full = next(iter(WAYS))
     for (mesh_name, way), median in medians.items():

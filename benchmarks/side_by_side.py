@@ -31,9 +31,9 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests, compare_results
-from common.components import quiet_libraries
-from common.profile import lines_of
-from common.report import peak_memory
+from common.compute.profile_tables import lines_of
+from common.files.report import peak_memory
+from common.models.weights import quiet_libraries
 
 REFERENCE = "diffusers eager"
 PARTS = {"loop": "denoising loop", "latents": "with preparation", "pictures": "decoding"}
@@ -144,7 +144,7 @@ class TorchaxPerStep(Peer):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        from common.torchax_runtime import torchax  # importable only after its stand-ins
+        from common.compute.torchax_runtime import torchax  # importable only after its stand-ins
 
         self.pipeline = load_pipeline(workload)
         self.env = torchax.default_env()
@@ -222,10 +222,10 @@ class Ours(Peer):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        from common.backends import start_backend
-        from common.checkpoint import open_checkpoint
-        from common.config import GenerationConfig, RunOptions
-        from common.report import StageReport
+        from common.compute.backends import start_backend
+        from common.files.report import StageReport
+        from common.models.checkpoint import open_checkpoint
+        from common.runs.generation import GenerationConfig, RunOptions
         from stages import stage2_unet, stage3_vae_decoder
 
         self.options = RunOptions(batch_size=workload.batch, backend=self.backend)
@@ -336,10 +336,10 @@ def make_demo(folder: Path, batch: int, steps: int | None) -> Workload:
     import torch
     from safetensors.torch import save_file
 
-    from common.checkpoint import open_checkpoint
-    from common.components import load_text_pipeline
-    from common.config import RunSettings, resolve
-    from common.prompts import encode_prompts
+    from common.conditions.prompts import encode_prompts
+    from common.models.checkpoint import open_checkpoint
+    from common.models.weights import load_text_pipeline
+    from common.runs.generation import RunSettings, resolve
     from stages.stage1_text_encoder import COMPONENTS
 
     settings = RunSettings(prompt=(PROMPT,), negative_prompt=NEGATIVE_PROMPT)

@@ -20,11 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from common import artifacts, command_line
-from common.backends import TORCH_FACTS
-from common.checkpoint import Checkpoint, hash_large_file, open_checkpoint
-from common.command_line import say, warn
-from common.components import (
+from common.compute.backends import TORCH_FACTS
+from common.conditions.prompts import cut_prompts, encode_prompts
+from common.errors import BadSettingError
+from common.files import artifacts
+from common.files.kept_progress import progress_of, remove_progress
+from common.files.report import Profile, StageReport
+from common.files.run_lock import RunLock
+from common.models.checkpoint import Checkpoint, hash_large_file, open_checkpoint
+from common.models.lora import fuse_into_text_encoders, lora_settings
+from common.models.weights import (
     find_embedding,
     import_text_classes,
     load_embedding,
@@ -33,7 +38,9 @@ from common.components import (
     spare_imports,
     text_components,
 )
-from common.config import (
+from common.runs import flags
+from common.runs.flags import say, warn
+from common.runs.generation import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
     read_run_options,
@@ -41,12 +48,6 @@ from common.config import (
     resolve,
     write_generation_config,
 )
-from common.errors import BadSettingError
-from common.lora import fuse_into_text_encoders, lora_settings
-from common.progress import progress_of, remove_progress
-from common.prompts import cut_prompts, encode_prompts
-from common.report import Profile, StageReport
-from common.run_lock import RunLock
 from common.stopping import finishing_first
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -106,7 +107,7 @@ def profile_encoding(
     pipeline: Any, config: GenerationConfig, folder: Path, report: StageReport
 ) -> Profile:
     """Encode once more under torch's profiler."""
-    from common.torch_profiler import TorchProfiler
+    from common.compute.torch_profiler import TorchProfiler
 
     encoders = {name: getattr(pipeline, name, None) for name in ENCODERS}
     modules = {name: encoder for name, encoder in encoders.items() if encoder is not None}
@@ -120,58 +121,58 @@ def profile_encoding(
 
 def main(
     context: typer.Context,
-    prompt: command_line.Prompt = None,
-    prompt_2: command_line.Prompt2 = None,
-    prompts_file: command_line.PromptsFile = None,
-    negative_prompt: command_line.NegativePrompt = None,
-    negative_prompt_2: command_line.NegativePrompt2 = None,
-    no_negative_prompt: command_line.NoNegativePrompt = False,
-    num_images_per_prompt: command_line.NumImagesPerPrompt = None,
-    clip_skip: command_line.ClipSkip = None,
-    long_prompts: command_line.LongPrompts = None,
-    prompt_weighting: command_line.PromptWeighting = None,
-    embedding: command_line.Embedding = None,
-    original_size: command_line.OriginalSize = None,
-    target_size: command_line.TargetSize = None,
-    crops_coords_top_left: command_line.CropsCoords = None,
-    negative_original_size: command_line.NegativeOriginalSize = None,
-    negative_target_size: command_line.NegativeTargetSize = None,
-    negative_crops_coords_top_left: command_line.NegativeCropsCoords = None,
-    height: command_line.Height = None,
-    width: command_line.Width = None,
-    num_inference_steps: command_line.NumInferenceSteps = None,
-    timesteps: command_line.Timesteps = None,
-    sigmas: command_line.Sigmas = None,
-    guidance_scale: command_line.GuidanceScale = None,
-    guidance_rescale: command_line.GuidanceRescale = None,
-    guidance_start: command_line.GuidanceStart = None,
-    guidance_end: command_line.GuidanceEnd = None,
-    seed: command_line.Seed = None,
-    scheduler: command_line.Scheduler = None,
-    scheduler_option: command_line.SchedulerOption = None,
-    eta: command_line.Eta = None,
-    model_id: command_line.ModelId = None,
-    revision: command_line.Revision = None,
-    variant: command_line.Variant = None,
-    single_file_config: command_line.SingleFileConfig = None,
-    unet: command_line.Unet = None,
-    vae: command_line.Vae = None,
-    lora: command_line.Lora = None,
-    dtype: command_line.StageDtype = None,
-    text_encoder_dtype: command_line.TextEncoderDtype = None,
-    unet_dtype: command_line.UnetDtype = None,
-    vae_dtype: command_line.VaeDtype = None,
-    tile: command_line.Tile = None,
-    config: command_line.ConfigFile = None,
-    output_dir: command_line.OutputDir = None,
-    image_format: command_line.ImageFormatFlag = None,
-    offline: command_line.Offline = False,
-    wait: command_line.Wait = False,
-    repeat: command_line.Repeat = None,
-    profile: command_line.Profile = False,
-    profile_dir: command_line.ProfileDir = None,
-    skip_fresh: command_line.SkipFresh = False,
-    debug: command_line.Debug = False,
+    prompt: flags.Prompt = None,
+    prompt_2: flags.Prompt2 = None,
+    prompts_file: flags.PromptsFile = None,
+    negative_prompt: flags.NegativePrompt = None,
+    negative_prompt_2: flags.NegativePrompt2 = None,
+    no_negative_prompt: flags.NoNegativePrompt = False,
+    num_images_per_prompt: flags.NumImagesPerPrompt = None,
+    clip_skip: flags.ClipSkip = None,
+    long_prompts: flags.LongPrompts = None,
+    prompt_weighting: flags.PromptWeighting = None,
+    embedding: flags.Embedding = None,
+    original_size: flags.OriginalSize = None,
+    target_size: flags.TargetSize = None,
+    crops_coords_top_left: flags.CropsCoords = None,
+    negative_original_size: flags.NegativeOriginalSize = None,
+    negative_target_size: flags.NegativeTargetSize = None,
+    negative_crops_coords_top_left: flags.NegativeCropsCoords = None,
+    height: flags.Height = None,
+    width: flags.Width = None,
+    num_inference_steps: flags.NumInferenceSteps = None,
+    timesteps: flags.Timesteps = None,
+    sigmas: flags.Sigmas = None,
+    guidance_scale: flags.GuidanceScale = None,
+    guidance_rescale: flags.GuidanceRescale = None,
+    guidance_start: flags.GuidanceStart = None,
+    guidance_end: flags.GuidanceEnd = None,
+    seed: flags.Seed = None,
+    scheduler: flags.Scheduler = None,
+    scheduler_option: flags.SchedulerOption = None,
+    eta: flags.Eta = None,
+    model_id: flags.ModelId = None,
+    revision: flags.Revision = None,
+    variant: flags.Variant = None,
+    single_file_config: flags.SingleFileConfig = None,
+    unet: flags.Unet = None,
+    vae: flags.Vae = None,
+    lora: flags.Lora = None,
+    dtype: flags.StageDtype = None,
+    text_encoder_dtype: flags.TextEncoderDtype = None,
+    unet_dtype: flags.UnetDtype = None,
+    vae_dtype: flags.VaeDtype = None,
+    tile: flags.Tile = None,
+    config: flags.ConfigFile = None,
+    output_dir: flags.OutputDir = None,
+    image_format: flags.ImageFormatFlag = None,
+    offline: flags.Offline = False,
+    wait: flags.Wait = False,
+    repeat: flags.Repeat = None,
+    profile: flags.Profile = False,
+    profile_dir: flags.ProfileDir = None,
+    skip_fresh: flags.SkipFresh = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Encode the prompts on the CPU and settle every setting of the run.
 
@@ -183,8 +184,8 @@ def main(
 
     # 1. Settings: defaults < config file < flags
     report.phase("settings")
-    flags = command_line.given_settings(context.params, "text_encoder_dtype")
-    settings = read_run_settings(config, flags)
+    given = flags.given_settings(context.params, "text_encoder_dtype")
+    settings = read_run_settings(config, given)
     checkpoint = open_checkpoint(settings, COMPONENTS)
     resolved = resolve(
         settings,
@@ -206,7 +207,7 @@ def main(
         say(f"stage 1: fresh ({path})")
         return
     say(f"stage 1: encode {len(resolved.prompts)} prompt(s) with {resolved.model_id}")
-    command_line.say_why(stale if skip_fresh else None, [])
+    flags.say_why(stale if skip_fresh else None, [])
 
     # 3. Load the text encoders
     report.phase("imports")
@@ -255,8 +256,8 @@ def main(
         versions=recipe.versions,
         profile=profiled,
     )
-    command_line.say_times(report, path, profiled)
+    flags.say_times(report, path, profiled)
 
 
 if __name__ == "__main__":
-    command_line.run_command(command_line.make_command(main))
+    flags.run_command(flags.make_command(main))

@@ -24,19 +24,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from common import artifacts, command_line, sharding, tpu_compiler
-from common.artifacts import Artifact, Header, Recipe
-from common.backends import refuse_unknown_to_torch, start_backend
-from common.checkpoint import Checkpoint, open_checkpoint
-from common.command_line import say, warn
-from common.components import (
+from common.compute import sharding, tpu_compiler
+from common.compute.backends import refuse_unknown_to_torch, start_backend
+from common.compute.groups import group_size, groups, prompt_indices
+from common.conditions.sizes import has_own_negative, size_condition_settings, time_ids
+from common.errors import BadInputFileError, BadSettingError
+from common.files import artifacts
+from common.files.artifacts import Artifact, Header, Recipe
+from common.files.contracts import embeddings_misfit, empty_embeddings
+from common.files.kept_progress import GroupProgress, Progress, progress_of, remove_progress
+from common.files.report import Profile, StageReport
+from common.files.run_lock import RunLock
+from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.models.lora import fuse_into_unet, lora_settings
+from common.models.weights import (
     import_class,
     load_model,
     quiet_libraries,
     spare_imports,
     with_weights,
 )
-from common.config import (
+from common.runs import flags
+from common.runs.flags import say, warn
+from common.runs.generation import (
     DEFAULT_OUTPUT_DIR,
     GENERATION_CONFIG_FILE,
     STEP_SETTINGS,
@@ -47,15 +57,7 @@ from common.config import (
     read_run_options,
     write_generation_config,
 )
-from common.contracts import embeddings_misfit, empty_embeddings
-from common.errors import BadInputFileError, BadSettingError
-from common.images import group_size, groups, prompt_indices
-from common.lora import fuse_into_unet, lora_settings
-from common.progress import GroupProgress, Progress, progress_of, remove_progress
-from common.report import Profile, StageReport
-from common.run_lock import RunLock
-from common.sampler import Sampler, as_pipeline_reads_it, make_scheduler
-from common.size_conditions import has_own_negative, size_condition_settings, time_ids
+from common.sampling.sampler import Sampler, as_pipeline_reads_it, make_scheduler
 from common.stopping import StopRequest, finishing_first
 from common.whole_files import remove_file
 
@@ -63,11 +65,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from common.components import Weights
-    from common.denoising import Denoiser
-    from common.devices import Devices
-    from common.jax_denoising import JaxDenoiser
-    from common.scheduler_tables import SchedulerTables
+    from common.compute.devices import Devices
+    from common.models.weights import Weights
+    from common.sampling.denoiser import Denoiser
+    from common.sampling.jax_denoiser import JaxDenoiser
+    from common.sampling.scheduler_tables import SchedulerTables
 
 COMPONENTS = ("unet", "scheduler")
 # Settings that determine the latents just as they stand.
@@ -206,7 +208,7 @@ def load_denoiser(
     """The UNet of a backend."""
     if backend == "torch":
         return load_torch_denoiser(config, checkpoint, unet_dtype, options, report)
-    from common.devices import Devices
+    from common.compute.devices import Devices
 
     return load_jax_denoiser(config, checkpoint, unet_dtype, options, report, Devices.present())
 
@@ -221,7 +223,7 @@ def load_torch_denoiser(
     """The UNet in PyTorch."""
     import torch
 
-    from common.torch_denoising import TorchDenoiser
+    from common.sampling.torch_denoiser import TorchDenoiser
 
     with report.part("checkpoint_read"):
         unet, weights = load_unet(config, checkpoint, getattr(torch, unet_dtype))
@@ -248,8 +250,8 @@ def load_jax_denoiser(
     """The UNet as jax compiles it: PyTorch's module for its code, its weights on the devices."""
     import torch
 
-    from common.fast_ops import arrange_weight
-    from common.jax_denoising import JaxDenoiser
+    from common.compute.fast_ops import arrange_weight
+    from common.sampling.jax_denoiser import JaxDenoiser
 
     choice = settle_mesh(config, checkpoint, options, devices)
     for note in choice.notes:
@@ -309,7 +311,7 @@ def start_group(
     chosen: "np.ndarray",
 ) -> None:
     """Make the denoiser ready for the chosen images, by their indices."""
-    from common.denoising import Guidance
+    from common.sampling.denoiser import Guidance
 
     seeds = config.image_seeds()
     prompt_of = prompt_indices(len(config.prompts), config.num_images_per_prompt)
@@ -365,7 +367,7 @@ def denoise_images(
     import torch
     from tqdm import tqdm
 
-    from common.scheduler_tables import NotLinearError, SchedulerTables, make_tables
+    from common.sampling.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 
     # The scheduler as data, probed on the CPU
     with denoiser.report.part("scheduler_tables"):
@@ -480,7 +482,7 @@ def compile_for_tpu(
     chip, config, checkpoint, options, devices = tpu_compiler.prepare(
         topology, parameters, source_dir, "unet_dtype", COMPONENTS
     )
-    from common.scheduler_tables import NotLinearError, make_tables
+    from common.sampling.scheduler_tables import NotLinearError, make_tables
 
     dtype = "bfloat16" if config.unet_dtype == "auto" else config.unet_dtype
     denoiser = load_jax_denoiser(config, checkpoint, dtype, options, StageReport(2), devices)
@@ -513,57 +515,57 @@ def compile_for_tpu(
 
 def main(
     context: typer.Context,
-    num_images_per_prompt: command_line.NumImagesPerPrompt = None,
-    height: command_line.Height = None,
-    width: command_line.Width = None,
-    num_inference_steps: command_line.NumInferenceSteps = None,
-    timesteps: command_line.Timesteps = None,
-    sigmas: command_line.Sigmas = None,
-    guidance_scale: command_line.GuidanceScale = None,
-    guidance_rescale: command_line.GuidanceRescale = None,
-    guidance_start: command_line.GuidanceStart = None,
-    guidance_end: command_line.GuidanceEnd = None,
-    seed: command_line.Seed = None,
-    original_size: command_line.OriginalSize = None,
-    target_size: command_line.TargetSize = None,
-    crops_coords_top_left: command_line.CropsCoords = None,
-    negative_original_size: command_line.NegativeOriginalSize = None,
-    negative_target_size: command_line.NegativeTargetSize = None,
-    negative_crops_coords_top_left: command_line.NegativeCropsCoords = None,
-    scheduler: command_line.Scheduler = None,
-    scheduler_option: command_line.SchedulerOption = None,
-    eta: command_line.Eta = None,
-    model_id: command_line.ModelId = None,
-    revision: command_line.Revision = None,
-    variant: command_line.Variant = None,
-    single_file_config: command_line.SingleFileConfig = None,
-    unet: command_line.Unet = None,
-    lora: command_line.Lora = None,
-    dtype: command_line.StageDtype = None,
-    unet_dtype: command_line.UnetDtype = None,
-    input_dir: command_line.InputDir = None,
-    output_dir: command_line.OutputDir = None,
-    backend: command_line.Backend = None,
-    mesh: command_line.Mesh = None,
-    batch_size: command_line.BatchSize = None,
-    steps_per_call: command_line.StepsPerCall = None,
-    warmup_steps: command_line.WarmupSteps = None,
-    checkpoint_every: command_line.CheckpointEvery = None,
-    operations: command_line.Operations = None,
-    distributed: command_line.Distributed = None,
-    offline: command_line.Offline = False,
-    no_verify: command_line.NoVerify = False,
-    wait: command_line.Wait = False,
-    repeat: command_line.Repeat = None,
-    profile: command_line.Profile = False,
-    profile_dir: command_line.ProfileDir = None,
-    profile_steps: command_line.ProfileSteps = None,
-    save_trajectory: command_line.SaveTrajectory = None,
-    topology: command_line.Topology = None,
-    save_hlo: command_line.SaveHlo = None,
-    json: command_line.JsonFile = None,
-    skip_fresh: command_line.SkipFresh = False,
-    debug: command_line.Debug = False,
+    num_images_per_prompt: flags.NumImagesPerPrompt = None,
+    height: flags.Height = None,
+    width: flags.Width = None,
+    num_inference_steps: flags.NumInferenceSteps = None,
+    timesteps: flags.Timesteps = None,
+    sigmas: flags.Sigmas = None,
+    guidance_scale: flags.GuidanceScale = None,
+    guidance_rescale: flags.GuidanceRescale = None,
+    guidance_start: flags.GuidanceStart = None,
+    guidance_end: flags.GuidanceEnd = None,
+    seed: flags.Seed = None,
+    original_size: flags.OriginalSize = None,
+    target_size: flags.TargetSize = None,
+    crops_coords_top_left: flags.CropsCoords = None,
+    negative_original_size: flags.NegativeOriginalSize = None,
+    negative_target_size: flags.NegativeTargetSize = None,
+    negative_crops_coords_top_left: flags.NegativeCropsCoords = None,
+    scheduler: flags.Scheduler = None,
+    scheduler_option: flags.SchedulerOption = None,
+    eta: flags.Eta = None,
+    model_id: flags.ModelId = None,
+    revision: flags.Revision = None,
+    variant: flags.Variant = None,
+    single_file_config: flags.SingleFileConfig = None,
+    unet: flags.Unet = None,
+    lora: flags.Lora = None,
+    dtype: flags.StageDtype = None,
+    unet_dtype: flags.UnetDtype = None,
+    input_dir: flags.InputDir = None,
+    output_dir: flags.OutputDir = None,
+    backend: flags.Backend = None,
+    mesh: flags.Mesh = None,
+    batch_size: flags.BatchSize = None,
+    steps_per_call: flags.StepsPerCall = None,
+    warmup_steps: flags.WarmupSteps = None,
+    checkpoint_every: flags.CheckpointEvery = None,
+    operations: flags.Operations = None,
+    distributed: flags.Distributed = None,
+    offline: flags.Offline = False,
+    no_verify: flags.NoVerify = False,
+    wait: flags.Wait = False,
+    repeat: flags.Repeat = None,
+    profile: flags.Profile = False,
+    profile_dir: flags.ProfileDir = None,
+    profile_steps: flags.ProfileSteps = None,
+    save_trajectory: flags.SaveTrajectory = None,
+    topology: flags.Topology = None,
+    save_hlo: flags.SaveHlo = None,
+    json: flags.JsonFile = None,
+    skip_fresh: flags.SkipFresh = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Denoise latents with the checkpoint's UNet, by one compiled program or by PyTorch.
 
@@ -576,7 +578,7 @@ def main(
     if topology is not None:
         compile_for_tpu(topology, context.params, input_dir or output_dir)
         return
-    command_line.refuse_topology_flags(context.params)
+    flags.refuse_topology_flags(context.params)
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     report.phase("settings")
@@ -587,7 +589,7 @@ def main(
     context.call_on_close(lock.release)
     lock.acquire(make_folder=False)
     config = read_generation_config(source_dir)
-    config, overrides = command_line.apply_overrides(config, context.params, "unet_dtype")
+    config, overrides = flags.apply_overrides(config, context.params, "unet_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
     check_size(config, checkpoint.vae_scale_factor)
 
@@ -603,7 +605,7 @@ def main(
         return
     lock.acquire()
     say(f"stage 2: denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
-    command_line.say_why(stale if skip_fresh else None, overrides)
+    flags.say_why(stale if skip_fresh else None, overrides)
 
     warn_of_idle_settings(config, checkpoint)
 
@@ -614,7 +616,7 @@ def main(
     in_16_bits = config.unet_dtype not in ("auto", "float32")
     started = start_backend(options, torch_on_cpus=in_16_bits)  # XLA's are slow there
     spare_imports(*packages_to_spare(config, checkpoint))
-    import_module(f"common.{started.name}_denoising")
+    import_module(f"common.sampling.{started.name}_denoiser")
     import_class("unet")
     dtype_used = started.choose_dtype(config.unet_dtype)
     report.phase("other")
@@ -672,8 +674,8 @@ def main(
         profile=denoised.profile,
         **denoiser.facts(),
     )
-    command_line.say_times(report, path, denoised.profile)
+    flags.say_times(report, path, denoised.profile)
 
 
 if __name__ == "__main__":
-    command_line.run_command(command_line.make_command(main))
+    flags.run_command(flags.make_command(main))

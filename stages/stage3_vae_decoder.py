@@ -25,12 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from common import artifacts, command_line, pictures, sharding, tpu_compiler
-from common.artifacts import Artifact, Header, Recipe
-from common.backends import refuse_unknown_to_torch, start_backend
-from common.checkpoint import Checkpoint, open_checkpoint
-from common.command_line import say, warn
-from common.components import (
+from common.compute import sharding, tpu_compiler
+from common.compute.backends import refuse_unknown_to_torch, start_backend
+from common.compute.groups import group_size, groups, prompt_indices
+from common.errors import NotFiniteError
+from common.files import artifacts, picture_files
+from common.files.artifacts import Artifact, Header, Recipe
+from common.files.contracts import header_misfit, latents_misfit, trajectory_misfit
+from common.files.kept_progress import Progress, progress_of, remove_progress
+from common.files.report import Profile, StageReport, read_report
+from common.files.run_lock import RunLock
+from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.models.weights import (
     import_class,
     load_model,
     make_without_weights,
@@ -38,7 +44,9 @@ from common.components import (
     spare_imports,
     with_weights,
 )
-from common.config import (
+from common.runs import flags
+from common.runs.flags import say, warn
+from common.runs.generation import (
     DEFAULT_OUTPUT_DIR,
     GenerationConfig,
     ModelSettings,
@@ -47,12 +55,6 @@ from common.config import (
     read_run_options,
     write_generation_config,
 )
-from common.contracts import header_misfit, latents_misfit, trajectory_misfit
-from common.errors import NotFiniteError
-from common.images import group_size, groups, prompt_indices
-from common.progress import Progress, progress_of, remove_progress
-from common.report import Profile, StageReport, read_report
-from common.run_lock import RunLock
 from common.stopping import StopRequest, finishing_first
 from common.whole_files import write_bytes_whole
 
@@ -60,9 +62,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from common.decoding import Decoder, Tiles
-    from common.devices import Devices
-    from common.jax_decoding import JaxDecoder
+    from common.compute.devices import Devices
+    from common.vae.decoder import Decoder, Tiles
+    from common.vae.jax_decoder import JaxDecoder
 
 COMPONENTS = ("vae",)
 MOST_STRIP_PIXELS, MOST_FRAME_PIXELS = 192, 512  # a side of a picture of a trajectory
@@ -110,15 +112,15 @@ def why_stale(
     """Say why the pictures must be made anew, or None where all of them are fresh and whole."""
     if trajectory is not None:
         fingerprint = trajectory_recipe(recipe, trajectory).fingerprint()
-        for name in (pictures.TRAJECTORY_STRIP, pictures.TRAJECTORY_ANIMATION):
-            found = pictures.read_picture_record(run_dir / name) or {}
+        for name in (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION):
+            found = picture_files.read_picture_record(run_dir / name) or {}
             if found.get("fingerprint") != fingerprint:
                 return f"{name} is not there or of another trajectory"
-    names, grid = pictures.picture_names(count, config.image_format)
+    names, grid = picture_files.picture_names(count, config.image_format)
     for name in [*names, *([grid] if grid else [])]:
         if not (run_dir / name).exists():
             return f"{name} is not there"
-        record = pictures.read_picture_record(run_dir / name)
+        record = picture_files.read_picture_record(run_dir / name)
         if record is None:
             return f"{name} is damaged or not of ours"
         if record.get("fingerprint") != recipe.fingerprint():
@@ -237,7 +239,7 @@ def decode_trajectory(
     import numpy as np
     from tqdm import tqdm
 
-    from common.decoding import make_grid, shrink
+    from common.vae.decoder import make_grid, shrink
 
     columns, frames = [], []
     with decoder.counting_as("trajectory"):
@@ -264,7 +266,7 @@ def load_decoder(
     """
     if backend == "torch":
         return load_torch_decoder(shape, config, checkpoint, vae_dtype, report)
-    from common.devices import Devices
+    from common.compute.devices import Devices
 
     devices = Devices.present()
     return load_jax_decoder(shape, config, checkpoint, vae_dtype, options, report, devices)
@@ -280,7 +282,7 @@ def load_torch_decoder(
     """The VAE in PyTorch, for latents [B, C, h, w]."""
     import torch
 
-    from common.torch_decoding import TorchDecoder
+    from common.vae.torch_decoder import TorchDecoder
 
     dtype = getattr(torch, vae_dtype)
     with report.part("checkpoint_read"):
@@ -293,7 +295,7 @@ def make_tiles(
     shape: Sequence[int], config: GenerationConfig, checkpoint: Checkpoint, dtype: "torch.dtype"
 ) -> "Tiles | None":
     """How latents [B, C, h, w] are cut; None where they are decoded whole."""
-    from common.decoding import Tiles
+    from common.vae.decoder import Tiles
 
     if not in_tiles(config, checkpoint, shape):
         return None
@@ -312,8 +314,8 @@ def load_jax_decoder(
     """The VAE as jax compiles it: PyTorch's module for its code, its weights on the devices."""
     import torch
 
-    from common.fast_ops import arrange_weight
-    from common.jax_decoding import JaxDecoder
+    from common.compute.fast_ops import arrange_weight
+    from common.vae.jax_decoder import JaxDecoder
 
     dtype = getattr(torch, vae_dtype)
     with report.part("checkpoint_read"):
@@ -434,11 +436,11 @@ def save_pictures(
     report: StageReport,
 ) -> Path:
     """Save all pictures and the grid, remove those of an earlier run. Returns the main one."""
-    from common.decoding import make_grid
+    from common.vae.decoder import make_grid
 
     images = decoded.images
 
-    names, grid_name = pictures.picture_names(len(images), config.image_format)
+    names, grid_name = picture_files.picture_names(len(images), config.image_format)
     own = {name: recipe.settings[name] for name in ("vae_dtype", "tile", "image_format")}
     if config.vae is not None:
         own["vae"] = config.vae
@@ -451,7 +453,7 @@ def save_pictures(
     def record(index: int | None, image: "np.ndarray", recipe: Recipe) -> dict[str, Any]:
         return {
             "settings": picture_settings(header, index) | own,
-            "pixels_sha256": pictures.hash_pixels(image),
+            "pixels_sha256": picture_files.hash_pixels(image),
             "fingerprint": recipe.fingerprint(),
             "inputs": recipe.inputs,
             "weights": recipe.weights,
@@ -463,51 +465,51 @@ def save_pictures(
     with report.part("image_encoding"):
         for name, image, index in files:
             kept = record(index, image, recipe)
-            encoded[name] = pictures.encode_picture(image, Path(name).suffix, kept)
+            encoded[name] = picture_files.encode_picture(image, Path(name).suffix, kept)
         if decoded.strip is not None and trajectory is not None:
             kept = record(None, decoded.strip, trajectory_recipe(recipe, trajectory))
-            strip = pictures.encode_picture(decoded.strip, ".png", kept)
-            encoded[pictures.TRAJECTORY_STRIP] = strip
-            animation = pictures.encode_animation(decoded.frames, kept)
-            encoded[pictures.TRAJECTORY_ANIMATION] = animation
+            strip = picture_files.encode_picture(decoded.strip, ".png", kept)
+            encoded[picture_files.TRAJECTORY_STRIP] = strip
+            animation = picture_files.encode_animation(decoded.frames, kept)
+            encoded[picture_files.TRAJECTORY_ANIMATION] = animation
     with report.part("writing"):
         for name, content in encoded.items():
             write_bytes_whole(run_dir / name, content)
-        pictures.remove_others(run_dir, set(encoded))
+        picture_files.remove_others(run_dir, set(encoded))
     return run_dir / files[-1][0]
 
 
 def main(
     context: typer.Context,
-    model_id: command_line.ModelId = None,
-    revision: command_line.Revision = None,
-    variant: command_line.Variant = None,
-    single_file_config: command_line.SingleFileConfig = None,
-    vae: command_line.Vae = None,
-    dtype: command_line.StageDtype = None,
-    vae_dtype: command_line.VaeDtype = None,
-    input_dir: command_line.InputDir = None,
-    output_dir: command_line.OutputDir = None,
-    tile: command_line.Tile = None,
-    image_format: command_line.ImageFormatFlag = None,
-    backend: command_line.Backend = None,
-    mesh: command_line.Mesh = None,
-    batch_size: command_line.BatchSize = None,
-    warmup: command_line.Warmup = False,
-    operations: command_line.Operations = None,
-    distributed: command_line.Distributed = None,
-    offline: command_line.Offline = False,
-    no_verify: command_line.NoVerify = False,
-    wait: command_line.Wait = False,
-    repeat: command_line.Repeat = None,
-    profile: command_line.Profile = False,
-    profile_dir: command_line.ProfileDir = None,
-    topology: command_line.Topology = None,
-    pictures_shape: command_line.PicturesShape = None,
-    save_hlo: command_line.SaveHlo = None,
-    json: command_line.JsonFile = None,
-    skip_fresh: command_line.SkipFresh = False,
-    debug: command_line.Debug = False,
+    model_id: flags.ModelId = None,
+    revision: flags.Revision = None,
+    variant: flags.Variant = None,
+    single_file_config: flags.SingleFileConfig = None,
+    vae: flags.Vae = None,
+    dtype: flags.StageDtype = None,
+    vae_dtype: flags.VaeDtype = None,
+    input_dir: flags.InputDir = None,
+    output_dir: flags.OutputDir = None,
+    tile: flags.Tile = None,
+    image_format: flags.ImageFormatFlag = None,
+    backend: flags.Backend = None,
+    mesh: flags.Mesh = None,
+    batch_size: flags.BatchSize = None,
+    warmup: flags.Warmup = False,
+    operations: flags.Operations = None,
+    distributed: flags.Distributed = None,
+    offline: flags.Offline = False,
+    no_verify: flags.NoVerify = False,
+    wait: flags.Wait = False,
+    repeat: flags.Repeat = None,
+    profile: flags.Profile = False,
+    profile_dir: flags.ProfileDir = None,
+    topology: flags.Topology = None,
+    pictures_shape: flags.PicturesShape = None,
+    save_hlo: flags.SaveHlo = None,
+    json: flags.JsonFile = None,
+    skip_fresh: flags.SkipFresh = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Decode the latents with the checkpoint's VAE and save the pictures.
 
@@ -519,7 +521,7 @@ def main(
     if topology is not None:
         compile_for_tpu(topology, context.params, input_dir or output_dir)
         return
-    command_line.refuse_topology_flags(context.params)
+    flags.refuse_topology_flags(context.params)
 
     # 1. Settings: the run's, and what the flags override for this run of this stage
     report.phase("settings")
@@ -530,7 +532,7 @@ def main(
     context.call_on_close(lock.release)
     lock.acquire(make_folder=False)
     config = read_generation_config(source_dir)
-    config, overrides = command_line.apply_overrides(config, context.params, "vae_dtype")
+    config, overrides = flags.apply_overrides(config, context.params, "vae_dtype")
     checkpoint = open_checkpoint(config, COMPONENTS)
 
     # 2. The input, whole and fitting; and are the pictures fresh already?
@@ -543,12 +545,12 @@ def main(
     trajectory = find_trajectory(source_dir, latents, verify=not no_verify)
     stale = why_stale(run_dir, count, config, recipe, trajectory) or options.why_measure()
     if skip_fresh and stale is None:
-        names, grid = pictures.picture_names(count, config.image_format)
+        names, grid = picture_files.picture_names(count, config.image_format)
         say(f"stage 3: fresh ({run_dir / (grid or names[0])})")
         return
     lock.acquire()
     say(f"stage 3: decode {count} image(s)")
-    command_line.say_why(stale if skip_fresh else None, overrides)
+    flags.say_why(stale if skip_fresh else None, overrides)
 
     # 3. Start the backend
     report.phase("imports")
@@ -556,7 +558,7 @@ def main(
         quiet_libraries()
     started = start_backend(options, torch_on_cpus=True)
     spare_imports("peft", "scipy", "transformers")
-    import_module(f"common.{started.name}_decoding")
+    import_module(f"common.vae.{started.name}_decoder")
     import_class("vae")
     upcast = bool(vae_config.get("force_upcast", True))  # True is diffusers' own default
     dtype_used = started.choose_dtype(config.vae_dtype, force_float32=upcast)
@@ -600,8 +602,8 @@ def main(
         profile=profiled,
         **decoder.facts(),
     )
-    command_line.say_times(report, main_picture, profiled)
+    flags.say_times(report, main_picture, profiled)
 
 
 if __name__ == "__main__":
-    command_line.run_command(command_line.make_command(main))
+    flags.run_command(flags.make_command(main))

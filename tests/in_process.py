@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from common.checkpoint import open_checkpoint
-from common.components import load_embedding, load_text_pipeline
-from common.config import SIZE_CONDITIONS, GenerationConfig, RunOptions
-from common.lora import fuse_into_text_encoders
-from common.prompts import encode_prompts
-from common.report import StageReport
+from common.conditions.prompts import encode_prompts
+from common.files.report import StageReport
+from common.models.checkpoint import open_checkpoint
+from common.models.lora import fuse_into_text_encoders
+from common.models.weights import load_embedding, load_text_pipeline
+from common.runs.generation import SIZE_CONDITIONS, GenerationConfig, RunOptions
 from stages import stage2_unet, stage3_vae_decoder
 
 PROMPTS = ("a large red star on a blue background", "a small green ring", "black cross on white")

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import typer
 
-from common import artifacts, command_line
-from common.command_line import say
 from common.errors import BadInputFileError
+from common.files import artifacts
+from common.runs import flags
+from common.runs.flags import say
+from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
 from common.whole_files import write_bytes_whole
-from tools.run_record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
 
 COMPARE = "What to compare"
 DIFFERENCE_GAIN = 4  # a difference picture shows differences so many times as large
@@ -46,10 +47,10 @@ def main(
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
     output_dir: Annotated[
         Path | None,
-        command_line.flag("output_dir", "DIR", COMPARE, "For difference pictures. [none written]"),
+        flags.flag("output_dir", "DIR", COMPARE, "For difference pictures. [none written]"),
     ] = None,
-    json: Annotated[bool, command_line.flag("json", " ", COMPARE, "Print JSON.")] = False,
-    debug: command_line.Debug = False,
+    json: Annotated[bool, flags.flag("json", " ", COMPARE, "Print JSON.")] = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Compare two runs stage by stage. Ends with 3 where a file is damaged."""
     for folder in (run_a, run_b):
@@ -223,4 +224,4 @@ def _brief(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run_command(command_line.make_command(main))
+    flags.run_command(flags.make_command(main))

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from common import command_line
-from common.command_line import say
-from common.config import DEFAULT_OUTPUT_DIR
 from common.errors import BadInputFileError
-from tools.run_record import DAMAGED, MISSING, FileRecord, RunRecord, read_run, summarize_tensors
+from common.runs import flags
+from common.runs.flags import say
+from common.runs.generation import DEFAULT_OUTPUT_DIR
+from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run, summarize_tensors
 
 INSPECT = "What to show"
 
@@ -28,8 +28,8 @@ def main(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.")] = Path(
         DEFAULT_OUTPUT_DIR
     ),
-    json: Annotated[bool, command_line.flag("json", " ", INSPECT, "Print JSON.")] = False,
-    debug: command_line.Debug = False,
+    json: Annotated[bool, flags.flag("json", " ", INSPECT, "Print JSON.")] = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Show a run's artifacts and whether they are fresh. Ends with 3 where a file is damaged."""
     if not run_dir.is_dir():
@@ -99,4 +99,4 @@ def lines_of(run: RunRecord, content: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    command_line.run_command(command_line.make_command(main))
+    flags.run_command(flags.make_command(main))

@@ -24,16 +24,17 @@ sys.path.insert(0, str(PROJECT_DIR))
 import typer
 from typer.core import TyperCommand
 
-from common import artifacts, command_line, pictures
-from common.backends import has_only_cpus
-from common.config import DEFAULT_OUTPUT_DIR, read_generation_config
+from common.compute.backends import has_only_cpus
 from common.errors import BadSettingError, StageError
-from common.hub import OFFLINE
-from common.preloaded import PreloadedStage
-from common.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
+from common.files import artifacts, picture_files
+from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
+from common.models.hub import OFFLINE
+from common.runs import flags
+from common.runs.generation import DEFAULT_OUTPUT_DIR, read_generation_config
+from common.runs.preloaded import PreloadedStage
+from common.runs.sweep import StageRun, parse_sweep, run_sweep
 from common.stopping import STOP_SIGNALS
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
-from tools.sweep import StageRun, parse_sweep, run_sweep
 
 STAGES = (stage1_text_encoder, stage2_unet, stage3_vae_decoder)
 DTYPES = ("text_encoder_dtype", "unet_dtype", "vae_dtype")
@@ -46,19 +47,19 @@ def main(
     context: typer.Context,
     from_stage: Annotated[
         int,
-        command_line.flag("from_stage", "1|2|3", RUN_ALL, "First stage to run. [1]"),
+        flags.flag("from_stage", "1|2|3", RUN_ALL, "First stage to run. [1]"),
     ] = 1,
     to_stage: Annotated[
         int,
-        command_line.flag("to_stage", "1|2|3", RUN_ALL, "Last stage to run. [3]"),
+        flags.flag("to_stage", "1|2|3", RUN_ALL, "Last stage to run. [3]"),
     ] = 3,
     force: Annotated[
         bool,
-        command_line.flag("force", " ", RUN_ALL, "Run fresh stages as well."),
+        flags.flag("force", " ", RUN_ALL, "Run fresh stages as well."),
     ] = False,
     sweep: Annotated[
         str | None,
-        command_line.flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
+        flags.flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
     ] = None,
 ) -> int:
     """Make pictures from prompts: text encoder, UNet and VAE, stage by stage.
@@ -87,7 +88,7 @@ def main(
     if to_stage == 3:
         source_dir = Path(given.get("input_dir", run_dir)) if from_stage == 3 else run_dir
         picture = picture_path(run_dir, source_dir, given.get("image_format"))
-        command_line.say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
+        flags.say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return 0
 
 
@@ -113,26 +114,26 @@ def run_all_cells(run_dir: Path, given: dict[str, Any], text: str) -> int:
             arguments.append(f"--input_dir={needed.source}")
         return run_stage_and_listen([*arguments, f"--output_dir={needed.folder}"])
 
-    code = run_sweep(run_dir, swept, takes, run, command_line.say)
+    code = run_sweep(run_dir, swept, takes, run, flags.say)
     failed = sum(cell.exit_code != 0 for cell in swept.cells)
-    command_line.say(f"sweep: {len(swept.cells) - failed} of {len(swept.cells)} cells done")
-    from tools import report
+    flags.say(f"sweep: {len(swept.cells) - failed} of {len(swept.cells)} cells done")
+    from tools import report_page
 
     try:
-        command_line.say(f"page: {report.write_page(run_dir / report.PAGE_FILE, [run_dir])}")
+        flags.say(f"page: {report_page.write_page(run_dir / report_page.PAGE_FILE, [run_dir])}")
     except StageError as error:
-        command_line.warn(f"no page was written: {error}")
+        flags.warn(f"no page was written: {error}")
     return code
 
 
 def stage_commands() -> list[TyperCommand]:
     """The commands of the three stages."""
-    return [command_line.make_command(stage.main) for stage in STAGES]
+    return [flags.make_command(stage.main) for stage in STAGES]
 
 
 def make_command() -> TyperCommand:
     """One command with this program's own flags and those of all stages."""
-    command = command_line.make_command(main)
+    command = flags.make_command(main)
     own = [parameter.name for parameter in command.params]
     names = {*own, "skip_fresh", *FOR_ONE_STAGE}
     for stage_command in stage_commands():
@@ -218,7 +219,7 @@ def libraries_of(given: dict[str, Any]) -> dict[str, list[str]] | None:
     if given.keys() & {"debug", "repeat", "profile", "profile_dir", "profile_steps"}:
         return None
     in_torch = ["torch", "diffusers.utils"]
-    in_jax = [*in_torch, "common.jax_setup", "common.torchax_runtime"]
+    in_jax = [*in_torch, "common.compute.jax_start", "common.compute.torchax_runtime"]
     backend = given.get("backend", "auto")
     decodes_by_torch = backend == "torch" or (backend == "auto" and has_only_cpus())
     dtype = given.get("unet_dtype") or given.get("dtype") or "auto"
@@ -316,9 +317,9 @@ def picture_path(run_dir: Path, source_dir: Path, image_format: str | None) -> P
     latents_file = source_dir / artifacts.LATENTS_FILE
     latents = artifacts.inspect(latents_file, verify=False).tensors["latents"]
     chosen: Any = image_format or read_generation_config(source_dir).image_format
-    names, grid = pictures.picture_names(latents.shape[0], chosen)
+    names, grid = picture_files.picture_names(latents.shape[0], chosen)
     return run_dir / (grid or names[0])
 
 
 if __name__ == "__main__":
-    command_line.run_command(make_command(), "./run_all.sh")
+    flags.run_command(make_command(), "./run_all.sh")

@@ -29,21 +29,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from jax.experimental import topologies
 from safetensors.torch import save_file
 
-from common import artifacts, jax_setup, run_lock, sharding, tpu_compiler
-from common.artifacts import EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE, Recipe
-from common.checkpoint import open_checkpoint
-from common.command_line import make_command
-from common.components import load_model
-from common.config import (
-    GENERATION_CONFIG_FILE,
-    RunOptions,
-    RunSettings,
-    read_prompts_file,
-    read_run_settings,
-    resolve,
-    write_generation_config,
-)
-from common.decoding import Decoder
+from common.compute import jax_start, sharding, tpu_compiler
+from common.compute.jax_profiler import JaxProfiler
+from common.compute.torch_profiler import TorchProfiler
+from common.compute.tpu_estimate import CHIPS
 from common.errors import (
     BadInputFileError,
     BadSettingError,
@@ -52,15 +41,27 @@ from common.errors import (
     UnfitEnvironmentError,
     without_controls,
 )
-from common.jax_profiler import JaxProfiler
-from common.progress import Progress
-from common.report import StageReport
-from common.run_lock import RunLock
-from common.sampler import Sampler
-from common.scheduler_tables import make_tables
+from common.files import artifacts, run_lock
+from common.files.artifacts import EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE, Recipe
+from common.files.kept_progress import Progress
+from common.files.report import StageReport
+from common.files.run_lock import RunLock
+from common.models.checkpoint import open_checkpoint
+from common.models.weights import load_model
+from common.runs.flags import make_command
+from common.runs.generation import (
+    GENERATION_CONFIG_FILE,
+    RunOptions,
+    RunSettings,
+    read_prompts_file,
+    read_run_settings,
+    resolve,
+    write_generation_config,
+)
+from common.sampling.sampler import Sampler
+from common.sampling.scheduler_tables import make_tables
 from common.stopping import StoppedError, StopRequest
-from common.torch_profiler import TorchProfiler
-from common.tpu_estimate import CHIPS
+from common.vae.decoder import Decoder
 from common.whole_files import remove_file
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 from tests.conftest import DEMO, PROJECT_DIR, Run, file_contents
@@ -121,7 +122,7 @@ def zeros(shapes: Shapes, dtype: torch.dtype = torch.float32) -> dict[str, torch
 # --- the end of a process -------------------------------------------------------------------------
 
 FAILING_COMMAND = """
-from common.command_line import make_command, run_command
+from common.runs.flags import make_command, run_command
 from common.errors import *
 
 def main(debug: bool = False) -> None:
@@ -1011,7 +1012,7 @@ def test_a_device_that_is_taken_or_not_supported(
 
     monkeypatch.setattr(jax, "devices", refuse)
     with refusal(UnfitEnvironmentError, "jax finds no device", *words):
-        jax_setup.find_devices()
+        jax_start.find_devices()
 
 
 @pytest.mark.parametrize(
@@ -1037,7 +1038,7 @@ def test_processes_that_do_not_find_each_other(
         " ".join(str(error).split()),
         "HOST:PORT,COUNT,INDEX",
     ):
-        jax_setup.join_processes(place)
+        jax_start.join_processes(place)
 
 
 def test_a_files_own_text_cannot_break_the_line_or_steer_the_terminal() -> None:
@@ -1052,22 +1053,22 @@ def free_port() -> int:
 def test_a_first_process_that_does_not_answer() -> None:
     address = f"localhost:{free_port()}"
     with refusal(UnfitEnvironmentError, f"{address} does not answer", "start the first process"):
-        jax_setup.meet_at(address, is_first=False, patience=0.1)
+        jax_start.meet_at(address, is_first=False, patience=0.1)
 
 
 def test_an_address_that_is_none() -> None:
     with refusal(UnfitEnvironmentError, "nosuch.invalid:1234 cannot be used", "a free port"):
-        jax_setup.meet_at("nosuch.invalid:1234", is_first=False)
+        jax_start.meet_at("nosuch.invalid:1234", is_first=False)
     with refusal(BadSettingError, "--distributed localhost:99999,2,0 is not understood"):
-        jax_setup.join_processes("localhost:99999,2,0")
+        jax_start.join_processes("localhost:99999,2,0")
 
 
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
-        jax_setup.meet_at(address, is_first=False)  # somebody answers
+        jax_start.meet_at(address, is_first=False)  # somebody answers
         with refusal(UnfitEnvironmentError, f"{address} cannot be used", "in use"):
-            jax_setup.meet_at(address, is_first=True)
+            jax_start.meet_at(address, is_first=True)
 
 
 # --- a TPU that is not there ----------------------------------------------------------------------

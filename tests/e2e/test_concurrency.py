@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import artifacts, pictures
+from common.files import artifacts, picture_files
 from tests.conftest import RUN_ALL, Run
 
 STEPS = ("--num_inference_steps", "2")
@@ -42,7 +42,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     said = [process.communicate(timeout=300)[1] for process in waiting]
     assert [process.returncode for process in waiting] == [0, 0], said
     header = artifacts.inspect(run_dir / artifacts.LATENTS_FILE).header
-    record = pictures.read_picture_record(run_dir / "output_image.png")
+    record = picture_files.read_picture_record(run_dir / "output_image.png")
     assert header is not None and record is not None
     assert header.recipe.settings["seeds"] in ([3], [4])
     assert [record["settings"]["seed"]] == header.recipe.settings["seeds"]

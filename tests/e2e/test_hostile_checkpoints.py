@@ -23,7 +23,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from common.checkpoint import Checkpoint
+from common.models.checkpoint import Checkpoint
 from tests.cli.test_errors import expect
 from tests.conftest import DEMO, STAGES, run_script
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from common.preloaded import PreloadedStage
+from common.runs.preloaded import PreloadedStage
 from tests.conftest import DEMO, RUN_ALL, STAGES, Run
 from tools import run_all
 
@@ -97,8 +97,8 @@ def test_what_is_imported_ahead(
     libraries = run_all.libraries_of(given)
     assert libraries is not None
     found = {Path(script).name: modules for script, modules in libraries.items()}
-    assert ("common.jax_setup" in found["stage2_unet.py"]) == jax_in_2
-    assert ("common.jax_setup" in found["stage3_vae_decoder.py"]) == jax_in_3
+    assert ("common.compute.jax_start" in found["stage2_unet.py"]) == jax_in_2
+    assert ("common.compute.jax_start" in found["stage3_vae_decoder.py"]) == jax_in_3
     assert run_all.libraries_of(given | {"repeat": "3"}) is None
 
 

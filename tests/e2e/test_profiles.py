@@ -11,7 +11,7 @@ from jax.profiler import ProfileData
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from common.report import Profile, Report
+from common.files.report import Profile, Report
 from tests.conftest import DEMO, Run
 
 TOLERANCE = 0.15  # of the window that was measured

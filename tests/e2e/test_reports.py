@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.report import Report, json_schema
+from common.files.report import Report, json_schema
 from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run, run_script
 
 TOLERANCE = 0.05  # of the wall time, as measured from outside

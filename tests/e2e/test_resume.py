@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.artifacts import Recipe
-from common.backends import TORCH_FACTS
-from common.config import RunOptions
-from common.progress import Progress, progress_of, remove_progress
-from common.prompts import encode_prompts
-from common.run_lock import HELD_BY_PARENT
+from common.compute.backends import TORCH_FACTS
+from common.conditions.prompts import encode_prompts
+from common.files.artifacts import Recipe
+from common.files.kept_progress import Progress, progress_of, remove_progress
+from common.files.run_lock import HELD_BY_PARENT
+from common.runs.generation import RunOptions
 from common.stopping import StoppedError, StopRequest
 from stages import stage2_unet
 from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common.pictures import read_picture_record
+from common.files.picture_files import read_picture_record
 from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run, file_contents
 
 LATENTS = "stage2_latents.safetensors"

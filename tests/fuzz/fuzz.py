@@ -36,8 +36,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from common import command_line, config
-from common.artifacts import EMBEDDINGS_FILE, HEADER_KEY, LATENTS_FILE, TRAJECTORY_FILE, Recipe
+from common.files.artifacts import (
+    EMBEDDINGS_FILE,
+    HEADER_KEY,
+    LATENTS_FILE,
+    TRAJECTORY_FILE,
+    Recipe,
+)
+from common.runs import flags, generation
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 
 STAGES = {1: stage1_text_encoder, 2: stage2_unet, 3: stage3_vae_decoder}
@@ -46,7 +52,7 @@ CODES = (0, 2, 3, 4, 5)
 SECONDS_IN_PROCESS, SECONDS_OF_A_PROCESS = 20, 240
 MOST_MEMORY = 2 * 10**9
 MEASURED = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-CONFIG = config.GENERATION_CONFIG_FILE
+CONFIG = generation.GENERATION_CONFIG_FILE
 COMPONENT_CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json",
                      "scheduler/scheduler_config.json", "text_encoder/config.json")  # fmt: skip
 # What is damaged, and the stages that read it.
@@ -287,7 +293,7 @@ def mutate_json_text(content: bytes, draw: Callable[[Any], Any], chance: random.
 
 def mutate_yaml_text(content: bytes, draw: Callable[[Any], Any], chance: random.Random) -> bytes:
     """Give settings by their real names values that they cannot have, or can."""
-    names = st.sampled_from([*config.RunSettings.model_fields, "unknown"])
+    names = st.sampled_from([*generation.RunSettings.model_fields, "unknown"])
     values = yaml.safe_load(content) | draw(st.dictionaries(names, VALUES, max_size=3))
     if chance.random() < 0.5:
         values = {chance.choice(sorted(values)): draw(VALUES)}
@@ -356,7 +362,7 @@ def _too_late(_: int, __: FrameType | None) -> NoReturn:
 
 def run_here(folders: Folders, case: Case) -> Ended:
     """Run a case in this process. 0 stands for input that was accepted."""
-    command = command_line.make_command(STAGES[case.stage].main)
+    command = flags.make_command(STAGES[case.stage].main)
     with folders.holding(case) as arguments:
         signal.signal(signal.SIGALRM, _too_late)
         signal.alarm(SECONDS_IN_PROCESS)
@@ -365,7 +371,7 @@ def run_here(folders: Folders, case: Case) -> Ended:
                 contextlib.redirect_stderr(io.StringIO()),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                code, said = command_line.run_in_process(command, arguments, "python stage.py")
+                code, said = flags.run_in_process(command, arguments, "python stage.py")
         finally:
             signal.alarm(0)
     if code == 1 and said is not None and ModelsReachedError.__name__ in said:

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import jax, jax.numpy as jnp, numpy as np, torch
-from common.fast_ops import attention
+from common.compute.fast_ops import attention
 
 generator = torch.Generator().manual_seed(0)
 shape = (2, 10, 4096, 64)

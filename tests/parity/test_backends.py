@@ -13,17 +13,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from common.backends import (
+from common.compute.backends import (
     Backend,
     has_only_cpus,
     has_tpu_files,
     refuse_unknown_to_torch,
     start_backend,
 )
-from common.config import RunOptions
 from common.errors import BadSettingError
-from common.jax_denoising import prepare_model
-from common.torch_denoising import AttentionIn16Bits
+from common.runs.generation import RunOptions
+from common.sampling.jax_denoiser import prepare_model
+from common.sampling.torch_denoiser import AttentionIn16Bits
 from tests.conftest import DEMO, PROJECT_DIR, Run
 from tests.in_process import (
     Ours,
@@ -243,9 +243,9 @@ def test_steps_take_the_memory_of_the_steps_before() -> None:
     program = (
         "import resource, sys, torch\n"
         "from diffusers.models.attention_processor import Attention\n"
-        "from common.backends import start_backend\n"
-        "from common.config import RunOptions\n"
-        "from common.torch_denoising import AttentionIn16Bits\n"
+        "from common.compute.backends import start_backend\n"
+        "from common.runs.generation import RunOptions\n"
+        "from common.sampling.torch_denoiser import AttentionIn16Bits\n"
         "if 'keep' in sys.argv: start_backend(RunOptions(backend='torch'), torch_on_cpus=True)\n"
         "attention = Attention(320, heads=5, processor=AttentionIn16Bits()).bfloat16()\n"
         "hidden = torch.randn(2, 1024, 320).bfloat16()\n"

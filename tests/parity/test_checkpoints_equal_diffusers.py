@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import Checkpoint, open_checkpoint
-from common.components import load_model, load_text_pipeline
-from common.config import RunSettings
 from common.errors import BadInputFileError, BadSettingError, StageError, UnfitEnvironmentError
+from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.models.weights import load_model, load_text_pipeline
+from common.runs.generation import RunSettings
 from tests.conftest import Run
 from tests.in_process import (
     Ours,

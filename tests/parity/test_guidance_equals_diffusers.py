@@ -8,8 +8,8 @@ import torch
 from diffusers import ClassifierFreeGuidance, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
 
-from common.denoising import Guidance, embed_guidance_scale
-from common.scheduler_tables import NotLinearError
+from common.sampling.denoiser import Guidance, embed_guidance_scale
+from common.sampling.scheduler_tables import NotLinearError
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
@@ -77,7 +77,7 @@ def test_stepping_on_the_host_equals_tables(
     def refuse(_: object) -> None:
         raise NotLinearError("as if it clipped")
 
-    monkeypatch.setattr("common.scheduler_tables.make_tables", refuse)
+    monkeypatch.setattr("common.sampling.scheduler_tables.make_tables", refuse)
     assert relative_difference(ours.denoise(config), by_tables) < 1e-5
     assert ours.denoiser.tables is None
 

@@ -10,9 +10,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from common.config import LoraFile, RunSettings, read_generation_config
 from common.errors import BadInputFileError
-from common.lora import lora_settings, parts_of
+from common.models.lora import lora_settings, parts_of
+from common.runs.generation import LoraFile, RunSettings, read_generation_config
 from tests.conftest import Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl

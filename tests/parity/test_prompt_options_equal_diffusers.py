@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.components import load_embedding, load_text_pipeline
-from common.config import TokenFile
 from common.errors import BadInputFileError, BadSettingError
+from common.models.weights import load_embedding, load_text_pipeline
+from common.runs.generation import TokenFile
 from stages.stage1_text_encoder import check_prompt_options
 from tests.conftest import Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.prompts import embeddings_names, encode_prompts
+from common.conditions.prompts import embeddings_names, encode_prompts
 from tests.in_process import (
     Ours,
     load_pipeline,

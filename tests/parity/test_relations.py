@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import GenerationConfig
+from common.runs.generation import GenerationConfig
 from tests.conftest import DEMO
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import GenerationConfig
 from common.errors import BadSettingError, NotFiniteError
-from common.sampler import REFUSALS, SCHEDULERS
+from common.runs.generation import GenerationConfig
+from common.sampling.sampler import REFUSALS, SCHEDULERS
 from tests.in_process import (
     Ours,
     load_pipeline,

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.config import RunOptions
-from common.pictures import read_picture_record
-from common.prompts import encode_prompts
+from common.conditions.prompts import encode_prompts
+from common.files.picture_files import read_picture_record
+from common.runs.generation import RunOptions
 from stages import stage2_unet
 from tests.conftest import DEMO, Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from common.config import GenerationConfig
-from common.devices import Devices
-from common.jax_setup import usable_cores
-from common.sharding import ActivationLayout
+from common.compute.devices import Devices
+from common.compute.jax_start import usable_cores
+from common.compute.sharding import ActivationLayout
+from common.runs.generation import GenerationConfig
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 from tests.tiny_checkpoints import save_sd, save_sdxl
 

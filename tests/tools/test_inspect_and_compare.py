@@ -136,7 +136,7 @@ def test_equal_runs_and_a_flipped_byte(finished_run: Path, tmp_path: Path) -> No
         (other / name).write_bytes((finished_run / name).read_bytes())
 
 
-@pytest.mark.parametrize("script", [INSPECT, COMPARE, PROJECT_DIR / "tools" / "report.py"])
+@pytest.mark.parametrize("script", [INSPECT, COMPARE, PROJECT_DIR / "tools" / "report_page.py"])
 def test_no_run_directory_is_one_sentence(script: Path, tmp_path: Path) -> None:
     arguments = [tmp_path / "nothing"] * (2 if script == COMPARE else 1)
     result: subprocess.CompletedProcess[str] = run_script(script, *arguments)
@@ -145,6 +145,6 @@ def test_no_run_directory_is_one_sentence(script: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_of_a_folder_without_a_run_is_not_made(tmp_path: Path) -> None:
-    result = run_script(PROJECT_DIR / "tools" / "report.py", tmp_path)
+    result = run_script(PROJECT_DIR / "tools" / "report_page.py", tmp_path)
     assert result.returncode == 3 and "holds no run" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from common.artifacts import HEADER_KEY
+from common.files.artifacts import HEADER_KEY
+from common.runs.sweep import Cell, Sweep, write_sweep
 from tests.conftest import Run
-from tools.report import write_page
-from tools.sweep import Cell, Sweep, write_sweep
+from tools.report_page import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")

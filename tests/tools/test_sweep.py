@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import BadInputFileError, BadSettingError
+from common.runs.sweep import StageRun, parse_sweep, read_sweep, run_sweep
 from tests.conftest import Run
-from tools.sweep import StageRun, parse_sweep, read_sweep, run_sweep
 
 TAKES = {
     "prompt": [1],

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import tpu_compiler
-from common.config import RunOptions
-from common.contracts import empty_embeddings
-from common.devices import Devices
-from common.report import StageReport
-from common.scheduler_tables import make_tables
-from common.tpu_estimate import CHIPS, estimate, memory_of, parse, shapes_in
+from common.compute import tpu_compiler
+from common.compute.devices import Devices
+from common.compute.tpu_estimate import CHIPS, estimate, memory_of, parse, shapes_in
+from common.files.contracts import empty_embeddings
+from common.files.report import StageReport
+from common.runs.generation import RunOptions
+from common.sampling.scheduler_tables import make_tables
 from stages import stage2_unet
 from tests.conftest import PROJECT_DIR, Run
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import artifacts
-from common.artifacts import Recipe
 from common.errors import BadInputFileError, NotFiniteError, StageError, UnfitEnvironmentError
+from common.files import artifacts
+from common.files.artifacts import Recipe
 from common.stopping import STOP_SIGNALS, StoppedError
 from common.whole_files import replace_whole
 

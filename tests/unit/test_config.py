@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import (
+from common.errors import BadInputFileError, BadSettingError
+from common.runs.generation import (
     GenerationConfig,
     PromptSettings,
     RunSettings,
@@ -18,7 +19,6 @@ from common.config import (
     resolve,
     write_generation_config,
 )
-from common.errors import BadInputFileError, BadSettingError
 
 
 def make_config(**changes: object) -> GenerationConfig:

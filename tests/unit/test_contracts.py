@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from common import artifacts
-from common.artifacts import Artifact, Recipe, TensorLayout, make_header
-from common.checkpoint import Checkpoint
-from common.component_configs import config_misfit, index_misfit
-from common.contracts import header_misfit
 from common.errors import BadInputFileError
+from common.files import artifacts
+from common.files.artifacts import Artifact, Recipe, TensorLayout, make_header
+from common.files.contracts import header_misfit
+from common.models.checkpoint import Checkpoint
+from common.models.component_table import config_misfit, index_misfit
 from tests.conftest import DEMO
 
 SETTINGS = {

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from tools.drawn_shapes import (
+from tools.demo.drawn_shapes import (
     COLORS,
     PICTURE_SIZE,
     SHAPES,

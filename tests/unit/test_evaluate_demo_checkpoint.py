@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tools.drawn_shapes import Figure, Scene, all_triples, draw_scene, is_held_out
-from tools.evaluate_demo_checkpoint import (
+from tools.demo.drawn_shapes import Figure, Scene, all_triples, draw_scene, is_held_out
+from tools.demo.evaluate import (
     ATTRIBUTES,
     FIRST_SEED,
     SEEDS_APART,

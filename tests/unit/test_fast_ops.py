@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from jax.experimental.pallas import tpu as pltpu
 
-from common.fast_ops import attention, conv2d, gelu, group_norm, layer_norm
-from common.jax_denoising import prepare_model
-from common.sharding import SINGLE, ActivationLayout, make_mesh
-from common.torchax_runtime import as_jax_function
+from common.compute.fast_ops import attention, conv2d, gelu, group_norm, layer_norm
+from common.compute.sharding import SINGLE, ActivationLayout, make_mesh
+from common.compute.torchax_runtime import as_jax_function
+from common.sampling.jax_denoiser import prepare_model
 
 GENERATOR = torch.Generator().manual_seed(3)
 

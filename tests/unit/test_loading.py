@@ -13,13 +13,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from common import components
-from common.checkpoint import Checkpoint, open_checkpoint
-from common.components import load_model, with_weights
-from common.config import RunSettings
-from common.devices import Devices
-from common.fast_ops import arrange_weight
-from common.sharding import SINGLE, make_mesh, replicated
+from common.compute.devices import Devices
+from common.compute.fast_ops import arrange_weight
+from common.compute.sharding import SINGLE, make_mesh, replicated
+from common.models import weights
+from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.models.weights import load_model, with_weights
+from common.runs.generation import RunSettings
 from tests.conftest import DEMO, PROJECT_DIR
 from tests.tiny_checkpoints import save_sd
 
@@ -40,9 +40,9 @@ def test_weights_in_shards_are_read_one_by_one(
     unet.save_pretrained(tmp_path / "unet", max_shard_size="4MB")
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 3
     expected = unet.to(dtype).state_dict()
-    monkeypatch.setattr(components, "_load_whole", refuse)
-    module, weights = load_model(open_with(unet=str(tmp_path / "unet")), "unet", dtype)
-    found = dict(weights)
+    monkeypatch.setattr(weights, "_load_whole", refuse)
+    module, tensors = load_model(open_with(unet=str(tmp_path / "unet")), "unet", dtype)
+    found = dict(tensors)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert all(tensor.dtype == dtype for tensor in found.values())
@@ -102,13 +102,13 @@ def test_the_devices_of_a_cpu_share_one_copy() -> None:
 LOAD = """
 import sys, threading, time
 import torch
-from common.checkpoint import open_checkpoint
-from common.components import load_model
-from common.config import RunSettings
+from common.models.checkpoint import open_checkpoint
+from common.models.weights import load_model
+from common.runs.generation import RunSettings
 from common import jax_setup, sharding
-from common.devices import Devices
-from common.fast_ops import arrange_weight
-from common.report import StageReport, own_memory
+from common.compute.devices import Devices
+from common.compute.fast_ops import arrange_weight
+from common.files.report import StageReport, own_memory
 
 jax_setup.set_up_jax()
 devices = Devices.present()

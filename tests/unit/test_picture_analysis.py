@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tools.drawn_shapes import (
+from tools.demo.drawn_shapes import (
     COLORS,
     PICTURE_SIZE,
     POSITIONS,
@@ -18,7 +18,7 @@ from tools.drawn_shapes import (
     all_triples,
     draw_scene,
 )
-from tools.picture_analysis import analyse_picture, sharpness
+from tools.demo.picture_analysis import analyse_picture, sharpness
 
 
 def single_figure_scenes(count: int, seed: int) -> list[Scene]:

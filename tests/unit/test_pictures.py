@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import pictures
-from common.decoding import make_grid
-from common.images import group_size, groups, prompt_indices
+from common.compute.groups import group_size, groups, prompt_indices
+from common.files import picture_files
+from common.vae.decoder import make_grid
 
 SETTINGS = {
     "prompt": "a “red” star — 星",
@@ -25,7 +25,7 @@ SETTINGS = {
 
 def make_picture() -> tuple[np.ndarray, dict[str, object]]:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-    record = {"settings": SETTINGS, "pixels_sha256": pictures.hash_pixels(pixels)}
+    record = {"settings": SETTINGS, "pixels_sha256": picture_files.hash_pixels(pixels)}
     return pixels, record
 
 
@@ -33,8 +33,8 @@ def make_picture() -> tuple[np.ndarray, dict[str, object]]:
 def test_the_record_reads_back(tmp_path: Path, ending: str) -> None:
     pixels, record = make_picture()
     path = tmp_path / f"output_image.{ending}"
-    path.write_bytes(pictures.encode_picture(pixels, path.suffix, record))
-    assert pictures.read_picture_record(path) == record
+    path.write_bytes(picture_files.encode_picture(pixels, path.suffix, record))
+    assert picture_files.read_picture_record(path) == record
     with Image.open(path) as image:
         if ending != "jpg":
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
@@ -42,7 +42,9 @@ def test_the_record_reads_back(tmp_path: Path, ending: str) -> None:
 
 def test_png_has_the_parameters_that_web_uis_read(tmp_path: Path) -> None:
     pixels, record = make_picture()
-    (tmp_path / "output_image.png").write_bytes(pictures.encode_picture(pixels, ".png", record))
+    (tmp_path / "output_image.png").write_bytes(
+        picture_files.encode_picture(pixels, ".png", record)
+    )
     with Image.open(tmp_path / "output_image.png") as image:
         assert image.info["parameters"] == (
             "a “red” star — 星\nNegative prompt: blurry\nSteps: 25, "
@@ -55,11 +57,11 @@ def test_png_has_the_parameters_that_web_uis_read(tmp_path: Path) -> None:
 def test_a_damaged_picture_has_no_record(tmp_path: Path, ending: str) -> None:
     pixels, record = make_picture()
     path = tmp_path / f"output_image.{ending}"
-    path.write_bytes(pictures.encode_picture(pixels, path.suffix, record))
+    path.write_bytes(picture_files.encode_picture(pixels, path.suffix, record))
     path.write_bytes(path.read_bytes()[:200])
-    assert pictures.read_picture_record(path) is None
+    assert picture_files.read_picture_record(path) is None
     path.write_bytes(b"")
-    assert pictures.read_picture_record(path) is None
+    assert picture_files.read_picture_record(path) is None
 
 
 def test_a_retouched_png_is_seen(tmp_path: Path) -> None:
@@ -67,8 +69,8 @@ def test_a_retouched_png_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "output_image.png"
     retouched = pixels.copy()
     retouched[3, 3, 0] ^= 1
-    path.write_bytes(pictures.encode_picture(retouched, path.suffix, record))
-    assert pictures.read_picture_record(path) is None
+    path.write_bytes(picture_files.encode_picture(retouched, path.suffix, record))
+    assert picture_files.read_picture_record(path) is None
 
 
 def test_only_our_pictures_are_removed(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_only_our_pictures_are_removed(tmp_path: Path) -> None:
     others = ["output_image_x.png", "holiday.png", "output_image.txt", "my_output_image.png"]
     for name in ours + others:
         (tmp_path / name).write_text("")
-    pictures.remove_others(tmp_path, {"output_grid.jpg"})
+    picture_files.remove_others(tmp_path, {"output_grid.jpg"})
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "output_grid.jpg"])
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from common import jax_setup, private_cache
-from common.checkpoint import hash_large_file
+from common import private_cache
+from common.compute import jax_start
 from common.errors import UnfitEnvironmentError
+from common.models.checkpoint import hash_large_file
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_compiled_programs_are_kept_in_it_or_where_jax_is_told_to(
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        jax_setup.use_compile_cache()
+        jax_start.use_compile_cache()
         compiled = cache / "compiled"
         assert jax.config.jax_compilation_cache_dir == str(compiled)
         assert stat.S_IMODE(compiled.stat().st_mode) == 0o700
@@ -58,16 +59,16 @@ def test_compiled_programs_are_kept_in_it_or_where_jax_is_told_to(
         jax.config.update("jax_compilation_cache_dir", None)
         compiled.chmod(0o777)
         with pytest.raises(UnfitEnvironmentError, match=str(compiled)):
-            jax_setup.use_compile_cache()
+            jax_start.use_compile_cache()
 
         named = tmp_path / "named"
         named.mkdir(mode=0o755)
         jax.config.update("jax_compilation_cache_dir", str(named))
-        jax_setup.use_compile_cache()
+        jax_start.use_compile_cache()
         assert jax.config.jax_compilation_cache_dir == str(named)
         named.chmod(0o777)
         with pytest.raises(UnfitEnvironmentError, match="can be written by others"):
-            jax_setup.use_compile_cache()
+            jax_start.use_compile_cache()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 

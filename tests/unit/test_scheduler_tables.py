@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from common.denoising import prepare_noise
 from common.errors import BadSettingError, NotFiniteError
-from common.sampler import SCHEDULERS, Sampler, make_scheduler
-from common.scheduler_tables import BUCKET, NotLinearError, make_tables
+from common.sampling.denoiser import prepare_noise
+from common.sampling.sampler import SCHEDULERS, Sampler, make_scheduler
+from common.sampling.scheduler_tables import BUCKET, NotLinearError, make_tables
 
 SDXL_SETTINGS = {
     "num_train_timesteps": 1000,

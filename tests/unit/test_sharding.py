@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import BadSettingError
-from common.sharding import (
+from common.compute.sharding import (
     SINGLE,
     axis_to_spread,
     choose_mesh,
@@ -14,6 +13,7 @@ from common.sharding import (
     parse_mesh,
     rows_of_levels,
 )
+from common.errors import BadSettingError
 
 
 def test_a_mesh_on_the_command_line() -> None:

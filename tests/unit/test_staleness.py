@@ -18,11 +18,12 @@ import pytest
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 
-from common import artifacts
-from common.artifacts import Artifact, Recipe, TensorLayout
-from common.checkpoint import SUPPORTED_CLASSES, WITHOUT_WEIGHTS, open_checkpoint
-from common.command_line import given_settings
-from common.config import (
+from common.errors import BadSettingError, StageError
+from common.files import artifacts
+from common.files.artifacts import Artifact, Recipe, TensorLayout
+from common.models.checkpoint import SUPPORTED_CLASSES, WITHOUT_WEIGHTS, open_checkpoint
+from common.runs.flags import given_settings
+from common.runs.generation import (
     GenerationConfig,
     LoraFile,
     PromptSettings,
@@ -33,7 +34,6 @@ from common.config import (
     read_run_options,
     resolve,
 )
-from common.errors import BadSettingError, StageError
 from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
 from tests.conftest import DEMO
 
@@ -740,7 +740,7 @@ def test_an_adapter_that_changes_a_text_encoder_makes_everything_stale(
     """transformers reads an adapter that stands in a text encoder's folder."""
     import torch
 
-    from common.components import load_text_pipeline
+    from common.models.weights import load_text_pipeline
 
     def state() -> tuple[dict[int, Recipe], torch.Tensor]:
         config = base_config(model_id=str(demo_copy))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import torchax_runtime
-from common.components import weights_of
+from common.compute import torchax_runtime
+from common.models.weights import weights_of
 
 
 def jax_weights(module: torch.nn.Module) -> dict[str, jax.Array]:

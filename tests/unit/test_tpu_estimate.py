@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from common.compute.tpu_compiler import chip_of
+from common.compute.tpu_estimate import CHIPS, estimate, parse
 from common.errors import BadSettingError
-from common.tpu_compiler import chip_of
-from common.tpu_estimate import CHIPS, estimate, parse
 
 V6E = CHIPS["v6e"]
 HLO = (Path(__file__).parent / "small_program.hlo").read_text()

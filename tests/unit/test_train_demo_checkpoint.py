@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from tools import train_demo_checkpoint as train
-from tools.drawn_shapes import random_scene, vocabulary_words, write_caption
+from tools.demo import train
+from tools.demo.drawn_shapes import random_scene, vocabulary_words, write_caption
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,432 @@
+"""Attention and norms as pure jax functions, in place of torchax's own.
+
+torchax's group norm lowers to a loop and rounds its statistics to bfloat16, and its attention
+writes all scores to memory and takes the softmax in bfloat16. These keep statistics and softmax in
+float32; attention over pictures runs in jax's bundled Pallas kernel on TPUs, in cuDNN's on GPUs.
+docs/decisions.md has what each of them gains.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from common.compute.sharding import ActivationLayout
+
+# Below this many keys (a prompt's 77, a small picture's) a kernel is not worth its start.
+FEWEST_KEYS_FOR_KERNEL = 768
+KEY_TILE, QUERY_TILE = 128, 8  # the Pallas kernel takes keys and queries in multiples of these
+BLOCK_BYTES = 2**19  # of queries or keys at once: with more, heads of the VAE's 512 do not fit
+MOST_CUDNN_HEAD = 128  # the largest head that cuDNN's kernel takes on every GPU, in multiples of 8
+# Of more pictures on a device XLA's own convolution makes a good batch.
+MOST_PICTURES_BY_ROWS = 4
+
+
+# Least largest error of 0.5·x·(1 + tanh(x·(a + b·x² + c·x⁴))) against the gelu on [0, 6].
+ERF_AS_TANH = (0.7975052754, 0.0370080200, -0.000351902393)
+NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+
+
+def norm_weights(module: torch.nn.Module) -> set[str]:
+    """The names of a model's norms' weights and biases, which are used in float32."""
+    return {
+        f"{name}.{kind}"
+        for name, submodule in module.named_modules()
+        if isinstance(submodule, NORMS)
+        for kind, _ in submodule.named_parameters()
+    }
+
+
+def products_for(dtype: Any) -> Any:
+    """float32 weights ask for float32 products, which TPUs and GPUs otherwise round."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
+def conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Sequence[int] | int = 1,
+    padding: Sequence[int] | int | str = 0,
+    dilation: Sequence[int] | int = 1,
+    groups: int = 1,
+    *,
+    layout: ActivationLayout | None,
+    platform: str,
+) -> Array:
+    """torch's `conv2d` of [N, C, h, w] with a weight that lies as `arrange_weight` lays it."""
+
+    def pair(value: Sequence[int] | int) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+    if platform == "tpu" and not isinstance(padding, str):
+        rows = _RowsOfKernel.of(weight, pair(stride), pair(padding))
+        if groups == 1 and pair(dilation) == (1, 1) and rows.fit(x, layout):
+            return _conv2d_by_rows(x, weight, bias, rows, layout)
+    result = jax.lax.conv_general_dilated(
+        x.astype(weight.dtype),
+        weight,
+        pair(stride),
+        padding.upper() if isinstance(padding, str) else [(p, p) for p in pair(padding)],
+        rhs_dilation=pair(dilation),
+        dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        feature_group_count=groups,
+    )
+    result = result if bias is None else result + bias[:, None, None]
+    return result.astype(x.dtype)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """torch's `linear` of [..., in] with a weight [out, in], computed in the weight's dtype."""
+    result = x.astype(weight.dtype) @ weight.T
+    return (result if bias is None else result + bias).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class _RowsOfKernel:
+    """How the rows of a convolution's kernel lie over those of a picture."""
+
+    stride: tuple[int, int]
+    above: int  # rows above a device's own that the kernel reaches
+    below: int
+    edge: int  # columns of zeros at both sides
+
+    @classmethod
+    def of(
+        cls, weight: Array, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> "_RowsOfKernel":
+        return cls(stride, padding[0], weight.shape[0] - stride[0] - padding[0], padding[1])
+
+    def fit(self, x: Array, layout: ActivationLayout | None) -> bool:
+        """Whether every device computes its share from few pictures and its neighbours' borders."""
+        pictures, rows = x.shape[0], x.shape[2]
+        if layout is not None:
+            pictures //= layout.size_of(layout.batch)
+            rows //= layout.size_of(layout.rows)
+        return (
+            pictures <= MOST_PICTURES_BY_ROWS
+            and rows % self.stride[0] == 0
+            and 0 <= self.below <= rows
+            and self.above <= rows
+        )
+
+
+def _conv2d_by_rows(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    kernel: _RowsOfKernel,
+    layout: ActivationLayout | None,
+) -> Array:
+    """A convolution as a sum of those along the width, one for each row of the kernel.
+
+    Their batch are the rows of one picture, their sum is float32. A batch of few pictures is too
+    small for XLA on TPUs, which cuts them into strips and lays activations out again around it.
+    """
+    bias = jnp.zeros(weight.shape[-1], weight.dtype) if bias is None else bias
+
+    def convolve(x: Array, weight: Array, bias: Array) -> Array:
+        x = _with_borders(x, kernel.above, kernel.below, layout)
+        summed = jnp.stack([convolve_one(picture, weight) for picture in x])
+        return (summed + bias.astype(jnp.float32)[:, None, None]).astype(x.dtype)
+
+    def convolve_one(x: Array, weight: Array) -> Array:
+        x = x.transpose(1, 2, 0)  # [h, w, C]
+        step = kernel.stride[0]
+        last = len(x) - kernel.above - kernel.below - step + 1
+        summed = sum(
+            jax.lax.conv_general_dilated(
+                x[first : first + last : step],
+                weight[first],
+                kernel.stride[1:],
+                [(kernel.edge, kernel.edge)],
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                preferred_element_type=jnp.float32,
+            )
+            for first in range(len(weight))
+        )
+        return jnp.asarray(summed).transpose(2, 0, 1)
+
+    if layout is None:
+        return convolve(x, weight, bias)
+    pictures = layout.pictures().spec
+    return jax.shard_map(
+        convolve,
+        mesh=layout.mesh,
+        in_specs=(pictures, PartitionSpec(), PartitionSpec()),
+        out_specs=pictures,
+        check_vma=False,
+    )(x, weight, bias)
+
+
+def _with_borders(x: Array, above: int, below: int, layout: ActivationLayout | None) -> Array:
+    """A device's rows of [N, C, h, w] and its neighbours' around them, zeros beyond the picture."""
+    devices = 1 if layout is None else layout.size_of(layout.rows)
+    if layout is None or devices == 1:
+        return jnp.pad(x, ((0, 0), (0, 0), (above, below), (0, 0)))
+    parts = [x]
+    if above:
+        down = [(device, device + 1) for device in range(devices - 1)]
+        parts.insert(0, jax.lax.ppermute(x[:, :, -above:], layout.rows, down))
+    if below:
+        up = [(device + 1, device) for device in range(devices - 1)]
+        parts.append(jax.lax.ppermute(x[:, :, :below], layout.rows, up))
+    return jnp.concatenate(parts, 2)
+
+
+def arrange_weight(name: str, array: np.ndarray, *, operations: str, platform: str) -> np.ndarray:
+    """Lay a weight out as our operations want it: a convolution's as [kh, kw, in, out].
+
+    XLA brings it there anyhow, on CPUs in every step. There it has no fast product of 16-bit
+    numbers either, so their values are kept as float32.
+    """
+    if operations == "torchax":
+        return array
+    if platform == "cpu":
+        array = array.astype(np.float32)
+    is_convolution = array.ndim == 4 and name.endswith("weight")
+    return array.transpose(2, 3, 1, 0) if is_convolution else array
+
+
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """torch's `group_norm` (Wu & He 2018) of [N, C, …], with float32 statistics in two passes."""
+    channels = x.shape[1]
+    grouped = x.reshape(x.shape[0], num_groups, channels // num_groups, *x.shape[2:])
+    normed = _normalize(grouped, tuple(range(2, grouped.ndim)), eps).reshape(x.shape)
+    per_channel = (channels,) + (1,) * (x.ndim - 2)
+    return _scale_and_shift(normed, weight, bias, per_channel).astype(x.dtype)
+
+
+def layer_norm(
+    x: Array,
+    normalized_shape: tuple[int, ...],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """torch's `layer_norm` (Ba et al. 2016), with float32 statistics in two passes."""
+    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    normed = _normalize(x, axes, eps)
+    return _scale_and_shift(normed, weight, bias, tuple(normalized_shape)).astype(x.dtype)
+
+
+def _normalize(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """(x − mean) / √(variance + eps) as one product and one sum, like torch's own.
+
+    Written with sums in place of means, so that XLA has no operation for a mean alone: every one
+    costs its start on TPUs, however small it is.
+    """
+    x = x.astype(jnp.float32)
+    count = math.prod(x.shape[axis] for axis in axes)
+    total = jnp.sum(x, axes, keepdims=True)
+    squares = jnp.sum(jnp.square(x * count - total), axes, keepdims=True)  # count² times as large
+    scale = jax.lax.rsqrt(squares / float(count) ** 3 + eps)
+    return x * scale - total * scale / count
+
+
+def _scale_and_shift(
+    normed: Array, weight: Array | None, bias: Array | None, shape: tuple[int, ...]
+) -> Array:
+    if weight is not None:
+        normed *= weight.astype(jnp.float32).reshape(shape)
+    if bias is not None:
+        normed += bias.astype(jnp.float32).reshape(shape)
+    return normed
+
+
+def gelu(x: Array, approximate: str = "none", *, platform: str) -> Array:
+    """torch's `gelu` (Hendrycks & Gimpel 2016), in float32.
+
+    A bfloat16 result on TPUs is taken from tanh(x·(a + b·x² + c·x⁴)), fitted to erf(x/√2) to
+    2.6e-5 of the gelu, a hundredth of bfloat16's rounding at 1: tanh is one instruction there, erf
+    some thirty.
+    """
+    wide = x.astype(jnp.float32)
+    if approximate != "none" or platform != "tpu" or x.dtype != jnp.bfloat16:
+        return jax.nn.gelu(wide, approximate=approximate == "tanh").astype(x.dtype)
+    square = jnp.minimum(wide * wide, 40.0)  # beyond, tanh is 1 and the polynomial turns
+    a, b, c = ERF_AS_TANH
+    inner = wide * (a + square * (b + square * c))
+    return (0.5 * wide * (1.0 + jnp.tanh(inner))).astype(x.dtype)
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: ActivationLayout | None,
+    platform: str,
+) -> Array:
+    """torch's `scaled_dot_product_attention` without a mask.
+
+    Args:
+        query: [N, heads, S, d]; its S, rows of the picture, stay split over the mesh.
+        key, value: [N, heads, T, d]; gathered, every device needs all of them.
+        layout: how N and S are split.
+        platform: tpu, gpu or cpu.
+    """
+    if attn_mask is not None or is_causal or dropout_p or enable_gqa:
+        raise NotImplementedError("diffusers' UNets and VAEs attend to everything")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if layout is not None:
+        key, value = (_constrain(array, layout, None) for array in (key, value))
+        query = _constrain(query, layout, layout.rows)
+    kernel = _kernel_for(query, key, platform)
+    if kernel is not None:
+        return _on_each_device(partial(kernel, scale=scale), layout)(query, key, value)
+    dtype = query.dtype
+    if platform == "cpu":
+        query, key, value = (array.astype(jnp.float32) for array in (query, key, value))
+    scores = jnp.einsum("nhsd,nhtd->nhst", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
+    return jnp.einsum("nhst,nhtd->nhsd", weights, value).astype(dtype)
+
+
+def _constrain(x: Array, layout: ActivationLayout, rows: Any) -> Array:
+    """Split [N, heads, S, d]; the heads are the partitioner's to split."""
+    spec = PartitionSpec(layout.batch, PartitionSpec.UNCONSTRAINED, rows, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def _kernel_for(query: Array, key: Array, platform: str) -> Callable[..., Array] | None:
+    """The platform's own kernel for attention, where it takes these arrays."""
+    keys, head = key.shape[2], key.shape[3]
+    if keys < FEWEST_KEYS_FOR_KERNEL:
+        return None
+    if platform == "tpu":
+        return _pallas_attention
+    fits_cudnn = head <= MOST_CUDNN_HEAD and head % 8 == 0
+    if platform == "gpu" and fits_cudnn and query.dtype in (jnp.bfloat16, jnp.float16):
+        return _cudnn_attention
+    return None
+
+
+def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:
+    """jax's bundled Pallas kernel for TPUs (Dao et al. 2022).
+
+    Numbers of queries and keys that it does not take are filled up; what is filled up belongs to
+    another segment, which no query attends to.
+    """
+    from jax.experimental.pallas.ops.tpu.flash_attention import (
+        BlockSizes,
+        SegmentIds,
+        flash_attention,
+    )
+
+    batch, _, queries, head = query.shape
+    keys = key.shape[2]
+    missing_queries, missing_keys = -queries % QUERY_TILE, -keys % KEY_TILE
+    segments = None
+    if missing_queries:
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, missing_queries), (0, 0)))
+    if missing_keys:
+        filling = ((0, 0), (0, 0), (0, missing_keys), (0, 0))
+        key, value = jnp.pad(key, filling), jnp.pad(value, filling)
+        of_keys = jnp.arange(key.shape[2]) >= keys
+        segments = SegmentIds(
+            q=jnp.zeros((batch, query.shape[2]), jnp.int32),
+            kv=jnp.broadcast_to(of_keys.astype(jnp.int32), (batch, key.shape[2])),
+        )
+    most = min(1024, BLOCK_BYTES // (head * query.dtype.itemsize))
+    block_k = _block(key.shape[2], most, KEY_TILE)
+    sizes = BlockSizes(
+        block_q=_block(query.shape[2], most, QUERY_TILE),
+        block_k_major=block_k,
+        block_k=block_k,
+        block_b=1,
+    )
+    result = flash_attention(
+        query, key, value, segment_ids=segments, sm_scale=scale, block_sizes=sizes
+    )
+    return result[:, :, :queries]
+
+
+def _cudnn_attention(query: Array, key: Array, value: Array, *, scale: float) -> Array:
+    """cuDNN's kernel for 16-bit numbers, by jax; it takes [N, S, heads, d]."""
+    query, key, value = (array.swapaxes(1, 2) for array in (query, key, value))
+    result = jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+    return result.swapaxes(1, 2)
+
+
+def _on_each_device(
+    kernel: Callable[[Array, Array, Array], Array], layout: ActivationLayout | None
+) -> Callable[[Array, Array, Array], Array]:
+    """A kernel that the partitioner cannot split, called on each device's own queries."""
+    if layout is None:
+        return kernel
+
+    def split(query: Array, key: Array, value: Array) -> Array:
+        heads = "tensor" if query.shape[1] % layout.mesh.shape["tensor"] == 0 else None
+        own = PartitionSpec(layout.batch, heads, layout.rows, None)
+        whole = PartitionSpec(layout.batch, heads, None, None)
+        return jax.shard_map(
+            kernel,
+            mesh=layout.mesh,
+            in_specs=(own, whole, whole),
+            out_specs=own,
+            check_vma=False,
+        )(query, key, value)
+
+    return split
+
+
+def _block(length: int, most: int, tile: int) -> int:
+    """The largest multiple of `tile` up to `most` that divides a length."""
+    return max(size for size in range(tile, max(most, tile) + 1, tile) if length % size == 0)
+
+
+def finish(
+    name: str,
+    module: torch.nn.Module,
+    x: Array,
+    *,
+    layout: ActivationLayout | None,
+    platform: str,
+) -> Array:
+    """What is done to a submodule's output: fix how it is split, keep it from being fused badly."""
+    if layout is not None:
+        x = layout.constrain(module, x)
+    # XLA would lay out pictures inside of the product that ends a transformer.
+    if platform == "tpu" and name.endswith("proj_out") and x.ndim == 3:
+        x = jax.lax.optimization_barrier(x)
+    return x
+
+
+def replacements(
+    layout: ActivationLayout | None, platform: str, operations: str
+) -> dict[Callable[..., Any], Callable[..., Array]]:
+    """torch's functions and what stands in for them; nothing where `operations` are torchax's."""
+    if operations == "torchax":
+        return {}
+    functional = torch.nn.functional
+    # Elsewhere torchax's own product is what is wanted.
+    products = {functional.linear: linear} if platform == "cpu" else {}
+    return products | {
+        functional.conv2d: partial(conv2d, layout=layout, platform=platform),
+        functional.group_norm: group_norm,
+        functional.layer_norm: layer_norm,
+        functional.gelu: partial(gelu, platform=platform),
+        functional.scaled_dot_product_attention: partial(
+            attention, layout=layout, platform=platform
+        ),
+    }

@@ -1,0 +1,139 @@
+"""Save pictures with their settings inside, and read those settings back."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
+
+from common.files.artifacts import HEADER_KEY
+from common.runs.generation import ImageFormat
+from common.whole_files import remove_file
+
+# Grids of many pictures are larger than Pillow lets pass; this is some 2 GB decoded.
+Image.MAX_IMAGE_PIXELS = 350_000_000
+USER_COMMENT = int(ExifTags.Base.UserComment)
+EXIF_FOLDER = int(ExifTags.IFD.Exif)
+# The EXIF standard's mark of a user comment in UTF-16.
+UNICODE_MARK = b"UNICODE\0"
+LOSSY_QUALITY = 95
+OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid|trajectory)\.(png|webp|jpg)")
+TRAJECTORY_STRIP, TRAJECTORY_ANIMATION = "output_trajectory.png", "output_trajectory.webp"
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 200, 1500
+
+
+def picture_names(count: int, image_format: ImageFormat) -> tuple[list[str], str | None]:
+    """Names of a batch's pictures and of its grid; a single picture has no number and no grid."""
+    if count == 1:
+        return [f"output_image.{image_format}"], None
+    names = [f"output_image_{index:04d}.{image_format}" for index in range(count)]
+    return names, f"output_grid.{image_format}"
+
+
+def remove_others(run_dir: Path, kept: set[str]) -> None:
+    """Remove pictures that an earlier run left under our names."""
+    for path in run_dir.iterdir():
+        if OUR_NAME.fullmatch(path.name) and path.name not in kept:
+            remove_file(path)
+
+
+def hash_pixels(pixels: np.ndarray) -> str:
+    """sha256 of a picture's bytes, [H, W, 3] uint8."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+
+
+def encode_picture(pixels: np.ndarray, suffix: str, record: dict[str, Any]) -> bytes:
+    """The file of a picture [H, W, 3] uint8, with `record` as JSON in its metadata.
+
+    PNG: a text chunk, and `parameters` as web UIs write it. WebP (lossless) and JPEG: the EXIF
+    user comment.
+
+    Args:
+        suffix: .png, .webp or .jpg.
+    """
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    if suffix == ".png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt(HEADER_KEY, _to_text(record))
+        chunks.add_itxt("parameters", web_ui_parameters(record["settings"]))
+        image.save(file, format="PNG", pnginfo=chunks)
+    elif suffix == ".webp":
+        image.save(file, format="WEBP", lossless=True, exif=_exif(record))
+    else:
+        image.save(file, format="JPEG", quality=LOSSY_QUALITY, subsampling=0, exif=_exif(record))
+    return file.getvalue()
+
+
+def encode_animation(frames: Sequence[np.ndarray], record: dict[str, Any]) -> bytes:
+    """An animated WebP of frames [H, W, 3] uint8, the last one shown for longer."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
+    first.save(
+        file,
+        format="WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        quality=LOSSY_QUALITY,
+        exif=_exif(record),
+    )
+    return file.getvalue()
+
+
+def _to_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True, ensure_ascii=False)
+
+
+def _exif(record: dict[str, Any]) -> Image.Exif:
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = UNICODE_MARK + _to_text(record).encode("utf-16-be")
+    return exif
+
+
+def read_picture_record(path: Path) -> dict[str, Any] | None:
+    """Decode a picture fully and read the record inside. None: damaged, or no record of ours."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if path.suffix == ".png":
+                text = image.info.get(HEADER_KEY, "")
+            else:
+                comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
+                text = bytes(comment).removeprefix(UNICODE_MARK).decode("utf-16-be")
+            record = json.loads(text)
+            if path.suffix == ".png" and record["pixels_sha256"] != hash_pixels(np.asarray(image)):
+                return None
+    except (OSError, ValueError, KeyError, SyntaxError, TypeError, Image.DecompressionBombError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def web_ui_parameters(settings: dict[str, Any]) -> str:
+    """The settings in the text form that the common web UIs read from a PNG."""
+    lines = [settings.get("prompt") or ""]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    named = {
+        "Steps": "num_inference_steps",
+        "Sampler": "scheduler",
+        "CFG scale": "guidance_scale",
+        "Seed": "seed",
+    }
+    parts = [f"{name}: {settings[key]}" for name, key in named.items() if key in settings]
+    if "timesteps" in settings:
+        parts.insert(0, f"Steps: {len(settings['timesteps'])}")
+    if "sigmas" in settings:
+        parts.insert(0, f"Steps: {len(settings['sigmas']) - 1}")
+    if "width" in settings:
+        parts.append(f"Size: {settings['width']}x{settings['height']}")
+    if settings.get("model_id"):
+        parts.append(f"Model: {settings['model_id']}")
+    lines.append(", ".join(parts))
+    return "\n".join(lines)

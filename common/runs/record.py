@@ -1,0 +1,252 @@
+"""What lies in a run directory: its files, what is in them, and which are fresh."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import StageError
+from common.files import artifacts, picture_files
+from common.files.artifacts import EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE, Artifact, Recipe
+from common.files.report import Report, read_report
+from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.runs.generation import GenerationConfig, read_generation_config
+from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
+
+TRAJECTORY_PICTURES = (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION)
+FRESH, STALE, UNKNOWN, MISSING, DAMAGED = "fresh", "stale", "unknown", "missing", "damaged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSummary:
+    """A tensor's layout and values."""
+
+    name: str
+    dtype: str  # as safetensors names it
+    shape: list[int]
+    min: float | None  # these four of the finite values; None where there are none
+    mean: float | None
+    max: float | None
+    std: float | None
+    finite: bool  # all of them
+
+
+@dataclass(kw_only=True)
+class FileRecord:
+    """A file of a run."""
+
+    name: str
+    stage: int
+    state: str  # fresh, stale, unknown, missing, damaged
+    why: str = ""  # it is not fresh, in words
+    data_sha256: str = ""
+    recipe: Recipe | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # of a picture, its own
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """File → checksum of what was read."""
+        return {} if self.recipe is None else dict(self.recipe.inputs)
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """All files of a run directory."""
+
+    run_dir: Path
+    config: GenerationConfig | None
+    problem: str  # with the settings; empty if none
+    files: list[FileRecord]
+    reports: dict[int, Report]
+
+    def file(self, name: str) -> FileRecord | None:
+        """A file by its name."""
+        return next((file for file in self.files if file.name == name), None)
+
+    def of_stage(self, stage: int) -> list[FileRecord]:
+        """The files that a stage wrote."""
+        return [file for file in self.files if file.stage == stage]
+
+
+def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
+    """Read all files of a run directory, and compare them with its settings and with each other.
+
+    A damaged or missing file is a record like any other, not an error.
+
+    Args:
+        sources: other run directories, for inputs that are not in this one.
+    """
+    config, checkpoint, problem = None, None, ""
+    try:
+        config = read_generation_config(run_dir)
+        checkpoint = open_checkpoint(config, ("unet", "vae"))
+    except StageError as error:
+        problem = str(error)
+    reports = {n: report for n in (1, 2, 3) if (report := read_report(run_dir, n)) is not None}
+    found: dict[str, Artifact] = {}
+    files = [
+        _read_artifact(_find(name, [run_dir, *sources]), stage, found)
+        for stage, name in ((1, EMBEDDINGS_FILE), (2, LATENTS_FILE), (2, TRAJECTORY_FILE))
+        if name != TRAJECTORY_FILE or (run_dir / name).exists()
+    ]
+    files += _read_pictures(run_dir)
+
+    upstream = ""
+    for stage in (1, 2, 3):
+        own = [file for file in files if file.stage == stage]
+        expected, why_unknown = None, problem
+        trajectory = found.get(TRAJECTORY_FILE)
+        if config is not None and checkpoint is not None:
+            try:
+                expected = _recipe_now(stage, config, checkpoint, found, run_dir)
+            except StageError as error:
+                why_unknown = str(error)
+        for file in own:
+            wanted = expected
+            if expected is not None and file.name in TRAJECTORY_PICTURES:
+                wanted = None
+                if trajectory is not None:
+                    wanted = stage3_vae_decoder.trajectory_recipe(expected, trajectory)
+            _judge(file, wanted, why_unknown or "what it was made from is not here", upstream)
+        if spoiled := [file for file in own if file.state in (STALE, DAMAGED)]:
+            upstream = f"{spoiled[0].name} is {spoiled[0].state}"
+    return RunRecord(run_dir=run_dir, config=config, problem=problem, files=files, reports=reports)
+
+
+def _find(name: str, folders: Sequence[Path]) -> Path:
+    """A file in the first of some folders that has it."""
+    return next((f / name for f in folders if (f / name).exists()), folders[0] / name)
+
+
+def _recipe_now(
+    stage: int,
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    found: dict[str, Artifact],
+    run_dir: Path,
+) -> Recipe | None:
+    """The recipe that a stage would use now; None where its input is not there."""
+    if stage == 1:
+        return stage1_text_encoder.make_recipe(config, checkpoint)
+    source = found.get({2: EMBEDDINGS_FILE, 3: LATENTS_FILE}[stage])
+    if source is None:
+        return None
+    if stage == 2:
+        latents = found.get(LATENTS_FILE)
+        path = run_dir / LATENTS_FILE if latents is None else latents.path
+        dtype = stage2_unet.expected_dtype(config.unet_dtype, path)
+        return stage2_unet.make_recipe(config, checkpoint, source, dtype)
+    dtype = stage3_vae_decoder.expected_dtype(config.vae_dtype, run_dir)
+    return stage3_vae_decoder.make_recipe(config, checkpoint, source, dtype)
+
+
+def _read_artifact(path: Path, stage: int, found: dict[str, Artifact]) -> FileRecord:
+    if not path.exists():
+        return FileRecord(name=path.name, stage=stage, state=MISSING, why="it is not there")
+    try:
+        artifact = artifacts.inspect(path)
+    except StageError as error:
+        return FileRecord(name=path.name, stage=stage, state=DAMAGED, why=str(error))
+    found[path.name] = artifact
+    header = artifact.header
+    return FileRecord(
+        name=path.name,
+        stage=stage,
+        state=UNKNOWN,
+        why="it has no header of ours" if header is None else "",
+        data_sha256=artifact.data_sha256,
+        recipe=None if header is None else header.recipe,
+        provenance={} if header is None else header.provenance,
+    )
+
+
+def _read_pictures(run_dir: Path) -> list[FileRecord]:
+    files = []
+    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
+        if not picture_files.OUR_NAME.fullmatch(path.name):
+            continue
+        record = picture_files.read_picture_record(path)
+        try:
+            if record is None:
+                raise ValueError
+            settings = dict(record["settings"])
+            recipe = Recipe(
+                stage=3,
+                settings=settings,
+                **{name: record[name] for name in ("inputs", "weights", "versions")},
+            )
+        except (ValueError, LookupError, TypeError):
+            why = "it is damaged or not ours"
+            files.append(FileRecord(name=path.name, stage=3, state=DAMAGED, why=why))
+            continue
+        files.append(
+            FileRecord(
+                name=path.name,
+                stage=3,
+                state=UNKNOWN,
+                data_sha256=str(record.get("pixels_sha256", "")),
+                settings=settings,
+                provenance={"fingerprint": record.get("fingerprint")},
+                recipe=recipe,
+            )
+        )
+    return files
+
+
+def _judge(file: FileRecord, expected: Recipe | None, why_unknown: str, upstream: str) -> None:
+    """Say whether a file is what its stage would make now."""
+    if file.state != UNKNOWN or file.recipe is None:
+        return
+    if expected is None:
+        file.why = why_unknown
+        return
+    if file.stage == 3:
+        changed = _picture_difference(file, expected)
+    else:
+        changed = artifacts.difference(artifacts.recipe_of_its_latents(file.recipe), expected)
+    if changed is None and upstream:
+        changed = upstream
+    file.state, file.why = (FRESH, "") if changed is None else (STALE, changed)
+
+
+def _picture_difference(file: FileRecord, expected: Recipe) -> str | None:
+    """The difference between a picture's record and the recipe of a run's pictures."""
+    assert file.recipe is not None
+    if file.provenance["fingerprint"] == expected.fingerprint():
+        return None
+    # A picture names its own prompt and seed; compare what both have.
+    shared = file.recipe.settings.keys() & expected.settings.keys()
+    made = file.recipe.model_copy(
+        update={"settings": {name: file.recipe.settings[name] for name in shared}}
+    )
+    wanted = expected.model_copy(
+        update={"settings": {name: expected.settings[name] for name in shared}}
+    )
+    return artifacts.difference(made, wanted) or "it was made with other settings"
+
+
+def summarize_tensors(path: Path) -> list[TensorSummary]:
+    """Layout and values of all tensors in a safetensors file."""
+    import torch
+    from safetensors.torch import load_file
+
+    layout = artifacts.inspect(path).tensors
+    summaries = []
+    for name, tensor in load_file(path).items():
+        values = tensor.to(torch.float64)
+        finite = values[values.isfinite()]
+        some = finite.numel() > 0
+        summaries.append(
+            TensorSummary(
+                name=name,
+                dtype=layout[name].dtype,
+                shape=list(tensor.shape),
+                min=float(finite.min()) if some else None,
+                mean=float(finite.mean()) if some else None,
+                max=float(finite.max()) if some else None,
+                std=float(finite.std(correction=0)) if some else None,
+                finite=finite.numel() == values.numel(),
+            )
+        )
+    return summaries

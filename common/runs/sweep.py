@@ -1,0 +1,201 @@
+"""Runs over all combinations of some settings' values, each stage as often as it is needed."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from shlex import split as split_words
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import BadInputFileError, BadSettingError
+from common.runs.generation import RunOptions
+from common.whole_files import write_text_whole
+
+SWEEP_FILE = "sweep.json"
+SWEEP_FOLDER = "sweep"
+# Settings of the whole run, which later stages take only to look elsewhere.
+OF_STAGE_1 = ("model_id", "revision", "variant", "single_file_config", "lora")
+# What cannot be swept.
+NOT_SWEPT = (
+    *("output_dir", "input_dir", "config", "profile_dir", "dtype", "repeat"),
+    *("distributed", "topology", "pictures_shape", "save_hlo", "json"),
+)
+# How stages compute: given to all that take them.
+OF_ALL_STAGES = tuple(RunOptions.model_fields)
+MOST_NAME, MOST_FOLDER = 40, 200  # bytes of a value and of a whole folder's name
+
+
+class Cell(BaseModel):
+    """One combination."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    values: dict[str, str]
+    folder: str  # below the run directory, of the pictures
+    sources: list[str]  # the same of what stages 1 and 2 wrote
+    exit_code: int | None = None  # None: not run yet
+    error: str = ""
+
+
+class Sweep(BaseModel):
+    """`sweep.json`: what was swept, and how each combination ended."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    axes: dict[str, list[str]]
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage to run for one or more cells."""
+
+    stage: int
+    source: Path  # where its input is
+    folder: Path
+    values: dict[str, str] = field(default_factory=dict)  # the swept flags it is given
+
+
+def parse_sweep(text: str, takes: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> Sweep:
+    """Read "scheduler=euler,ddim num_inference_steps=10,20"; | separates values with commas.
+
+    Args:
+        takes: flag → the stages that take it with a value.
+        given: the flags that all combinations share.
+
+    Raises:
+        BadSettingError: not of that form, or a flag that cannot be swept.
+    """
+    axes: dict[str, list[str]] = {}
+    try:
+        words = split_words(text)
+    except ValueError as error:
+        raise BadSettingError(f"--sweep {text!r} cannot be read ({error})") from None
+    for word in words:
+        name, separator, listed = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        values = [v.strip() for v in listed.split("|" if "|" in listed else ",")]
+        if not separator or not all(values):
+            raise BadSettingError(
+                f"--sweep: {word!r} is not understood: give FLAG=VALUE,VALUE,…, with | between "
+                "values that have commas, and spaces between flags"
+            )
+        if name not in takes or name in NOT_SWEPT:
+            raise BadSettingError(f"--sweep: {name} is no flag of a stage that can be swept")
+        if name in given or name in axes:
+            raise BadSettingError(f"--sweep: {name} is given twice; give it in --sweep alone")
+        if len(set(values)) < len(values):
+            raise BadSettingError(f"--sweep: {name} has the same value twice")
+        axes[name] = values
+    if not axes:
+        raise BadSettingError("--sweep names no flag: give FLAG=VALUE,VALUE,…")
+    cells = []
+    for combination in product(*axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
+        first, second, _ = (folder_of(chosen, stage, takes) for stage in (1, 2, 3))
+        folder = f"{SWEEP_FOLDER}/{name_of(chosen)}"
+        cells.append(Cell(values=chosen, folder=folder, sources=[first, second]))
+    return Sweep(axes=axes, cells=cells)
+
+
+def stage_of(name: str, takes: Mapping[str, Sequence[int]]) -> int:
+    """The first stage that a flag is for: the last that takes it, if it is not for several."""
+    if name in OF_STAGE_1:
+        return 1
+    return min(takes[name]) if name in OF_ALL_STAGES else max(takes[name])
+
+
+def name_of(values: Mapping[str, str]) -> str:
+    """A folder's name for some values."""
+    parts = []
+    for name, value in values.items():
+        plain = re.sub(r"[^\w.+-]+", "_", value, flags=re.ASCII)[:MOST_NAME]
+        mark = "" if plain == value else f"~{sha256(value.encode()).hexdigest()[:6]}"
+        parts.append(f"{name}={plain}{mark}")
+    whole = ",".join(parts)
+    if len(whole) <= MOST_FOLDER:
+        return whole
+    return f"{whole[:MOST_FOLDER]}~{sha256(whole.encode()).hexdigest()[:6]}"
+
+
+def folder_of(values: Mapping[str, str], stage: int, takes: Mapping[str, Sequence[int]]) -> str:
+    """A stage's folder below the run directory, by the values that its output depends on."""
+    shaping = {n: v for n, v in values.items() if stage_of(n, takes) <= stage}
+    return f"{SWEEP_FOLDER}/{name_of(shaping)}" if shaping else "."
+
+
+def stage_runs(run_dir: Path, cell: Cell, takes: Mapping[str, Sequence[int]]) -> Iterator[StageRun]:
+    """What a cell needs, each stage in the folder of the values that its output depends on."""
+    source = run_dir
+    for stage, folder in enumerate([*cell.sources, cell.folder], 1):
+        own = {
+            n: v
+            for n, v in cell.values.items()
+            if stage_of(n, takes) == stage or (n in OF_ALL_STAGES and stage in takes[n])
+        }
+        yield StageRun(stage=stage, source=source, folder=run_dir / folder, values=own)
+        source = run_dir / folder
+
+
+def run_sweep(
+    run_dir: Path,
+    sweep: Sweep,
+    takes: Mapping[str, Sequence[int]],
+    run: Callable[[StageRun], tuple[int, str]],
+    say: Callable[[str], None],
+) -> int:
+    """Run all cells; one that fails does not stop the others.
+
+    Args:
+        run: runs a stage, and returns its exit code and its error in words.
+
+    Returns:
+        The exit code of the first cell that failed, or of the stop that was asked for.
+    """
+    ended: dict[tuple[int, Path], tuple[int, str]] = {}
+    for number, cell in enumerate(sweep.cells, 1):
+        said = ", ".join(f"{name} {value}" for name, value in cell.values.items())
+        say(f"cell {number} of {len(sweep.cells)}: {said}")
+        for needed in stage_runs(run_dir, cell, takes):
+            key = (needed.stage, needed.folder)
+            if key not in ended:
+                ended[key] = run(needed)
+            cell.exit_code, cell.error = ended[key]
+            if cell.exit_code != 0:
+                break
+        write_sweep(run_dir, sweep)
+        if cell.exit_code in (130, 143):
+            return cell.exit_code
+    return next((cell.exit_code for cell in sweep.cells if cell.exit_code), 0)
+
+
+def write_sweep(run_dir: Path, sweep: Sweep) -> None:
+    """Write `sweep.json`."""
+    write_text_whole(run_dir / SWEEP_FILE, sweep.model_dump_json(indent=2) + "\n")
+
+
+def read_sweep(run_dir: Path) -> Sweep | None:
+    """A run directory's `sweep.json`; None where there is none.
+
+    Raises:
+        BadInputFileError: it is damaged, or names folders elsewhere.
+    """
+    path = run_dir / SWEEP_FILE
+    try:
+        sweep = Sweep.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ValidationError) as error:
+        reason = json.dumps(str(error).splitlines()[0])
+        raise BadInputFileError(
+            f"{path} is damaged ({reason}); remove it, or run the sweep again"
+        ) from None
+    for folder in {name for cell in sweep.cells for name in (cell.folder, *cell.sources)}:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise BadInputFileError(f"{path} names a folder elsewhere ({folder}); remove it")
+    return sweep

@@ -1,0 +1,148 @@
+"""Turn a diffusers scheduler into tables of coefficients, read off its own `step()`.
+
+Nearly every diffusers scheduler is linear in what it is fed: the initial latents x₀, the model's
+outputs ε₁ … ε_T and the noises n₁ … n_K that it draws. After model evaluation i the sample is
+
+    x_i = Σ_j coefficients[i, j]·h_j + Σ_k noise_coefficients[i, k]·n_k,  h = (x₀, ε₁, …, ε_T),
+
+and the model's next input is `input_scales[i]`·x_{i-1}. Running the scheduler on basis vectors in
+place of pictures gives the coefficients, whatever it does inside (multistep history, second-order
+pairs of evaluations, predictor and corrector). No scheduler's arithmetic is written again here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.errors import BadSettingError, NotFiniteError
+from common.sampling.sampler import Sampler
+
+# Tables are padded to multiples of this many model evaluations (and noises), so that the number of
+# steps is data and not a shape: 64 holds 50 steps, or 32 of a scheduler that evaluates twice.
+BUCKET = 64
+LINEAR_TO = 1e-4  # relative; float32 rounding of 50 steps stays below 1e-6
+
+
+class NotLinearError(Exception):
+    """The scheduler is no linear function of what it is fed, so no table can stand for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerTables:
+    """A scheduler as data. T model evaluations, padded to S; float32 throughout."""
+
+    evaluations: int  # T
+    noises: int  # K, how many noises the scheduler draws
+    initial_noise_scale: float  # diffusers' init_noise_sigma
+    timesteps: np.ndarray  # [S], may be fractional
+    input_scales: np.ndarray  # [S]
+    coefficients: np.ndarray  # [S, 1 + S]
+    noise_coefficients: np.ndarray  # [S, S]
+
+
+def make_tables(sampler: Sampler) -> SchedulerTables:
+    """Probe a scheduler on the CPU; its state is overwritten.
+
+    Raises:
+        BadSettingError: diffusers refuses the settings.
+        NotFiniteError: the coefficients are not finite.
+        NotLinearError: the scheduler clips, thresholds, or rounds coarsely.
+    """
+    timesteps = sampler.restart()
+    count = len(timesteps)
+    first_noise = 1 + count
+    # Basis vectors: 0 is x₀, 1 … T the model's outputs, from T + 1 on the noises in their order.
+    dimension = first_noise + count
+    drawn = 0
+
+    def hear_basis(shape: tuple[int, ...], _: Callable[[], torch.Tensor]) -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
+        if drawn > count:
+            raise BadSettingError(
+                f"{sampler.name} draws more noises than it has evaluations: choose another "
+                "--scheduler"
+            )
+        return _basis_vector(dimension, count + drawn).reshape(shape)
+
+    rows = np.zeros((count, dimension))
+    input_scales = np.zeros(count)
+    sample = _basis_vector(dimension, 0)
+    with sampler.hearing_noises(hear_basis):
+        for i, timestep in enumerate(timesteps):
+            input_scales[i] = _ratio(sampler.scale_model_input(sample, timestep), sample)
+            sample = sampler.step(_basis_vector(dimension, 1 + i), timestep, sample, _unused())
+            rows[i] = sample.double().flatten().numpy()
+    if not (np.isfinite(rows).all() and np.isfinite(input_scales).all()):
+        raise NotFiniteError(
+            f"{sampler.name} gives coefficients that are not finite with {sampler.spacing} and "
+            "these scheduler settings: change --scheduler or --scheduler_option"
+        )
+    _check_linear(sampler, rows[:, : first_noise + drawn], input_scales)
+
+    size = math.ceil(count / BUCKET) * BUCKET
+    coefficients = np.zeros((size, 1 + size), np.float32)
+    coefficients[:count, : 1 + count] = rows[:, :first_noise]
+    noise_coefficients = np.zeros((size, size), np.float32)
+    noise_coefficients[:count, :drawn] = rows[:, first_noise : first_noise + drawn]
+    return SchedulerTables(
+        evaluations=count,
+        noises=drawn,
+        initial_noise_scale=sampler.initial_noise_scale,
+        timesteps=np.pad(timesteps.to(torch.float32).numpy(), (0, size - count)),
+        input_scales=np.pad(input_scales, (0, size - count)).astype(np.float32),
+        coefficients=coefficients,
+        noise_coefficients=noise_coefficients,
+    )
+
+
+def _check_linear(sampler: Sampler, rows: np.ndarray, input_scales: np.ndarray) -> None:
+    """Run the scheduler on random numbers of picture-like size and compare with the tables.
+
+    Values well above 1 make clipping and thresholding show.
+    """
+    timesteps = sampler.restart()
+    count = len(timesteps)
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn((rows.shape[1], 1, 1, 1, 64), generator=generator) * 3
+    history[0] *= sampler.initial_noise_scale
+    used = 0
+
+    def hear_next(shape: tuple[int, ...], _: Callable[[], torch.Tensor]) -> torch.Tensor:
+        nonlocal used
+        used += 1
+        return history[count + used].reshape(shape)
+
+    flat = history.reshape(len(history), -1).double()
+    sample = history[0]
+    error = 0.0
+    with sampler.hearing_noises(hear_next):
+        for i, timestep in enumerate(timesteps):
+            model_input = sampler.scale_model_input(sample, timestep)
+            difference = (model_input - input_scales[i] * sample).norm()
+            error = max(error, float(difference / model_input.norm()))
+            sample = sampler.step(history[1 + i], timestep, sample, _unused())
+            row = torch.from_numpy(rows[i])
+            difference = (sample.double().flatten() - row @ flat).norm()
+            error = max(error, float(difference / (row.abs() @ flat.abs()).norm()))
+    if not error < LINEAR_TO:
+        raise NotLinearError(f"it clips, thresholds or rounds: not linear by {error:.0e}")
+
+
+def _basis_vector(dimension: int, index: int) -> torch.Tensor:
+    vector = torch.zeros(1, 1, 1, dimension)
+    vector[..., index] = 1
+    return vector
+
+
+def _ratio(scaled: torch.Tensor, sample: torch.Tensor) -> float:
+    numerator = scaled.double().flatten() @ sample.double().flatten()
+    return float(numerator / sample.double().square().sum())
+
+
+def _unused() -> list[torch.Generator]:
+    """A generator for schedulers that ask for one; every noise is given in its place."""
+    return [torch.Generator().manual_seed(0)]

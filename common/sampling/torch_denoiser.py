@@ -1,0 +1,135 @@
+"""Denoising by diffusers' UNet in PyTorch, on the CPU, by the same driver and tables.
+
+Tells a defect of a model from one of a compiler, and is the faster one where XLA stays behind.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+
+from common.compute.allocator import LARGEST_IN_HEAP
+from common.compute.backends import TORCH_FACTS
+from common.compute.torch_profiler import TorchProfiler
+from common.files.report import StageReport
+from common.models.submodules import bypassed, prompt_projections
+from common.runs.generation import RunOptions
+from common.sampling.denoiser import Denoiser, Guidance, State, prepare_schedule
+
+MOST_SCORES = 2**21  # of several heads at once, 8 MB in float32
+
+
+class AttentionIn16Bits:
+    """diffusers' attention by plain products, some heads at a time, with a float32 softmax.
+
+    PyTorch's fused attention on CPUs is no faster in 16 bits than in 32; its products are. Scores
+    of a head that are too large to be kept from step to step lose to it: those are fused.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        attended = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        scores = hidden_states.shape[1] * attended.shape[1]  # of a head
+        if 4 * scores > LARGEST_IN_HEAP:
+            processor = AttnProcessor2_0()
+        else:
+            attn.upcast_softmax = True
+            processor = SlicedAttnProcessor(max(1, MOST_SCORES // scores))
+        return processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+class TorchDenoiser(Denoiser):
+    """The UNet as PyTorch runs it, one step at a time."""
+
+    loops_on_device = False
+    ranges_ahead = 0  # a call returns when it is done
+    devices_of_images = 1
+
+    def __init__(self, unet: Any, options: RunOptions, report: StageReport) -> None:
+        """`unet` holds its weights."""
+        super().__init__(unet, options, report)
+        if self.dtype != torch.float32:
+            unet.set_attn_processor(AttentionIn16Bits())
+
+    def _put(self, conditions: dict[bool, dict[str, torch.Tensor]], guidance: Guidance) -> None:
+        self.conditions, self.guidance = conditions, guidance
+        self.given: dict[bool, dict[str, torch.Tensor]] = {}
+        if self.tables is None:
+            return
+        schedule = prepare_schedule(self.tables, guidance)
+        self.schedule = {name: torch.from_numpy(array) for name, array in schedule.items()}
+        self.noises = torch.from_numpy(self.noise.noises)
+
+    def compile(self) -> None:
+        pass
+
+    def _restore(self, latents: Any, history: Any, step: int) -> State:
+        return torch.from_numpy(latents), torch.from_numpy(history)
+
+    def _fetch(self, array: torch.Tensor) -> Any:
+        return array.numpy()
+
+    @torch.inference_mode()
+    def _start_steps(self, state: State, steps: range, guided: bool) -> tuple[State, None]:
+        latents, history = state
+        schedule = self.schedule
+        for i in steps:
+            model_input = latents * schedule["input_scales"][i]
+            history[i + 1] = self._evaluate(model_input, schedule["timesteps"][i], guided)
+            known = i + 2  # what later steps give has no weight yet
+            latents = torch.tensordot(schedule["coefficients"][i, :known], history[:known], 1)
+            if self.tables is not None and self.tables.noises:
+                latents += torch.tensordot(schedule["noise_coefficients"][i], self.noises, 1)
+        return (latents, history), None
+
+    def _wait_for(self, done: Any) -> None:
+        pass  # PyTorch is done when a call returns
+
+    @torch.inference_mode()
+    def _predict(self, model_input: torch.Tensor, timestep: float, guided: bool) -> torch.Tensor:
+        return self._evaluate(model_input, torch.tensor(timestep), guided)
+
+    def _evaluate(
+        self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool
+    ) -> torch.Tensor:
+        """One model evaluation with guidance, as `jax_denoising.predict`. [B, C, h, w] float32."""
+        conditions = self.conditions[guided]
+        repeated = model_input.repeat_interleave(1 + guided, 0)  # [2B, C, h, w]
+        added = {key: conditions[key] for key in ("text_embeds", "time_ids") if key in conditions}
+        if guided not in self.given:
+            prompt_embeds = conditions["prompt_embeds"]
+            projections = prompt_projections(self.unet)
+            self.given[guided] = {n: module(prompt_embeds) for n, module in projections.items()}
+        with bypassed(self.unet, self.given[guided]):
+            output = self.unet(
+                repeated.to(self.dtype),
+                timestep,
+                encoder_hidden_states=conditions["prompt_embeds"],
+                timestep_cond=conditions.get("timestep_cond"),
+                added_cond_kwargs=added or None,
+                return_dict=False,
+            )[0].float()
+        if not guided:
+            return output
+        output = output.unflatten(0, (-1, 2))
+        negative, positive = output[:, 0], output[:, 1]
+        result = negative + self.guidance.scale * (positive - negative)
+        if self.guidance.rescale > 0:
+            axes = tuple(range(1, result.ndim))
+            ratio = positive.std(axes, keepdim=True) / result.std(axes, keepdim=True)
+            result = result * (self.guidance.rescale * ratio + 1 - self.guidance.rescale)
+        return result
+
+    def facts(self) -> dict[str, Any]:
+        return TORCH_FACTS
+
+    def profiler(self, folder: Path, steps: range) -> TorchProfiler:
+        file = folder / "denoise.pt.trace.json.gz"
+        return TorchProfiler(file, steps, self.report, {"unet": self.unet})

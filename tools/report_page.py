@@ -1,0 +1,346 @@
+"""Make one page of one or more runs: pictures, settings, lineage, and where the time went.
+
+    python tools/report_page.py stage_outputs
+    python tools/report_page.py runs/a runs/b runs/c --output comparison.html
+
+The page is a single file that needs no network. Runs that differ in one or two settings, a sweep's
+cells, or a run's prompts and seeds are laid out as a grid.
+"""
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jinja2
+import typer
+
+from common.errors import BadInputFileError
+from common.files import picture_files
+from common.files.report import Report, Seconds
+from common.runs import flags
+from common.runs.flags import say
+from common.runs.generation import DEFAULT_OUTPUT_DIR
+from common.runs.record import MISSING, FileRecord, read_run
+from common.runs.sweep import Cell, Sweep, read_sweep
+from common.whole_files import write_text_whole
+
+PAGE_FILE = "report.html"
+TEMPLATE_DIR = Path(__file__).resolve().parent / "templates"
+PAGE = "What to show"
+MOST_PIXELS = 1024  # a side of a picture in the page
+MOST_WEBP_PIXELS = 16383
+MOST_OPERATIONS = 12
+# What does not tell pictures apart, or says it twice.
+NOT_AXES = ("image_index", "prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture in the page."""
+
+    source: str  # data URI
+    alt: str
+    width: int
+    height: int
+    caption: str
+    settings: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class RunView:
+    """What the page shows of a run."""
+
+    name: str
+    error: str = ""  # of a failed cell
+    values: dict[str, str] = field(default_factory=dict)  # of a sweep's cell
+    pictures: list[Picture] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
+    files: list[FileRecord] = field(default_factory=list)
+    reports: dict[int, Report] = field(default_factory=dict)
+    strip: Picture | None = None
+    animation: Picture | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Pictures by what differs: a row for each value of one setting, a column for each of another.
+
+    Attributes:
+        title: the values of further settings that are shared here.
+        cells: row by row; a cell holds pictures, or says why there are none.
+    """
+
+    title: str
+    row_name: str
+    rows: list[str]
+    column_name: str
+    columns: list[str]
+    cells: list[list[tuple[list[Picture], str]]]
+
+
+def main(
+    run_dirs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN_DIR…", help="Run directories.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        flags.flag("output", "FILE", PAGE, "The page. [report.html in the first run directory]"),
+    ] = None,
+    debug: flags.Debug = False,
+) -> None:
+    """Make a page of one or more runs; a sweep's folder stands for all of its cells."""
+    chosen = run_dirs or [Path(DEFAULT_OUTPUT_DIR)]
+    say(f"page: {write_page(output or chosen[0] / PAGE_FILE, chosen)}")
+
+
+def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
+    """Write the page of some runs. Returns its path.
+
+    Raises:
+        BadInputFileError: a folder is not there, or holds no run.
+    """
+    runs: list[RunView] = []
+    grids: list[Grid] = []
+    for run_dir in run_dirs:
+        if not run_dir.is_dir():
+            raise BadInputFileError(f"{run_dir} is no folder: name a run directory")
+        sweep = read_sweep(run_dir)
+        if sweep is None:
+            runs.append(view_run(run_dir))
+            if not runs[-1].reports and all(file.state == MISSING for file in runs[-1].files):
+                raise BadInputFileError(f"{run_dir} holds no run: name a run directory")
+        else:
+            cells = [view_cell(run_dir, cell) for cell in sweep.cells]
+            grids += sweep_grids(sweep, cells)
+            runs += cells
+    if not grids:
+        grids = grids_of_differences(runs)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        runs=runs,
+        grids=grids,
+        bars=[stage_bars(run) for run in runs],
+        plots=[step_plot(run) for run in runs],
+        most_operations=MOST_OPERATIONS,
+        parts=[name.replace("_", " ") for name in Seconds.model_fields],
+    )
+    write_text_whole(path, page)
+    return path
+
+
+def view_cell(run_dir: Path, cell: Cell) -> RunView:
+    """What the page shows of a sweep's cell; of one that failed, that it did."""
+    folder = run_dir / cell.folder
+    if cell.exit_code == 0:
+        view = view_run(folder, [run_dir / source for source in cell.sources])
+    else:
+        error = "it was not run" if cell.exit_code is None else f"failed: {cell.error}"
+        view = RunView(name=str(folder), error=error)
+    view.name = ", ".join(f"{name} {value}" for name, value in cell.values.items())
+    view.values = cell.values
+    return view
+
+
+def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
+    """What the page shows of a run directory, whose inputs may be in others."""
+    run = read_run(run_dir, sources)
+    view = RunView(name=str(run_dir), files=run.files, reports=run.reports, error=run.problem)
+    if run.config is not None:
+        view.settings = as_texts(json.loads(run.config.model_dump_json()))
+    for file in run.of_stage(3):
+        if not file.settings:
+            continue
+        path = run_dir / file.name
+        if file.name == picture_files.TRAJECTORY_STRIP:
+            view.strip = load_picture(path, file, "the latents of some steps, decoded")
+        elif file.name == picture_files.TRAJECTORY_ANIMATION:
+            view.animation = load_picture(path, file, "the same, as an animation", whole=True)
+        elif "prompt" in file.settings:
+            view.pictures.append(load_picture(path, file, caption_of(file.settings)))
+    return view
+
+
+def load_picture(path: Path, file: FileRecord, caption: str, *, whole: bool = False) -> Picture:
+    """A picture for the page, as WebP without its metadata; `whole` keeps the file as it is."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+        if whole:
+            content = path.read_bytes()
+        else:
+            small = image.convert("RGB")
+            most = MOST_WEBP_PIXELS if "trajectory" in path.name else MOST_PIXELS
+            small.thumbnail((most, most))
+            buffer = io.BytesIO()
+            small.save(buffer, format="WEBP", quality=92)
+            content = buffer.getvalue()
+    return Picture(
+        source=f"data:image/webp;base64,{base64.b64encode(content).decode()}",
+        alt=caption,
+        width=width,
+        height=height,
+        caption=caption,
+        settings=file.settings,
+    )
+
+
+def caption_of(settings: dict[str, Any]) -> str:
+    """What a picture is of."""
+    return f"{settings.get('prompt', '')}, seed {settings.get('seed', '?')}"
+
+
+def as_texts(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings as texts to show; those that are not set are left out."""
+    return {name: to_text(value) for name, value in settings.items() if value not in (None, [], {})}
+
+
+def to_text(value: Any) -> str:
+    """A setting's value as text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def sweep_grids(sweep: Sweep, cells: Sequence[RunView]) -> list[Grid]:
+    """A sweep's cells: the first setting down, the second across, a grid for each of the others."""
+    names = list(sweep.axes)
+    down, across = names[0], names[1] if len(names) > 1 else ""
+    titles: dict[str, list[RunView]] = {}
+    for cell in cells:
+        title = ", ".join(f"{name} {cell.values[name]}" for name in names[2:])
+        titles.setdefault(title, []).append(cell)
+    return [
+        Grid(
+            title=title,
+            row_name=down,
+            rows=sweep.axes[down],
+            column_name=across,
+            columns=sweep.axes[across] if across else [""],
+            cells=[
+                [
+                    _cell_of(chosen, {down: row} | ({across: column} if across else {}))
+                    for column in (sweep.axes[across] if across else [""])
+                ]
+                for row in sweep.axes[down]
+            ],
+        )
+        for title, chosen in titles.items()
+    ]
+
+
+def _cell_of(cells: Iterable[RunView], values: dict[str, str]) -> tuple[list[Picture], str]:
+    cell = next(c for c in cells if values.items() <= c.values.items())
+    return cell.pictures, cell.error
+
+
+def grids_of_differences(runs: Sequence[RunView]) -> list[Grid]:
+    """One grid of all pictures over the one or two settings in which they differ, if it is full."""
+    shown = [picture for run in runs for picture in run.pictures]
+    if len(shown) < 2:
+        return []
+    names = {name for picture in shown for name in picture.settings if name not in NOT_AXES}
+    values = {
+        name: list(dict.fromkeys(to_text(picture.settings.get(name)) for picture in shown))
+        for name in sorted(names, key=_as_axis)
+    }
+    # What says the same as another setting, such as prompt_2, is no axis of its own.
+    axes: dict[str, list[str]] = {}
+    partitions: set[tuple[int, ...]] = set()
+    for name, found in values.items():
+        partition = tuple(found.index(to_text(picture.settings.get(name))) for picture in shown)
+        if len(found) > 1 and partition not in partitions:
+            partitions.add(partition)
+            axes[name] = found
+    if len(axes) == 2 and len(partitions) == 2:
+        down, across = axes
+    elif len(axes) == 1:
+        (down,), across = axes, ""
+    else:
+        return []
+    rows, columns = axes[down], axes[across] if across else [""]
+    cells: list[list[tuple[list[Picture], str]]] = []
+    for row in rows:
+        cells.append([])
+        for column in columns:
+            here = [
+                picture
+                for picture in shown
+                if to_text(picture.settings.get(down)) == row
+                and (not across or to_text(picture.settings.get(across)) == column)
+            ]
+            cells[-1].append((here, "" if here else "no picture"))
+    return [
+        Grid(
+            title="",
+            row_name=down,
+            rows=rows,
+            column_name=across,
+            columns=columns,
+            cells=cells,
+        )
+    ]
+
+
+def _as_axis(name: str) -> tuple[int, str]:
+    """Prompts go down, seeds and the rest across."""
+    order = ("prompt", "scheduler", "num_inference_steps", "guidance_scale", "seed")
+    return (order.index(name) if name in order else len(order), name)
+
+
+def stage_bars(run: RunView) -> list[dict[str, Any]]:
+    """For each stage the parts of its time, as shares of the run's longest stage."""
+    longest = max((report.wall_seconds for report in run.reports.values()), default=0.0)
+    bars = []
+    for stage, report in sorted(run.reports.items()):
+        parts = {
+            name.replace("_", " "): seconds
+            for name, seconds in report.seconds.model_dump().items()
+            if seconds > 0
+        }
+        bars.append(
+            {
+                "stage": stage,
+                "wall": report.wall_seconds,
+                "parts": [
+                    {"name": name, "seconds": seconds, "share": 100 * seconds / longest}
+                    for name, seconds in parts.items()
+                ],
+                "report": report,
+            }
+        )
+    return bars
+
+
+def step_plot(run: RunView) -> dict[str, Any] | None:
+    """The seconds of stage 2's steps as points of a drawing 600 wide and 120 high."""
+    report = run.reports.get(2)
+    if report is None or not report.step_seconds or len(report.step_seconds) < 2:
+        return None
+    seconds = report.step_seconds
+    most = max(seconds)
+    points = [
+        (round(600 * i / (len(seconds) - 1), 1), round(120 - 110 * second / most, 1))
+        for i, second in enumerate(seconds)
+    ]
+    return {
+        "points": points,
+        "most": 1e3 * most,
+        "median": 1e3 * sorted(seconds)[len(seconds) // 2],
+        "count": len(seconds),
+    }
+
+
+if __name__ == "__main__":
+    flags.run_command(flags.make_command(main))
