@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from common.models.checkpoint import Checkpoint
-from tests.cli.test_errors import expect
 from tests.conftest import DEMO, STAGES, run_script
+from tests.test_process import expect
 
 pytestmark = pytest.mark.slow
 COMPONENTS = {path.name: path for path in DEMO.iterdir() if path.is_dir()}

@@ -35,7 +35,7 @@ def test_no_caption_is_longer_than_the_short_context(tokenizer: CLIPTokenizer) -
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["C", "Z"])))
 def test_any_text_has_tokens_and_none_is_unknown(text: str) -> None:
-    folder = Path(__file__).parents[2] / "models" / "demo" / "tokenizer"
+    folder = Path(__file__).parents[3] / "models" / "demo" / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
