@@ -34,8 +34,19 @@ import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests, compare_results
-from common.models.weights import quiet_libraries
+from benchmarks.peer_process import (
+    LoopClock,
+    PeerProcess,
+    Repeat,
+    Worker,
+    WorkersFolder,
+    answer_requests,
+    compare_results,
+    peer_flag,
+    refuse_unknown,
+    result_file,
+)
+from common.models.library_imports import quiet_libraries
 
 SDXL = PROJECT_DIR / "models" / "sdxl_base"
 GUIDANCE_SCALE = 5.0
@@ -259,10 +270,10 @@ class Ours(Peer):
     def __init__(self, models: Models) -> None:
         super().__init__(models)
         from common.compute import sharding
-        from common.compute.devices import Devices
+        from common.compute.clock import StageReport
+        from common.compute.devices import Devices, ModelOnDevices
         from common.compute.jax_start import set_up_jax
-        from common.files.report import StageReport
-        from common.runs.generation import RunOptions
+        from common.compute.options import RunOptions
         from common.sampling.jax_denoiser import JaxDenoiser
         from common.vae.jax_decoder import JaxDecoder
 
@@ -271,12 +282,11 @@ class Ours(Peer):
         mesh = sharding.make_mesh(sharding.SINGLE, devices.devices)
         options = RunOptions(mesh="single")
         unet, vae = (make_module(name, models) for name in ("unet", "vae"))
-        self.denoiser = JaxDenoiser(
-            unet, self.load("unet", unet), mesh, devices, options, StageReport(2)
-        )
-        self.decoder = JaxDecoder(
-            vae, self.load("vae", vae), mesh, devices, None, options.operations, StageReport(3)
-        )
+        where: dict[str, Any] = {"mesh": mesh, "devices": devices, "operations": options.operations}
+        unet_there = ModelOnDevices(module=unet, parameters=self.load("unet", unet), **where)
+        vae_there = ModelOnDevices(module=vae, parameters=self.load("vae", vae), **where)
+        self.denoiser = JaxDenoiser(unet_there, options, StageReport(2), {})
+        self.decoder = JaxDecoder(vae_there, None, StageReport(3), {})
 
     def load(self, prefix: str, module: Any) -> dict[str, Any]:
         """A model's numbers on the device."""
@@ -295,7 +305,10 @@ class Ours(Peer):
     def denoise(self, batch: int, steps: int) -> np.ndarray:
         from diffusers import EulerDiscreteScheduler
 
-        from common.sampling.denoiser import Guidance
+        from common.conditions.prompt_condition import PromptCondition
+        from common.conditions.sizes import SizeCondition
+        from common.sampling.guidance import Guidance
+        from common.sampling.job import DenoisingJob
         from common.sampling.sampler import Sampler
         from common.sampling.scheduler_tables import make_tables
 
@@ -305,16 +318,20 @@ class Ours(Peer):
         sampler = Sampler(
             scheduler, num_inference_steps=steps, timesteps=None, sigmas=None, eta=0.0
         )
-        ids = (size, size, 0, 0, size, size)
-        denoiser.start(
-            embeddings(batch, config.cross_attention_dim, "cpu"),
-            list(range(batch)),
-            sampler,
-            make_tables(sampler),
-            Guidance(scale=GUIDANCE_SCALE),
-            {"time_ids": ids, "negative_time_ids": ids},
-            (config.in_channels, size // 8, size // 8),
+        ids = [size, size, 0, 0, size, size]
+        job = DenoisingJob(
+            embeddings=embeddings(batch, config.cross_attention_dim, "cpu"),
+            prompt_of=np.arange(batch),
+            seeds=list(range(batch)),
+            latent_shape=(config.in_channels, size // 8, size // 8),
+            sampler=sampler,
+            guidance=Guidance(scale=GUIDANCE_SCALE),
+            conditions=(
+                PromptCondition(),
+                SizeCondition({"time_ids": ids, "negative_time_ids": ids}),
+            ),
         )
+        denoiser.start(job, np.arange(batch), make_tables(sampler))
         denoiser.compile()
         with self.clock.running():
             for _ in denoiser.run():  # yields when the devices are done
@@ -355,7 +372,7 @@ def work(name: str, folder: Path) -> None:
             shown = numbers_in_torch("latents", latents.shape, "cpu").numpy()
             pictures = peer.decode(shown)
             if keep:
-                np.savez(folder / f"{name}.npz", latents=latents, pictures=pictures)
+                np.savez(result_file(folder, name), latents=latents, pictures=pictures)
             return {
                 "loop": peer.clock.seconds,
                 "decode": peer.decode_clock.seconds,
@@ -387,9 +404,7 @@ def flops_of_a_step(models: Models, batch: int) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(
-    workers: list[PeerProcess], folder: Path, batch: int, steps: int, repeat: int
-) -> dict[str, Any]:
+def measure(workers: list[PeerProcess], batch: int, steps: int, repeat: int) -> dict[str, Any]:
     """Let all peers run one case, interleaved. Returns what each measured."""
     found: dict[str, Any] = {}
     for each in tqdm(workers, desc="compile and warm up"):
@@ -401,8 +416,7 @@ def measure(
         for each in workers:
             found[each.name]["runs"].append(each.ask(batch=batch, steps=steps))
     for each in workers:
-        files = (folder / f"{name}.npz" for name in (each.name, workers[0].name))
-        latents, pictures = compare_results(*files)
+        latents, pictures = compare_results(each.result, workers[0].result)
         assert pictures is not None
         found[each.name] |= {"latents_differ": latents, "pictures_differ": float(pictures.mean())}
     return found
@@ -447,7 +461,7 @@ def card() -> tuple[str, float | None]:
     """The GPU's name, and its peak in bfloat16 where it is known; of this machine without one."""
     import torch
 
-    from common.compute.devices import PEAK_BFLOAT16
+    from common.compute.chips import PEAK_BFLOAT16
 
     if not torch.cuda.is_available():
         return f"no GPU, {os.cpu_count()} CPU cores", None
@@ -462,25 +476,21 @@ def main(
     steps: Annotated[
         list[int] | None, typer.Option("--num_inference_steps", help="Steps. [20, 50]", min=1)
     ] = None,
-    peer: Annotated[
-        list[str] | None, typer.Option("--peer", help=f"{', '.join(PEERS)}. [all]")
-    ] = None,
+    peer: Annotated[list[str] | None, peer_flag(PEERS)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of UNet and VAE.")] = "bfloat16",
-    repeat: Annotated[int, typer.Option("--repeat", help="Timed runs of each.", min=1)] = 7,
+    repeat: Repeat = 7,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small models, for a trial.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write what was measured.")
     ] = None,
-    worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
-    folder: Annotated[Path | None, typer.Option("--folder", hidden=True)] = None,
+    worker: Worker = None,
+    folder: WorkersFolder = None,
 ) -> None:
     """Print a table for each batch and number of steps."""
     if worker is not None and folder is not None:
         work(worker, folder)
         return
-    for name in peer or ():
-        if name not in PEERS:
-            raise typer.BadParameter(f"{name} is none of: {', '.join(PEERS)}")
+    refuse_unknown(peer or (), PEERS)
     quiet_libraries()
     models = Models(tiny=tiny, dtype=dtype)
     device, peak = card()
@@ -490,13 +500,14 @@ def main(
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         (folder / "models.json").write_text(models.model_dump_json())
         workers = [
-            opened.enter_context(PeerProcess(__file__, name, folder)) for name in peer or PEERS
+            opened.enter_context(PeerProcess(Path(__file__), name, folder))
+            for name in peer or PEERS
         ]
         for each in workers:  # one after the other; nothing of it counts as anybody's first runs
             each.wait_until_ready()
         for pictures in batch or [1, 4, 8]:
             for count in steps or [20, 50]:
-                found = measure(workers, folder, pictures, count, repeat)
+                found = measure(workers, pictures, count, repeat)
                 print("\n".join(lines_of(found, models, pictures, count, peak)), flush=True)
                 case = {"device": device, "batch": pictures, "steps": count}
                 results.append({**case, **models.model_dump(), "peers": found})

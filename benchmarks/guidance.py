@@ -19,7 +19,7 @@ sys.path.insert(0, str(PROJECT_DIR))
 import typer
 from tqdm import tqdm
 
-from common.models.weights import quiet_libraries
+from common.models.library_imports import quiet_libraries
 
 WAYS = {
     "full guidance": {},
@@ -40,15 +40,21 @@ def main(
     import torch
 
     from common.compute import jax_start
+    from common.compute.clock import StageReport
+    from common.compute.kept import Kept
+    from common.compute.options import RunOptions
     from common.conditions.prompts import encode_prompts
-    from common.files.report import StageReport
-    from common.models.checkpoint import open_checkpoint
-    from common.models.weights import load_text_pipeline
-    from common.runs.generation import RunOptions, RunSettings, resolve
-    from stages import stage1_text_encoder, stage2_unet
+    from common.declared import EMBEDDINGS, LATENTS
+    from common.models.component_table import loaded_for
+    from common.models.find import open_checkpoint
+    from common.models.text_pipeline import load_text_pipeline
+    from common.runs.generation import RunSettings, resolve
+    from common.runs.jobs import denoising_job, make_sampler
+    from common.sampling.denoising import denoise_images
+    from common.sampling.loading import UNetToLoad, open_denoiser
 
     jax_start.set_up_jax()
-    components = stage1_text_encoder.COMPONENTS + stage2_unet.COMPONENTS
+    components = (*loaded_for(EMBEDDINGS), *loaded_for(LATENTS))
     settings = RunSettings(
         model_id=model_id,
         num_images_per_prompt=batch,
@@ -65,21 +71,17 @@ def main(
     dtype = "float32" if jax_start.platform() == "cpu" else "bfloat16"
     meshes = {name: RunOptions(batch_size=batch, mesh=name) for name in mesh or ["auto"]}
     report = StageReport(2)
-    denoisers = {
-        name: stage2_unet.load_denoiser("jax", base, checkpoint, dtype, options, report)
-        for name, options in meshes.items()
-    }
+    unet, kept = UNetToLoad(checkpoint=checkpoint, loras=(), dtype=dtype), Kept(len(meshes))
 
     seconds: dict[tuple[str, str], list[float]] = {}
     for round_number in tqdm(range(repeat + 1), desc="repetitions"):
-        for mesh_name, denoiser in denoisers.items():
+        for mesh_name, options in meshes.items():
             for way, config in configs.items():
+                sampler = make_sampler(config, checkpoint)
+                job = denoising_job(config, checkpoint, embeddings, sampler)
+                denoiser = open_denoiser(kept, "jax", unet, job, options, report)
                 before = report.parts().get("run", 0.0)
-                options = meshes[mesh_name]
-                sampler = stage2_unet.make_sampler(config, checkpoint)
-                stage2_unet.denoise_images(
-                    config, checkpoint, embeddings, denoiser, sampler, options
-                )
+                denoise_images(denoiser, job, options)
                 if round_number:  # the first round compiles and warms up
                     taken = report.parts()["run"] - before
                     seconds.setdefault((mesh_name, way), []).append(taken)

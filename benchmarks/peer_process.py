@@ -8,21 +8,52 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
+import typer
+
+# Flags that benchmarks of peers have in common.
+Repeat = Annotated[int, typer.Option("--repeat", help="Timed runs of each.", min=1)]
+Worker = Annotated[str | None, typer.Option("--worker", hidden=True)]
+WorkersFolder = Annotated[Path | None, typer.Option("--folder", hidden=True)]
+
+
+def peer_flag(known: Collection[str]) -> Any:
+    """The flag that chooses among peers."""
+    return typer.Option("--peer", help=f"{', '.join(known)}. [all]")
+
+
+def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
+    """Raise `typer.BadParameter` for names that there are not."""
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name} is none of: {', '.join(known)}")
 
 
 class PeerProcess:
     """A script started with `--worker NAME --folder DIR`, which calls `answer_requests`."""
 
-    def __init__(self, script: str, name: str, folder: Path) -> None:
-        self.name = name
+    def __init__(
+        self, script: Path, worker: str, folder: Path, checkout: Path | None = None
+    ) -> None:
+        """
+        Args:
+            script: of this checkout.
+            folder: what the worker reads, and where it leaves its results.
+            checkout: another one, whose script of the same place is run, by its own `.venv`.
+        """
+        self.name = worker if checkout is None else f"{checkout}: {worker}"
+        self.result = result_file(folder, worker)
+        python, own = Path(sys.executable), script.resolve()
+        if checkout is not None:
+            root = checkout.resolve()
+            python, own = python_of(root), root / own.relative_to(own.parents[1])
         self.process = subprocess.Popen(
-            [sys.executable, script, "--worker", name, "--folder", str(folder)],
+            [str(python), str(own), "--worker", worker, "--folder", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -59,6 +90,16 @@ class PeerProcess:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def python_of(checkout: Path) -> Path:
+    """The Python that a checkout has set up."""
+    return checkout / ".venv" / "bin" / "python"
+
+
+def result_file(folder: Path, worker: str) -> Path:
+    """What a peer made in its first run, for `compare_results`."""
+    return folder / f"{worker}.npz"
 
 
 def answer_requests(make: Callable[[], Callable[..., dict[str, Any]]]) -> None:

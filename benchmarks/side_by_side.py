@@ -7,11 +7,13 @@ Each peer is a process of its own, which loads and warms up and then runs when i
 that the runs of all are interleaved while the others wait. The denoising loop alone, all from the
 embeddings to the latents (with tables, noise and transfers), and decoding, from the latents to
 8-bit pictures, are timed apart. Prints medians, their ratio to diffusers in PyTorch's eager mode,
-the difference from its results, and memory.
+the difference from its results, and memory. `--checkout DIR` adds ours of another checkout of the
+project, by its own benchmark, code and `.venv`.
 """
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,10 +32,21 @@ import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from benchmarks.peer_process import LoopClock, PeerProcess, answer_requests, compare_results
+from benchmarks.peer_process import (
+    LoopClock,
+    PeerProcess,
+    Repeat,
+    Worker,
+    WorkersFolder,
+    answer_requests,
+    compare_results,
+    peer_flag,
+    refuse_unknown,
+    result_file,
+)
+from common.compute.clock import peak_memory
 from common.compute.profile_tables import lines_of
-from common.files.report import peak_memory
-from common.models.weights import quiet_libraries
+from common.models.library_imports import quiet_libraries
 
 REFERENCE = "diffusers eager"
 PARTS = {"loop": "denoising loop", "latents": "with preparation", "pictures": "decoding"}
@@ -223,14 +236,16 @@ class Ours(Peer):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         from common.compute.backends import start_backend
-        from common.files.report import StageReport
-        from common.models.checkpoint import open_checkpoint
-        from common.runs.generation import GenerationConfig, RunOptions
-        from stages import stage2_unet, stage3_vae_decoder
+        from common.compute.clock import StageReport
+        from common.compute.kept import Kept
+        from common.compute.options import RunOptions
+        from common.models.find import open_checkpoint
+        from common.runs.generation import GenerationConfig
+        from common.sampling.loading import UNetToLoad, open_denoiser
+        from common.vae.loading import VaeToLoad, open_decoder
 
         self.options = RunOptions(batch_size=workload.batch, backend=self.backend)
         start_backend(self.options, torch_on_cpus=False)
-        self.stage2, self.stage3 = stage2_unet, stage3_vae_decoder
         self.config = GenerationConfig.model_validate(
             {
                 "model_id": str(workload.checkpoint),
@@ -244,22 +259,21 @@ class Ours(Peer):
             }
         )
         self.checkpoint = open_checkpoint(self.config, ("unet", "scheduler", "vae"))
-        self.denoiser = stage2_unet.load_denoiser(
-            self.backend, self.config, self.checkpoint, workload.dtype, self.options, StageReport(2)
-        )
+        unet = UNetToLoad(checkpoint=self.checkpoint, loras=(), dtype=workload.dtype)
+        vae, kept = VaeToLoad(checkpoint=self.checkpoint, dtype="float32", tile=False), Kept()
+        job, report = self.job(), StageReport(2)
+        self.denoiser = open_denoiser(kept, self.backend, unet, job, self.options, report)
         self.run_untimed = self.denoiser.run
         self.denoiser.run = self.run  # type: ignore[method-assign]
-        channels = self.checkpoint.config("unet")["in_channels"]
-        side = workload.size // self.checkpoint.vae_scale_factor
-        self.decoder = stage3_vae_decoder.load_decoder(
-            self.backend,
-            (workload.batch, channels, side, side),
-            self.config,
-            self.checkpoint,
-            "float32",
-            self.options,
-            StageReport(3),
-        )
+        shape = (workload.batch, *job.latent_shape)
+        self.decoder = open_decoder(kept, self.backend, vae, shape, self.options, StageReport(3))
+
+    def job(self) -> Any:
+        """What stage 2 is asked for, its scheduler made anew."""
+        from common.runs.jobs import denoising_job, make_sampler
+
+        sampler = make_sampler(self.config, self.checkpoint)
+        return denoising_job(self.config, self.checkpoint, self.workload.embeddings(), sampler)
 
     def run(self, **options: Any) -> Iterator[int]:
         """All steps, with the clock running."""
@@ -271,22 +285,19 @@ class Ours(Peer):
 
     def denoise_images(self, profile_folder: Path | None = None) -> Any:
         """All that stage 2 computes; with a profile of some steps, whose trace a folder gets."""
-        embeddings = self.workload.embeddings()
-        return self.stage2.denoise_images(
-            self.config,
-            self.checkpoint,
-            embeddings,
-            self.denoiser,
-            self.stage2.make_sampler(self.config, self.checkpoint),
-            self.options,
-            profile_folder=profile_folder,
+        from common.sampling.denoising import denoise_images
+
+        return denoise_images(
+            self.denoiser, self.job(), self.options, profile_folder=profile_folder
         )
 
     def flops(self) -> float | None:
-        return self.denoiser.flops(True) * self.workload.steps or None
+        return self.denoiser.flops(self.denoiser.plan.fullest()) * self.workload.steps or None
 
     def decode(self, latents: Any) -> np.ndarray:
-        return self.stage3.decode_groups(self.decoder, latents.numpy(), self.options, bar=False)
+        from common.vae.decoding import decode_groups
+
+        return decode_groups(self.decoder, latents.numpy(), self.options, bar=False)
 
 
 class OursInTorch(Ours):
@@ -337,19 +348,20 @@ def make_demo(folder: Path, batch: int, steps: int | None) -> Workload:
     from safetensors.torch import save_file
 
     from common.conditions.prompts import encode_prompts
-    from common.models.checkpoint import open_checkpoint
-    from common.models.weights import load_text_pipeline
+    from common.declared import EMBEDDINGS
+    from common.models.component_table import loaded_for
+    from common.models.find import open_checkpoint
+    from common.models.text_pipeline import load_text_pipeline
     from common.runs.generation import RunSettings, resolve
-    from stages.stage1_text_encoder import COMPONENTS
 
     settings = RunSettings(prompt=(PROMPT,), negative_prompt=NEGATIVE_PROMPT)
-    checkpoint = open_checkpoint(settings, COMPONENTS)
+    checkpoint = open_checkpoint(settings, loaded_for(EMBEDDINGS))
     config = resolve(settings, native_size=checkpoint.native_size, size_factor=8)
     tensors = encode_prompts(load_text_pipeline(checkpoint, torch.float32), config)
     save_file(tensors, folder / "embeddings.safetensors")
     return Workload(
         folder=folder,
-        checkpoint=checkpoint.folder,
+        checkpoint=checkpoint.folder.resolve(),
         batch=batch,
         steps=steps or 20,
         size=checkpoint.native_size,
@@ -417,7 +429,7 @@ def work(name: str, folder: Path) -> None:
             began = time.perf_counter()
             latents = peer.denoise()
             seconds = {"loop": peer.clock.seconds, "latents": time.perf_counter() - began}
-            made = {"latents": peer.to_numpy(latents)}
+            made: dict[str, Any] = {"latents": peer.to_numpy(latents)}
             if peer.workload.decodes:
                 began = time.perf_counter()
                 made["pictures"] = peer.decode(latents)
@@ -431,15 +443,9 @@ def work(name: str, folder: Path) -> None:
     answer_requests(make)
 
 
-def result_file(folder: Path, name: str) -> Path:
-    """What a peer made in its first run."""
-    return folder / f"{name}.npz"
-
-
-def compare(folder: Path, name: str) -> dict[str, str]:
+def compare(own: Path, reference: Path) -> dict[str, str]:
     """The relative difference of a peer's latents, and the greatest of its pictures' values."""
-    files = (result_file(folder, each) for each in (name, REFERENCE))
-    latents, pictures = compare_results(*files)
+    latents, pictures = compare_results(own, reference)
     found = {"latents differ": f"{latents:.1e}"}
     if pictures is not None:
         found["pictures differ"] = f"{pictures.max()}/255"
@@ -453,26 +459,27 @@ def main(
         int | None, typer.Option("--num_inference_steps", help="Steps. [20; mid: 4]", min=1)
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the UNet.")] = "float32",
-    repeat: Annotated[int, typer.Option("--repeat", help="Timed runs of each.", min=1)] = 7,
-    peer: Annotated[
-        list[str] | None, typer.Option("--peer", help=f"{', '.join(PEERS)}. [all]")
-    ] = None,
+    repeat: Repeat = 7,
+    peer: Annotated[list[str] | None, peer_flag(PEERS)] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="A profile of ours, jax, in place of the table.")
     ] = False,
-    worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
-    folder: Annotated[Path | None, typer.Option("--folder", hidden=True)] = None,
+    checkout: Annotated[
+        list[Path] | None,
+        typer.Option("--checkout", help="Another one, with its .venv: its ours as well."),
+    ] = None,
+    worker: Worker = None,
+    folder: WorkersFolder = None,
 ) -> None:
     """Print the table of one load."""
     if worker is not None and folder is not None:
         work(worker, folder)
         return
     names = [REFERENCE, *(name for name in peer or PEERS if name != REFERENCE)]
-    for name, known in (*((name, PEERS) for name in names), (load, LOADS)):
-        if name not in known:
-            raise typer.BadParameter(f"{name} is none of: {', '.join(known)}")
-    if profile and peer:
-        raise typer.BadParameter("--profile is of ours, jax: leave --peer out")
+    refuse_unknown(names, PEERS)
+    refuse_unknown([load], LOADS)
+    if profile and (peer or checkout):
+        raise typer.BadParameter("--profile is of ours, jax: leave --peer and --checkout out")
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -485,10 +492,22 @@ def main(
             print("\n".join(lines))  # not how to open the trace, which does not stay
             return
         with ExitStack() as open_workers:
-            workers = [
-                open_workers.enter_context(PeerProcess(__file__, name, folder)) for name in names
-            ]
+            peers = [PeerProcess(Path(__file__), name, folder) for name in names]
+            ours = [name for name in names if issubclass(PEERS[name], Ours)]
+            for number, other in enumerate(checkout or (), 1):
+                its = copy_workload(workload, folder / str(number))
+                peers += [PeerProcess(Path(__file__), name, its, other) for name in ours]
+            workers = [open_workers.enter_context(each) for each in peers]
             print(table(workers, workload, load, repeat))
+
+
+def copy_workload(workload: Workload, folder: Path) -> Path:
+    """A folder of its own for peers whose results would have the names of others'."""
+    folder.mkdir()
+    shutil.copy(workload.folder / "embeddings.safetensors", folder)
+    its = workload.model_copy(update={"folder": folder})
+    (folder / "workload.json").write_text(its.model_dump_json())
+    return folder
 
 
 def flops_per_second() -> float:
@@ -512,6 +531,7 @@ def table(workers: list[PeerProcess], workload: Workload, load: str, repeat: int
         each.ask(keep=True)
         each.ask()
     runs: dict[str, list[dict[str, float]]] = {each.name: [] for each in workers}
+    results = {each.name: each.result for each in workers}
     for _ in tqdm(range(repeat), desc="rounds"):
         for each in workers:
             runs[each.name].append(each.ask())
@@ -534,7 +554,7 @@ def table(workers: list[PeerProcess], workload: Workload, load: str, repeat: int
             cells[title] = f"{median(name, part):.3f} s ({spread})"
             cells[f"{title}, ratio"] = f"{median(name, part) / median(REFERENCE, part):.2f}"
         cells["memory"] = f"{max(run['memory'] for run in runs[name]) / 1e9:.2f} GB"
-        rows.append(cells | compare(workload.folder, name))
+        rows.append(cells | compare(results[name], results[REFERENCE]))
     rates = [
         f"{name} computes {runs[name][0]['flops'] / median(name, 'loop') / 1e9:.0f}"
         for name in runs

@@ -13,13 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+from common.files import stage_table
+
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 DEMO = PROJECT_DIR / "models" / "demo"
-STAGES = {
-    1: PROJECT_DIR / "stages" / "stage1_text_encoder.py",
-    2: PROJECT_DIR / "stages" / "stage2_unet.py",
-    3: PROJECT_DIR / "stages" / "stage3_vae_decoder.py",
-}
+STAGES = {stage.number: PROJECT_DIR / "stages" / stage.script for stage in stage_table.STAGES}
 RUN_ALL = PROJECT_DIR / "tools" / "run_all.py"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -67,6 +65,23 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, run_all: Run) -> Path
 def run_copy(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that a test may change."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory for the demo checkpoint, its embeddings and latents zeros from elsewhere."""
+    from safetensors.torch import save_file
+
+    from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
+    from common.runs.generation import write_generation_config
+    from tests.configs import make_config
+    from tests.refusals import EMBEDDINGS, LATENTS, zeros
+
+    folder = tmp_path / "run"
+    write_generation_config(folder, make_config(DEMO, height=64, width=64))
+    save_file(zeros(EMBEDDINGS), folder / EMBEDDINGS_FILE)
+    save_file(zeros(LATENTS), folder / LATENTS_FILE)
+    return folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The stages' own functions called in one process, beside diffusers' pipeline as the reference."""
+"""The three stages' computing in one process, beside diffusers' pipeline as the reference."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,33 +9,28 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from common.compute.clock import StageReport
+from common.compute.kept import Kept
+from common.compute.options import RunOptions
 from common.conditions.prompts import encode_prompts
-from common.files.report import StageReport
-from common.models.checkpoint import open_checkpoint
-from common.models.lora import fuse_into_text_encoders
-from common.models.weights import load_embedding, load_text_pipeline
-from common.runs.generation import SIZE_CONDITIONS, GenerationConfig, RunOptions
-from stages import stage2_unet, stage3_vae_decoder
-
-PROMPTS = ("a large red star on a blue background", "a small green ring", "black cross on white")
-
-
-def make_config(model: Path, **settings: Any) -> GenerationConfig:
-    """Settings with a few prompts; `negative_prompt` and `batch` are shorthands."""
-    negative = settings.pop("negative_prompt", "blurry, low quality")
-    batch = settings.pop("batch", 1)
-    defaults = {
-        "model_id": str(model),
-        "prompts": [{"prompt": p, "negative_prompt": negative} for p in PROMPTS[:batch]],
-        "height": 128,
-        "width": 128,
-        "num_inference_steps": 6,
-    }
-    return GenerationConfig.model_validate(defaults | settings)
+from common.conditions.sizes import SizeSettings
+from common.files.kept_progress import Progress
+from common.models.find import open_checkpoint
+from common.models.text_pipeline import open_text_pipeline
+from common.runs.generation import GenerationConfig
+from common.runs.jobs import denoising_job, make_sampler
+from common.sampling.denoising import Denoised, denoise_images
+from common.sampling.job import DenoisingJob
+from common.sampling.loading import UNetToLoad, open_denoiser
+from common.sampling.schedulers import scheduler_choice
+from common.stopping import StopRequest
+from common.vae.decoding import decode_groups
+from common.vae.loading import VaeToLoad, open_decoder
+from tests.configs import make_config
 
 
 class Ours:
-    """The three stages' functions with the models of one checkpoint loaded once."""
+    """What the three stages compute with one checkpoint, its models loaded once."""
 
     def __init__(
         self,
@@ -54,36 +49,44 @@ class Ours:
         self.checkpoint = open_checkpoint(config, ("unet", "vae"))
         # A program for one device compiles fastest; tests/sharded has the meshes.
         self.options = RunOptions(**({"mesh": "single"} | options))
-        self.text_pipeline = load_text_pipeline(self.checkpoint, torch.float32)
-        fuse_into_text_encoders(self.text_pipeline, config.loras, self.checkpoint.config("unet"))
-        for embedding in config.embeddings:
-            load_embedding(self.text_pipeline, embedding)
-        self.denoiser = stage2_unet.load_denoiser(
-            backend, config, self.checkpoint, dtype, self.options, StageReport(2)
+        self.kept = Kept(most_models=3)
+        self.report = StageReport(2)  # of all that is computed
+        self.programs = self.report.programs
+        self.text_pipeline = open_text_pipeline(
+            self.kept, self.checkpoint, "float32", config.loras, config.embeddings
         )
-        self.programs = self.denoiser.report.programs
+
+    def job(self, config: GenerationConfig) -> DenoisingJob:
+        """Stage 1, and what it leaves to stage 2."""
+        embeddings = encode_prompts(self.text_pipeline, config)
+        sampler = make_sampler(config, self.checkpoint)
+        return denoising_job(config, self.checkpoint, embeddings, sampler)
+
+    def denoised(
+        self,
+        config: GenerationConfig,
+        *,
+        progress: Progress | None = None,
+        stop: StopRequest | None = None,
+        **changes: Any,
+    ) -> Denoised:
+        """Stages 1 and 2; `changes` are those of the options."""
+        options, job = self.options.model_copy(update=changes), self.job(config)
+        unet = UNetToLoad(checkpoint=self.checkpoint, loras=self.config.loras, dtype=self.dtype)
+        self.denoiser: Any = open_denoiser(self.kept, self.backend, unet, job, options, self.report)
+        return denoise_images(self.denoiser, job, options, progress=progress, stop=stop)
 
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""
-        embeddings = encode_prompts(self.text_pipeline, config)
-        sampler = stage2_unet.make_sampler(config, self.checkpoint)
-        return stage2_unet.denoise_images(
-            config, self.checkpoint, embeddings, self.denoiser, sampler, self.options
-        ).latents.numpy()
+        return self.denoised(config).latents.numpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Stage 3. Returns pictures [B, H, W, 3] uint8."""
-        decoder = stage3_vae_decoder.load_decoder(
-            self.backend,
-            latents.shape,
-            self.config,
-            self.checkpoint,
-            self.dtype,
-            self.options,
-            StageReport(3),
+        vae = VaeToLoad(checkpoint=self.checkpoint, dtype=self.dtype, tile=self.config.tile)
+        decoder = open_decoder(
+            self.kept, self.backend, vae, latents.shape, self.options, self.report
         )
-        self.programs = decoder.report.programs
-        return stage3_vae_decoder.decode_groups(decoder, latents, self.options)
+        return decode_groups(decoder, latents, self.options)
 
 
 def run_ours(config: GenerationConfig, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +111,9 @@ def load_pipeline(model: str | Path) -> Any:
 def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
     """Settings by a pipeline whose scheduler is the checkpoint's own. Returns as `run_ours`."""
     own, seeds = pipeline.scheduler, config.image_seeds()
-    class_name, options = config.scheduler_choice(type(own).__name__)
+    class_name, options = scheduler_choice(
+        config.scheduler, config.scheduler_options, type(own).__name__
+    )
     if class_name == "DPMSolverSDEScheduler":
         options["noise_sampler_seed"] = seeds
     negatives = [prompt.negative_prompt for prompt in config.prompts]
@@ -119,7 +124,7 @@ def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, n
         for name in ("prompt_2", "negative_prompt_2"):
             values = [getattr(prompt, name) for prompt in config.prompts]
             prompt_options[name] = None if values[0] is None else values
-        prompt_options |= {name: getattr(config, name) for name in SIZE_CONDITIONS}
+        prompt_options |= {name: getattr(config, name) for name in SizeSettings.model_fields}
     captured: dict[str, torch.Tensor] = {}
 
     def keep_latents(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:

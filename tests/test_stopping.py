@@ -1,4 +1,4 @@
-"""Ctrl-C and a termination: one sentence, the documented exit code, earlier files as they were."""
+"""Signals to stop: one sentence, the documented exit code, earlier files as they were."""
 
 import os
 import pty
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.stopping import StoppedError, StopRequest
 from tests.conftest import STAGES, file_contents
 
 # What stage 2 shows when it has begun, and when its devices are computing.
@@ -61,3 +62,16 @@ def read_or_end(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:
         return b""
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+)
+def test_a_stop_that_was_asked_for_has_its_signals_code(number: int, word: str, code: int) -> None:
+    request = StopRequest()
+    request.raise_if_asked("after nothing")
+    request.number = number
+    with pytest.raises(StoppedError) as caught:
+        request.raise_if_asked("after 3 images")
+    assert (str(caught.value), caught.value.exit_code) == (f"{word} after 3 images", code)

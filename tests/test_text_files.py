@@ -1,10 +1,14 @@
 """Text, JSON and YAML that may be damaged or made to do harm."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from common.errors import BadInputFileError
 from common.text_files import parse_json, parse_yaml, read_text
+from tests.refusals import call, refusal
 
 
 def test_text_is_read_without_an_editors_mark(tmp_path: Path) -> None:
@@ -55,3 +59,40 @@ def test_yaml_holds_plain_values_only(
 
 def test_plain_yaml_is_what_it_says() -> None:
     assert parse_yaml("a: [1, 2.5, yes]\nb: {c: null}") == {"a": [1, 2.5, True], "b": {"c": None}}
+
+
+def make_nothing(path: Path) -> None:
+    """No file."""
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_latin_1(path: Path) -> None:
+    path.write_bytes("prompt: grün".encode("latin-1"))
+
+
+def make_huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 64_000_001)
+
+
+@pytest.mark.parametrize("flag", ["config", "prompts_file"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_nothing, "does not exist"),
+        (make_folder, "cannot be read: [Errno 21] Is a directory"),
+        (make_latin_1, "cannot be read: 'utf-8' codec can't decode"),
+        (make_huge, "cannot be read: it is larger than"),
+    ],
+)
+def test_a_text_file_that_cannot_be_read(
+    tmp_path: Path, flag: str, make: Callable[[Path], None], words: str
+) -> None:
+    path = tmp_path / "file"
+    make(path)
+    with refusal(BadInputFileError, f"--{flag} {path} {words}"):
+        call(1, "--output_dir", tmp_path / "run", f"--{flag}", path)
+    assert not (tmp_path / "run").exists()

@@ -21,19 +21,16 @@ from transformers import (
 )
 
 from tests.conftest import DEMO
+from tools.demo.train import FOREIGN_SCHEDULER_CONFIG, SCHEDULER_CONFIG, VAE_CONFIG
 
 LATENT_SIZE = 8  # of the native picture, which is 8 times as large
 # What the public checkpoints' scheduler_config.json name, those for other schedulers included.
-SCHEDULER = dict(
-    beta_schedule="scaled_linear",
-    beta_start=0.00085,
-    beta_end=0.012,
-    num_train_timesteps=1000,
-    steps_offset=1,
-    clip_sample=False,
-    set_alpha_to_one=False,
-    skip_prk_steps=True,
-)
+OF_THE_DEMO_ALONE = ("prediction_type", "timestep_spacing")
+SCHEDULER = {
+    name: value
+    for name, value in (SCHEDULER_CONFIG | FOREIGN_SCHEDULER_CONFIG).items()
+    if name not in OF_THE_DEMO_ALONE
+}
 
 
 def save_sdxl(folder: Path, **unet_changes: Any) -> Path:
@@ -121,10 +118,6 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=8,
-        layers_per_block=1,
-    )
+    """The demo checkpoint's VAE, but narrower, and with what is diffusers' own default."""
+    own = dict(block_out_channels=(8, 16, 16, 16), sample_size=32, force_upcast=True)
+    return AutoencoderKL(**VAE_CONFIG | own)

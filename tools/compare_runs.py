@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import typer
 
+from common.commands import Debug, flag, make_command
 from common.errors import BadInputFileError
-from common.files import artifacts
-from common.runs import flags
-from common.runs.flags import say
+from common.files import recipe
+from common.messages import say
+from common.process import run_command
 from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
 from common.whole_files import write_bytes_whole
 
@@ -47,10 +48,10 @@ def main(
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
     output_dir: Annotated[
         Path | None,
-        flags.flag("output_dir", "DIR", COMPARE, "For difference pictures. [none written]"),
+        flag("output_dir", "DIR", COMPARE, "For difference pictures. [none written]"),
     ] = None,
-    json: Annotated[bool, flags.flag("json", " ", COMPARE, "Print JSON.")] = False,
-    debug: flags.Debug = False,
+    json: Annotated[bool, flag("json", " ", COMPARE, "Print JSON.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Compare two runs stage by stage. Ends with 3 where a file is damaged."""
     for folder in (run_a, run_b):
@@ -122,7 +123,7 @@ def _compare_content(
     output_dir: Path | None,
 ) -> None:
     if ours.recipe is not None and theirs.recipe is not None:
-        result.recipe = artifacts.difference(ours.recipe, theirs.recipe) or ""
+        result.recipe = recipe.difference(ours.recipe, theirs.recipe) or ""
     same = ours.data_sha256 == theirs.data_sha256
     result.verdict = "identical" if same else "different"
     if same:
@@ -224,4 +225,4 @@ def _brief(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    flags.run_command(flags.make_command(main))
+    run_command(make_command(main))

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
+from common.commands import Debug, flag, make_command
 from common.errors import BadInputFileError
-from common.runs import flags
-from common.runs.flags import say
-from common.runs.generation import DEFAULT_OUTPUT_DIR
+from common.files.run_files import DEFAULT_OUTPUT_DIR
+from common.messages import say
+from common.process import run_command
 from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run, summarize_tensors
 
 INSPECT = "What to show"
@@ -28,8 +29,8 @@ def main(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.")] = Path(
         DEFAULT_OUTPUT_DIR
     ),
-    json: Annotated[bool, flags.flag("json", " ", INSPECT, "Print JSON.")] = False,
-    debug: flags.Debug = False,
+    json: Annotated[bool, flag("json", " ", INSPECT, "Print JSON.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show a run's artifacts and whether they are fresh. Ends with 3 where a file is damaged."""
     if not run_dir.is_dir():
@@ -99,4 +100,4 @@ def lines_of(run: RunRecord, content: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    flags.run_command(flags.make_command(main))
+    run_command(make_command(main))

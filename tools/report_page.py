@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jinja2
 import typer
 
+from common.commands import Debug, flag, make_command
 from common.errors import BadInputFileError
 from common.files import picture_files
 from common.files.report import Report, Seconds
-from common.runs import flags
-from common.runs.flags import say
-from common.runs.generation import DEFAULT_OUTPUT_DIR
+from common.files.run_files import DEFAULT_OUTPUT_DIR
+from common.messages import say
+from common.process import run_command
 from common.runs.record import MISSING, FileRecord, read_run
 from common.runs.sweep import Cell, Sweep, read_sweep
 from common.whole_files import write_text_whole
@@ -91,9 +92,9 @@ def main(
     ] = None,
     output: Annotated[
         Path | None,
-        flags.flag("output", "FILE", PAGE, "The page. [report.html in the first run directory]"),
+        flag("output", "FILE", PAGE, "The page. [report.html in the first run directory]"),
     ] = None,
-    debug: flags.Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Make a page of one or more runs; a sweep's folder stands for all of its cells."""
     chosen = run_dirs or [Path(DEFAULT_OUTPUT_DIR)]
@@ -343,4 +344,4 @@ def step_plot(run: RunView) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    flags.run_command(flags.make_command(main))
+    run_command(make_command(main))

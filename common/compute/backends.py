@@ -1,28 +1,61 @@
-"""The backend that a stage computes with: jax's compiled programs, or PyTorch on the CPU."""
+"""The backends that a stage can compute with, and which one is taken.
 
-import os
+A backend is a row of `BACKENDS`: a class that says where its denoiser and its decoder are, what it
+does not know of the options, and how it is started. Nothing else lists backends.
+"""
+
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from common.compute.allocator import keep_freed_memory
+from common.compute.platforms import has_only_cpus
 from common.errors import BadSettingError
-from common.runs.generation import RunOptions
+from common.models.weights import import_class
+
+if TYPE_CHECKING:  # options know the backends' names
+    from common.compute.options import RunOptions
 
 # What a stage reports of where PyTorch computes.
 TORCH_FACTS: dict[str, Any] = {"backend": "torch", "platform": "cpu", "device": "cpu", "devices": 1}
-ONLY_JAX = ("mesh", "steps_per_call", "operations", "distributed")
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(ABC):
     """A backend that is started."""
 
-    name: str  # jax or torch
+    name: ClassVar[str]  # as `--backend` takes it
+    help: ClassVar[str]  # what stands for it in the help page
+    denoiser_module: ClassVar[str]
+    decoder_module: ClassVar[str]
+    # MODULE:FUNCTION, called as `sampling.loading.open_denoiser` and `vae.loading.open_decoder`.
+    denoiser_opener: ClassVar[str]
+    decoder_opener: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]]  # a stage imports them while the one before it runs
+    unknown_options: ClassVar[tuple[str, ...]] = ()  # those of others, which it would not heed
+
     platform: str  # of its devices: cpu, gpu or tpu
     is_first_process: bool = True  # which writes; of several that compute together
+
+    @classmethod
+    @abstractmethod
+    def start(cls, options: "RunOptions") -> Self:
+        """Start it; one that has started in this process goes on.
+
+        Raises:
+            UnfitEnvironmentError: it finds no device.
+        """
+
+    def import_denoiser(self) -> None:
+        """Import what denoising takes: seconds that belong to no part of it."""
+        import_module(self.denoiser_module)
+        import_class("unet")
+
+    def import_decoder(self) -> None:
+        """Import what decoding takes."""
+        import_module(self.decoder_module)
+        import_class("vae")
 
     def choose_dtype(self, asked: str, *, force_float32: bool = False) -> str:
         """Settle `auto`: float32 on CPU and where the model asks for it, else bfloat16."""
@@ -31,8 +64,51 @@ class Backend:
         return "float32" if force_float32 or self.platform == "cpu" else "bfloat16"
 
 
-def start_backend(options: RunOptions, *, torch_on_cpus: bool) -> Backend:
-    """Start the backend that is asked for.
+class JaxBackend(Backend):
+    """Programs that jax compiles, for TPU, GPU or CPU."""
+
+    name = "jax"
+    help = "jax"
+    denoiser_module = "common.sampling.jax_denoiser"
+    decoder_module = "common.vae.jax_decoder"
+    denoiser_opener = "common.sampling.loading:open_jax_denoiser"
+    decoder_opener = "common.vae.loading:open_jax_decoder"
+    libraries = (
+        *("torch", "diffusers.utils"),
+        *("common.compute.jax_start", "common.compute.torchax_runtime"),
+    )
+
+    @classmethod
+    def start(cls, options: "RunOptions") -> Self:
+        from common.compute import jax_start, processes
+
+        jax_start.set_up_jax(options.distributed)
+        return cls(jax_start.platform(), processes.is_first_process())
+
+
+class TorchBackend(Backend):
+    """The modules as PyTorch runs them, on the CPU."""
+
+    name = "torch"
+    help = "torch (on the CPU)"
+    denoiser_module = "common.sampling.torch_denoiser"
+    decoder_module = "common.vae.torch_decoder"
+    denoiser_opener = "common.sampling.loading:open_torch_denoiser"
+    decoder_opener = "common.vae.loading:open_torch_decoder"
+    libraries = ("torch", "diffusers.utils")
+    unknown_options = ("mesh", "steps_per_call", "operations", "distributed")
+
+    @classmethod
+    def start(cls, options: "RunOptions") -> Self:
+        keep_freed_memory()
+        return cls("cpu")
+
+
+BACKENDS: dict[str, type[Backend]] = {row.name: row for row in (JaxBackend, TorchBackend)}
+
+
+def start_backend(options: "RunOptions", *, torch_on_cpus: bool) -> Backend:
+    """Start the backend that is asked for; the next run of a process may ask for another.
 
     Args:
         torch_on_cpus: what `auto` is where jax has nothing but CPUs: PyTorch, or jax there too.
@@ -40,49 +116,33 @@ def start_backend(options: RunOptions, *, torch_on_cpus: bool) -> Backend:
     Raises:
         UnfitEnvironmentError: jax finds no device.
     """
-    if options.backend == "torch":
-        return _start_torch()
-    may_be_torch = torch_on_cpus and options.backend == "auto" and not asked_of_jax(options)
-    if may_be_torch and has_only_cpus():
-        return _start_torch()  # without importing jax
-    from common.compute import jax_start
-
-    jax_start.set_up_jax(options.distributed)
-    if may_be_torch and jax_start.platform() == "cpu":
-        return _start_torch()
-    return Backend("jax", jax_start.platform(), jax_start.is_first_process())
+    started = expected_backend(options, torch_on_cpus=torch_on_cpus).start(options)
+    if started.platform == "cpu" and _leaves_cpus_to_torch(options, torch_on_cpus):
+        return TorchBackend.start(options)
+    return started
 
 
-def _start_torch() -> Backend:
-    keep_freed_memory()
-    return Backend("torch", "cpu")
+def expected_backend(options: "RunOptions", *, torch_on_cpus: bool) -> type[Backend]:
+    """The backend that `start_backend` takes, as far as that can be told without importing jax."""
+    if options.backend in BACKENDS:
+        return BACKENDS[options.backend]
+    to_torch = _leaves_cpus_to_torch(options, torch_on_cpus) and has_only_cpus()
+    return TorchBackend if to_torch else JaxBackend
 
 
-def refuse_unknown_to_torch(options: RunOptions) -> None:
-    """Raise `BadSettingError` for flags of the compiled program beside `--backend torch`."""
-    if options.backend == "torch" and (asked := asked_of_jax(options)):
+def _leaves_cpus_to_torch(options: "RunOptions", torch_on_cpus: bool) -> bool:
+    """Whether `auto` is PyTorch on CPUs: it knows all that is asked."""
+    return options.backend == "auto" and torch_on_cpus and not _unknown_to(TorchBackend, options)
+
+
+def refuse_unknown_options(options: "RunOptions") -> None:
+    """Raise `BadSettingError` for options that the backend asked for does not know."""
+    if options.backend in BACKENDS and (unknown := _unknown_to(BACKENDS[options.backend], options)):
         raise BadSettingError(
-            f"--{asked[0]} is for the compiled program: leave it or --backend torch out"
+            f"--{unknown[0]} is for the compiled program: leave it or --backend "
+            f"{options.backend} out"
         )
 
 
-def asked_of_jax(options: RunOptions) -> list[str]:
-    """The options asked for that PyTorch does not know."""
-    return [name for name in options.given() if name in ONLY_JAX]
-
-
-def has_only_cpus() -> bool:
-    """Whether jax has nothing but CPUs, as far as that can be told without importing it.
-
-    The libtpu wheel alone is no TPU: it also compiles for those that are elsewhere (`--topology`).
-    """
-    if platforms := os.environ.get("JAX_PLATFORMS"):
-        return platforms == "cpu"
-    if find_spec("jax_plugins") or entry_points(group="jax_plugins"):
-        return False
-    return find_spec("libtpu") is None or not has_tpu_files(Path("/dev"))
-
-
-def has_tpu_files(folder: Path) -> bool:
-    """Whether a system shows what may be a TPU's chips, among its devices' files."""
-    return any(folder.glob("accel*")) or (folder / "vfio").exists()
+def _unknown_to(backend: type[Backend], options: "RunOptions") -> list[str]:
+    return [name for name in options.given() if name in backend.unknown_options]

@@ -9,24 +9,13 @@ import numpy as np
 import torch
 from jax.experimental import multihost_utils
 
-from common.compute.jax_start import usable_cores
+from common.compute.chips import PEAK_BFLOAT16
+from common.compute.platforms import usable_cores
 from common.compute.sharding import MeshChoice, choose_mesh, name_of
 from common.compute.torchax_runtime import Parameters, to_numpy
-from common.compute.tpu_estimate import CHIPS
 
-# jax's name of a device → FLOPs per second in bfloat16, without sparsity. Sources: as in
-# tpu_estimate.py, cloud.google.com/tpu/docs/v5p and /v4, and NVIDIA's data sheets.
-PEAK_BFLOAT16 = {
-    "TPU v6 lite": CHIPS["v6e"].peak_flops,
-    "TPU v5 lite": CHIPS["v5e"].peak_flops,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-}
 CPU_ALIGNMENT = 64  # bytes
+
 MOST_UNDER_WAY = 256 * 2**20  # bytes of weights that the host holds until they are on the devices
 
 
@@ -59,12 +48,12 @@ class Devices:
         asked: Mapping[str, int] | None,
         *,
         images: int,
-        guided: bool,
+        predictions: int,
         rows_of_levels: Sequence[int],
     ) -> MeshChoice:
         """Settle the mesh by `sharding.choose_mesh`.
 
-        Unless asked, a CPU's cores share images and halves of guidance, never rows.
+        Unless asked, a CPU's cores share images and predictions, never rows.
         """
         on_cores = asked is None and self.platform == "cpu"
         count = len(self.devices)
@@ -72,7 +61,7 @@ class Devices:
             asked,
             devices=min(count, usable_cores()) if on_cores else count,
             images=images,
-            guided=guided,
+            predictions=predictions,
             rows_of_levels=rows_of_levels,
             split_rows=not on_cores,
         )
@@ -124,6 +113,17 @@ class Devices:
                 jax.block_until_ready(parameters[name])
                 under_way = 0
         return parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOnDevices:
+    """A model whose weights are on the devices of a mesh."""
+
+    module: Any  # diffusers' own, for its code
+    parameters: Parameters
+    mesh: jax.sharding.Mesh
+    devices: Devices  # those of the mesh; for ones that are not there, programs can only be lowered
+    operations: str  # fast or torchax
 
 
 def device_facts(mesh: jax.sharding.Mesh, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,27 +1,34 @@
 """Profile compiled programs by jax's profiler, and read its trace."""
 
 import re
-import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import torch
+from jax._src.profiler import _profile_state as jax_profiler_state
 from jax.profiler import ProfileData
 
-from common.compute.jax_start import CompiledProgram
-from common.compute.profile_tables import TracedEvent, covered, make_profile, self_times
+from common.compute.clock import StageReport
+from common.compute.profile_tables import (
+    Profiler,
+    TracedEvent,
+    covered,
+    make_profile,
+    self_times,
+)
+from common.compute.programs import CompiledProgram
 from common.errors import UnfitEnvironmentError, in_one_line
-from common.files.report import Profile, StageReport
+from common.files.report import Profile
 
 NANOSECOND = 1e-9
 STEP = "step"  # the annotation's name
 
 
-class JaxProfiler:
+class JaxProfiler(Profiler):
     """Traces a window of warm steps, and says which operations they spent their time on."""
 
     def __init__(
@@ -35,80 +42,69 @@ class JaxProfiler:
         """
         Args:
             folder: of the trace; jax puts each run's below plugins/profile.
-            steps: to trace; None for work that has none and is one step itself.
+            steps: as `Profiler` takes them.
             programs: the compiled programs, at the end, for the names of their operations.
             model: whose modules those names hold.
         """
+        super().__init__(steps, report)
         self.folder = folder
-        self.steps = range(1) if steps is None else steps
-        self.reported_steps = steps
-        self.report = report
         self.programs = programs
         self.model = model
 
-    def start(self) -> None:
-        """Start to trace; everything handed to the devices before must be done.
-
-        Raises:
-            UnfitEnvironmentError: the folder cannot be written.
-        """
-        with self.report.part("profile"):
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it would slow the host down
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                jax.profiler.start_trace(str(self.folder), profiler_options=options)
-            except (OSError, RuntimeError) as error:
-                raise self._cannot_write(error) from None
-            self._began = time.perf_counter()
+    def _start(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would slow the host down
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(str(self.folder), profiler_options=options)
 
     def step(self, number: int) -> AbstractContextManager[Any]:
-        """Mark what a block hands to the devices as a step."""
         return jax.profiler.StepTraceAnnotation(STEP, step_num=number)
 
-    def stop(self) -> None:
-        """End the trace; everything handed to the devices must be done."""
-        self.window_seconds = time.perf_counter() - self._began
-        with self.report.part("profile"):
-            try:
+    def _stop(self) -> None:
+        try:
+            with self._writing():
                 jax.profiler.stop_trace()
-            except (OSError, RuntimeError) as error:
-                raise self._cannot_write(error) from None
+        finally:
+            # jax keeps a trace that it could not write, and would begin none after it.
+            jax_profiler_state.reset()
 
-    def _cannot_write(self, error: BaseException) -> UnfitEnvironmentError:
-        return UnfitEnvironmentError(
-            f"--profile: no trace can be written to {self.folder} ({in_one_line(error)}): choose "
-            "another --profile_dir"
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise UnfitEnvironmentError(
+                f"--profile: no trace can be written to {self.folder} ({in_one_line(error)}): "
+                "choose another --profile_dir"
+            ) from None
+
+    def _read(self) -> Profile:
+        modules = {name for name, _ in self.model.named_modules()}
+        programs = self.programs.values()
+        names = dict(found for program in programs for found in operation_names(program))
+        trace = max(self.folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+        runs = read_operations(trace)
+        events, idle = [], 0.0
+        for lines in runs.values():
+            spans = [span for line in lines for _, _, span in line]
+            idle += self.window_seconds - covered(spans)
+            for line in lines:
+                seconds = self_times([span for _, _, span in line])
+                for (module, operation, _), second in zip(line, seconds, strict=True):
+                    path = names.get((module, operation), "")
+                    events.append(TracedEvent(operation, module_path(path, modules), second))
+        devices = max(1, len(runs))
+        return make_profile(
+            events,
+            devices=devices,
+            trace=trace,
+            how_to_open=f"open it: xprof --logdir {self.folder} (pip install xprof), or "
+            f"{trace.parent}/*.trace.json.gz in ui.perfetto.dev",
+            steps=self.reported_steps,
+            window_seconds=self.window_seconds,
+            idle_seconds=idle / devices,
         )
-
-    def result(self) -> Profile:
-        """Read the trace."""
-        with self.report.part("profile"):
-            modules = {name for name, _ in self.model.named_modules()}
-            programs = self.programs.values()
-            names = dict(found for program in programs for found in operation_names(program))
-            trace = max(self.folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
-            runs = read_operations(trace)
-            events, idle = [], 0.0
-            for lines in runs.values():
-                spans = [span for line in lines for _, _, span in line]
-                idle += self.window_seconds - covered(spans)
-                for line in lines:
-                    seconds = self_times([span for _, _, span in line])
-                    for (module, operation, _), second in zip(line, seconds, strict=True):
-                        path = names.get((module, operation), "")
-                        events.append(TracedEvent(operation, module_path(path, modules), second))
-            devices = max(1, len(runs))
-            return make_profile(
-                events,
-                devices=devices,
-                trace=trace,
-                how_to_open=f"open it: xprof --logdir {self.folder} (pip install xprof), or "
-                f"{trace.parent}/*.trace.json.gz in ui.perfetto.dev",
-                steps=self.reported_steps,
-                window_seconds=self.window_seconds,
-                idle_seconds=idle / devices,
-            )
 
 
 # An operation: the program it is of, its name there, and its start and end in seconds.

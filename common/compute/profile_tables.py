@@ -1,13 +1,16 @@
 """The operations of a profile: put together, by module, and printed."""
 
 import re
+import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from common.compute.clock import StageReport
 from common.files.report import Operation, Profile
 
 MOST_OPERATIONS = 40  # in a report
@@ -34,22 +37,55 @@ class TracedEvent:
     seconds: float  # self time
 
 
-class Profiler(Protocol):
+class Profiler(ABC):
     """Watches some steps of a stage's work: `start`, each `step`, `stop`, then `result`."""
 
-    steps: range  # to trace
+    def __init__(self, steps: range | None, report: StageReport) -> None:
+        """
+        Args:
+            steps: to trace; None for work that has none and is one step itself.
+        """
+        self.steps = range(1) if steps is None else steps
+        self.reported_steps = steps
+        self.report = report
 
     def start(self) -> None:
-        """Start to trace; everything handed to the devices before must be done."""
+        """Start to trace; everything handed to the devices before must be done.
 
+        Raises:
+            UnfitEnvironmentError: the trace cannot be written.
+        """
+        with self.report.part("profile"):
+            self._start()
+            self._began = time.perf_counter()
+
+    @abstractmethod
     def step(self, number: int) -> AbstractContextManager[Any]:
         """Mark what a block hands to the devices as a step."""
 
     def stop(self) -> None:
-        """End the trace; everything handed to the devices must be done."""
+        """End the trace, and write it; everything handed to the devices must be done.
+
+        Raises:
+            UnfitEnvironmentError: as `start`.
+        """
+        self.window_seconds = time.perf_counter() - self._began
+        with self.report.part("profile"):
+            self._stop()
 
     def result(self) -> Profile:
         """What the trace holds."""
+        with self.report.part("profile"):
+            return self._read()
+
+    @abstractmethod
+    def _start(self) -> None: ...
+
+    @abstractmethod
+    def _stop(self) -> None: ...
+
+    @abstractmethod
+    def _read(self) -> Profile: ...
 
 
 def make_profile(

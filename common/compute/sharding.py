@@ -1,8 +1,8 @@
 """The mesh of devices, and how images, rows of the latent and weights are split over it.
 
-Axes: `data` splits the images of a batch; `cfg` the two halves of guidance; `rows` the rows of the
-latents and of every activation (convolutions exchange their borders, attention splits its queries);
-`tensor` the channels of attention and feed-forward (Megatron-LM, Shoeybi et al. 2019).
+Axes: `data` splits the images of a batch; `cfg` the two predictions of guidance; `rows` the rows of
+the latents and of every activation (convolutions exchange their borders, attention splits its
+queries); `tensor` the channels of attention and feed-forward (Megatron-LM, Shoeybi et al. 2019).
 """
 
 import math
@@ -73,20 +73,20 @@ def choose_mesh(
     *,
     devices: int,
     images: int,
-    guided: bool,
+    predictions: int,
     rows_of_levels: Sequence[int],
     split_rows: bool = True,
 ) -> MeshChoice:
     """Settle the mesh.
 
     Without a wish, images go to devices of their own as far as they divide evenly; the devices
-    that are left for each image split the halves of its guidance, then its rows.
+    that are left for each image split its predictions, then its rows.
 
     Args:
         asked: as `parse_mesh` gives it; None to choose.
         devices: how many there are.
         images: of one group.
-        guided: whether there are two halves.
+        predictions: the most that a step makes of an image; guidance makes two.
         rows_of_levels: rows of the activations at each level of the model; `rows` must divide all.
         split_rows: whether rows are split without a wish; else devices may stay idle.
 
@@ -94,7 +94,7 @@ def choose_mesh(
         BadSettingError: there are fewer devices than asked for.
     """
     if asked is None:
-        wanted = _mesh_by_default(devices, images, guided, split_rows)
+        wanted = _mesh_by_default(devices, images, predictions, split_rows)
     else:
         wanted = {**SINGLE, **asked}
         needed = math.prod(wanted.values())
@@ -117,12 +117,15 @@ def choose_mesh(
     )
 
 
-def _mesh_by_default(devices: int, images: int, guided: bool, split_rows: bool) -> dict[str, int]:
+def _mesh_by_default(
+    devices: int, images: int, predictions: int, split_rows: bool
+) -> dict[str, int]:
+    in_pairs = predictions % 2 == 0
     if not split_rows:
         data = max(d for d in range(1, devices + 1) if images % d == 0)
-        return SINGLE | {"data": data, "cfg": 2 if guided and devices // data > 1 else 1}
+        return SINGLE | {"data": data, "cfg": 2 if in_pairs and devices // data > 1 else 1}
     data = max(d for d in _divisors(devices) if images % d == 0)
-    cfg = 2 if guided and devices // data % 2 == 0 else 1
+    cfg = 2 if in_pairs and devices // data % 2 == 0 else 1
     return SINGLE | {"data": data, "cfg": cfg, "rows": devices // data // cfg}
 
 
@@ -207,8 +210,8 @@ def axis_to_spread(mesh: "Mesh", weights_bytes: int, memory_bytes: int | None) -
 class ActivationLayout:
     """How a model's activations [N, C, h, w] and [N, h·w, C] are split.
 
-    Guided, the N rows of a batch are two for each image, and `cfg` splits them like more images.
-    Without guidance the devices of the other half take a share of the rows, where that divides.
+    N counts the predictions of each image, which `cfg` splits like more images. In a step whose
+    predictions it does not divide, its devices take a share of the rows, where that divides.
     """
 
     mesh: "Mesh"
@@ -216,9 +219,11 @@ class ActivationLayout:
     rows: tuple[str, ...]
 
     @classmethod
-    def of(cls, mesh: "Mesh", *, guided: bool, rows_of_levels: Sequence[int]) -> "ActivationLayout":
-        """The layout of the guided program, or of the one that computes one half."""
-        if guided:
+    def of(
+        cls, mesh: "Mesh", *, predictions: int, rows_of_levels: Sequence[int]
+    ) -> "ActivationLayout":
+        """The layout of the program that makes so many predictions of each image."""
+        if predictions > 1 and predictions % mesh.shape["cfg"] == 0:
             return cls(mesh, ("data", "cfg"), ("rows",))
         if math.gcd(*rows_of_levels) % (mesh.shape["rows"] * mesh.shape["cfg"]) == 0:
             return cls(mesh, ("data",), ("rows", "cfg"))
@@ -228,8 +233,8 @@ class ActivationLayout:
         """The number of parts that mesh axes split into."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def freed_half(self) -> str:
-        """What the devices of the other half do in steps without guidance, in words."""
+    def cfg_devices_do(self) -> str:
+        """What the devices of `cfg` do in a step that has one prediction, in words."""
         if "cfg" in self.rows:
             return "the devices of the other half take their share of the rows"
         return "the devices of the other half compute the same as their twins"

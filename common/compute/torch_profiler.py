@@ -1,6 +1,5 @@
 """Profile torch modules by torch's own profiler."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -9,15 +8,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from common.compute.profile_tables import TracedEvent, covered, make_profile
+from common.compute.clock import StageReport
+from common.compute.profile_tables import Profiler, TracedEvent, covered, make_profile
 from common.errors import UnfitEnvironmentError
-from common.files.report import Profile, StageReport
+from common.files.report import Profile
 
 MICROSECOND = 1e-6
 MODULE, STEP = "module: ", "step: "  # how the trace marks ranges of modules and of steps
 
 
-class TorchProfiler:
+class TorchProfiler(Profiler):
     """Traces a window of steps, and says which operations they spent their time on."""
 
     def __init__(
@@ -30,70 +30,54 @@ class TorchProfiler:
         """
         Args:
             file: the trace's.
-            steps: to trace; None for work that has none and is one step itself.
+            steps: as `Profiler` takes them.
             modules: whose submodules the trace and the table name.
         """
+        super().__init__(steps, report)
         self.file = file
-        self.steps = range(1) if steps is None else steps
-        self.reported_steps = steps
-        self.report = report
         self.modules = modules
         self._open = ExitStack()
 
-    def start(self) -> None:
-        """Start to trace."""
-        with self.report.part("profile"):
-            self._open.enter_context(_named_in_trace(self.modules))
-            self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU]))
-            self._began = time.perf_counter()
+    def _start(self) -> None:
+        self._open.enter_context(_named_in_trace(self.modules))
+        self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU]))
 
     def step(self, number: int) -> AbstractContextManager[Any]:
-        """Mark what a block computes as a step."""
         return record_function(f"{STEP}{number}")
 
-    def stop(self) -> None:
-        """End the trace, and write it.
+    def _stop(self) -> None:
+        self._open.close()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(self.file))
+        except (OSError, RuntimeError) as error:
+            raise UnfitEnvironmentError(
+                f"--profile: {self.file} cannot be written ({error}): choose another --profile_dir"
+            ) from None
 
-        Raises:
-            UnfitEnvironmentError: the folder cannot be written.
-        """
-        self.window_seconds = time.perf_counter() - self._began
-        with self.report.part("profile"):
-            self._open.close()
-            try:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                self._profile.export_chrome_trace(str(self.file))
-            except (OSError, RuntimeError) as error:
-                raise UnfitEnvironmentError(
-                    f"--profile: {self.file} cannot be written ({error}): choose another "
-                    "--profile_dir"
-                ) from None
-
-    def result(self) -> Profile:
-        """Read the trace."""
-        with self.report.part("profile"):
-            found = [
-                event
-                for event in self._profile.events() or []
-                if not event.name.startswith((MODULE, STEP))
-            ]
-            events = [
-                TracedEvent(event.name, _module_of(event), event.self_cpu_time_total * MICROSECOND)
-                for event in found
-            ]
-            spans = [
-                (event.time_range.start * MICROSECOND, event.time_range.end * MICROSECOND)
-                for event in found
-            ]
-            return make_profile(
-                events,
-                devices=1,
-                trace=self.file,
-                how_to_open=f"open it: {self.file} in ui.perfetto.dev",
-                steps=self.reported_steps,
-                window_seconds=self.window_seconds,
-                idle_seconds=self.window_seconds - covered(spans),
-            )
+    def _read(self) -> Profile:
+        found = [
+            event
+            for event in self._profile.events() or []
+            if not event.name.startswith((MODULE, STEP))
+        ]
+        events = [
+            TracedEvent(event.name, _module_of(event), event.self_cpu_time_total * MICROSECOND)
+            for event in found
+        ]
+        spans = [
+            (event.time_range.start * MICROSECOND, event.time_range.end * MICROSECOND)
+            for event in found
+        ]
+        return make_profile(
+            events,
+            devices=1,
+            trace=self.file,
+            how_to_open=f"open it: {self.file} in ui.perfetto.dev",
+            steps=self.reported_steps,
+            window_seconds=self.window_seconds,
+            idle_seconds=self.window_seconds - covered(spans),
+        )
 
 
 def _module_of(event: Any) -> str:

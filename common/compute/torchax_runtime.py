@@ -5,6 +5,7 @@ jax traces it; weights are arguments of the traced function, never constants ins
 """
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,10 @@ with warnings.catch_warnings():
 
 Parameters = dict[str, Array]
 
+# A trace changes torchax's only environment and the module that is traced. A thread may trace one
+# module within another.
+_traces = threading.RLock()
+
 
 def as_jax_function(
     module: torch.nn.Module,
@@ -78,9 +83,9 @@ def as_jax_function(
         given: Mapping[str, Array] | None = None,
         **kwargs: Any,
     ) -> Any:
-        environment = torchax.default_env()  # making it takes time the first time
         with (
-            environment,
+            _traces,
+            torchax.default_env() as environment,  # making it takes time the first time
             _replaced(environment, replacements or {}),
             _watched(module, finish),
             bypassed(module, interop.torch_view(dict(given or {}))),
@@ -103,14 +108,14 @@ def _replaced(
 ) -> Iterator[None]:
     """Override torchax's operations for the time of a trace."""
     before = {operation: environment._ops.get(operation) for operation in replacements}
-    for operation, function in replacements.items():
-        environment.override_op_definition(operation, _of_torch_tensors(environment, function))
     try:
+        for operation, function in replacements.items():
+            environment.override_op_definition(operation, _of_torch_tensors(environment, function))
         yield
     finally:
         for operation, definition in before.items():
             if definition is None:
-                del environment._ops[operation]
+                environment._ops.pop(operation, None)
             else:
                 environment._ops[operation] = definition
 

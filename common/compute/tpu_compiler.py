@@ -4,40 +4,29 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import messages
 from common.compute import tpu_estimate
+from common.compute.chips import CHIPS, Chip
 from common.compute.sharding import name_of
-from common.compute.tpu_estimate import CHIPS, Chip
 from common.errors import (
     OUT_OF_DEVICE_MEMORY,
     BadSettingError,
     UnfitEnvironmentError,
     in_one_line,
 )
-from common.models.checkpoint import Checkpoint, open_checkpoint
-from common.models.weights import quiet_libraries
-from common.runs import flags
-from common.runs.generation import (
-    GenerationConfig,
-    ModelSettings,
-    RunOptions,
-    check_size,
-    read_generation_config,
-    read_run_options,
-    read_run_settings,
-    resolve,
-)
 from common.whole_files import write_text_whole
 
 if TYPE_CHECKING:
-    from common.compute.devices import Devices
+    from jax.sharding import Mesh
+
 
 FORM = re.compile(r"(\w+):(\d+x\d+(?:x\d+)?)")
-COMPILED_BY = ("backend", "mesh", "batch_size", "steps_per_call", "operations")  # options
 
 
 def chip_of(topology: str) -> Chip:
@@ -91,115 +80,36 @@ def devices_of(topology: str) -> list[Any]:
     return list(description.devices)
 
 
-def prepare(
-    topology: str,
-    parameters: Mapping[str, Any],
-    source_dir: Path | None,
-    stage_dtype: str,
-    components: Sequence[str],
-) -> "tuple[Chip, GenerationConfig, Checkpoint, RunOptions, Devices]":
-    """What a stage compiles for a TPU that is not there: its chip, settings, configs and devices.
+@dataclass(frozen=True, kw_only=True)
+class EstimateOf:
+    """What an estimate is of."""
 
-    Settings are the built-in ones and the flags, or those of the run in `source_dir`; of the
-    checkpoint only configs are read. Imports jax and torchax.
-    """
-    chip = chip_of(topology)
-    options = read_run_options(parameters)
-    refuse_flags_of_a_run(options, parameters)
-    prepare_environment()
-    config, checkpoint = read_settings(source_dir, parameters, stage_dtype, components)
-    quiet_libraries()
-    from common.compute.devices import Devices
-
-    devices = Devices.described(devices_of(topology), int(chip.memory_bytes))
-    return chip, config, checkpoint, options, devices
-
-
-def refuse_flags_of_a_run(options: RunOptions, parameters: Mapping[str, Any]) -> None:
-    """Raise `BadSettingError` for flags that would change nothing in what is compiled."""
-    if options.backend == "torch":
-        raise BadSettingError("--topology compiles by jax: leave it or --backend torch out")
-    asked = [name for name in options.given() if name not in COMPILED_BY]
-    asked += [name for name in ("wait", "skip_fresh") if parameters.get(name)]
-    if asked:
-        # The last: --profile_dir asks for --profile as well.
-        raise BadSettingError(
-            f"--{asked[-1]} is for a run, and --topology only compiles: leave one of them out"
-        )
-
-
-def read_settings(
-    source_dir: Path | None,
-    parameters: Mapping[str, Any],
-    stage_dtype: str,
-    components: Sequence[str],
-) -> tuple[GenerationConfig, Checkpoint]:
-    """The settings to compile for: those of a run, or the built-in ones, with the flags."""
-    if source_dir is not None:
-        config = read_generation_config(source_dir)
-        config, _ = flags.apply_overrides(config, parameters, stage_dtype)
-        checkpoint = _open_configs(config, components)
-        check_size(config, checkpoint.vae_scale_factor)
-        return config, checkpoint
-    settings = read_run_settings(None, flags.given_settings(parameters, stage_dtype))
-    checkpoint = _open_configs(settings, components)
-    config = resolve(
-        settings, native_size=checkpoint.native_size, size_factor=checkpoint.vae_scale_factor
-    )
-    return config, checkpoint
-
-
-def _open_configs(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
-    """A checkpoint of which no weights are needed."""
-    checkpoint = open_checkpoint(settings, ())
-    checkpoint.check_supported(components)
-    return checkpoint
-
-
-def pictures_shape(text: str | None, config: GenerationConfig, factor: int) -> tuple[int, int, int]:
-    """Number, height and width of the pictures to decode, as `N,H,W` or else by the settings.
-
-    Args:
-        factor: what height and width must be multiples of.
-
-    Raises:
-        BadSettingError: not of that form, or no such multiples.
-    """
-    if text is None:
-        return len(config.image_seeds()), config.height, config.width
-    match = re.fullmatch(r"([1-9]\d{0,5}),([1-9]\d{0,5}),([1-9]\d{0,5})", text)
-    if match is None:
-        raise BadSettingError(f"--pictures_shape {text} is not understood: give N,HEIGHT,WIDTH")
-    count, height, width = map(int, match.groups())
-    if height % factor or width % factor:
-        raise BadSettingError(
-            f"--pictures_shape {text}: give height and width as multiples of {factor}, which the "
-            f"checkpoint {config.model_id} needs"
-        )
-    return count, height, width
+    title: str
+    topology: str
+    chip: Chip
+    mesh: "Mesh"
+    images: int  # that one call works on
+    steps: int  # of the program's loop, to make them; 0 without a loop
 
 
 def compile_and_say(
     lower: Callable[[], Any],
-    chip: Chip,
-    mesh: Any,
+    estimate_of: EstimateOf,
     *,
-    title: str,
-    images: int,
-    steps: int,
-    topology: str,
-    hlo_file: Path | None,
-    json_file: Path | None,
+    hlo_file: Path | None = None,
+    json_file: Path | None = None,
 ) -> None:
     """Compile a program and print what it would need and cost.
 
     Args:
         lower: traces the program.
-        images: that one call works on.
-        steps: of the program's loop, to make them; 0 without a loop.
         hlo_file: to write the compiled program to.
         json_file: to write all figures to.
+
+    Raises:
+        UnfitEnvironmentError: it does not fit into a chip's memory.
     """
+    chip = estimate_of.chip
     began = time.perf_counter()
     lowered = lower()
     traced = time.perf_counter()
@@ -209,35 +119,41 @@ def compile_and_say(
         if OUT_OF_DEVICE_MEMORY not in str(error):
             raise
         raise UnfitEnvironmentError(
-            f"{title} does not fit into the {chip.memory_bytes / 1e9:.0f} GB of a {chip.name} "
-            f"({in_one_line(error)}): ask for fewer pictures at once, or more chips"
+            f"{estimate_of.title} does not fit into the {chip.memory_bytes / 1e9:.0f} GB of a "
+            f"{chip.name} ({in_one_line(error)}): ask for fewer pictures at once, or more chips"
         ) from None
     compile_seconds = time.perf_counter() - traced
     text = compiled.as_text()
     if hlo_file is not None:
         write_text_whole(hlo_file, text)
-    once, step = tpu_estimate.estimate(text, chip)
-    seconds = once.total_seconds + steps * step.total_seconds
-    memory = tpu_estimate.memory_of(compiled)
-    content = {
-        "title": title,
-        "topology": topology,
-        "chips": mesh.size,
-        "mesh": name_of(mesh),
-        "images": images,
-        "steps": steps,
+    content = _figures(estimate_of, text, tpu_estimate.memory_of(compiled)) | {
         "trace_seconds": traced - began,
         "compile_seconds": compile_seconds,
+    }
+    if json_file is not None:
+        write_text_whole(json_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    messages.say(in_words(content))
+
+
+def _figures(estimate_of: EstimateOf, hlo: str, memory: dict[str, int]) -> dict[str, Any]:
+    """A compiled program's figures by their names, from its text and `memory_of` it."""
+    chip, steps = estimate_of.chip, estimate_of.steps
+    once, step = tpu_estimate.estimate(hlo, chip)
+    seconds = once.total_seconds + steps * step.total_seconds
+    return {
+        "title": estimate_of.title,
+        "topology": estimate_of.topology,
+        "chips": estimate_of.mesh.size,
+        "mesh": name_of(estimate_of.mesh),
+        "images": estimate_of.images,
+        "steps": steps,
         "memory_bytes": memory,
         "chip_memory_bytes": chip.memory_bytes,
         "fits": memory["total"] <= chip.memory_bytes,
         "once": once.as_json(),
         "step": step.as_json(),
-        "images_per_second": images / seconds,
+        "images_per_second": estimate_of.images / seconds,
     }
-    if json_file is not None:
-        write_text_whole(json_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    flags.say(in_words(content))
 
 
 def in_words(content: Mapping[str, Any]) -> str:

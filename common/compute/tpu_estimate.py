@@ -21,50 +21,23 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from common.compute.chips import Chip
 
-@dataclass(frozen=True, kw_only=True)
-class Chip:
-    """What one chip can do."""
-
-    name: str
-    peak_flops: float  # bfloat16, per second
-    memory_bytes: float
-    memory_rate: float  # bytes per second
-    clock: float  # cycles per second
-    link_rate: float  # bytes per second that a collective is counted with
-
-
-# Peak, memory, its rate and the links' rate (3200 and 1600 Gbit/s): the table of
-# cloud.google.com/tpu/docs/v6e. Clock: what the peak gives for four matrix units of 256 × 256 (v6e)
-# and of 128 × 128 (v5e).
-CHIPS = {
-    "v6e": Chip(
-        name="v6e",
-        peak_flops=918e12,
-        memory_bytes=32e9,
-        memory_rate=1638e9,
-        clock=1.75e9,
-        link_rate=400e9,
-    ),
-    "v5e": Chip(
-        name="v5e",
-        peak_flops=197e12,
-        memory_bytes=16e9,
-        memory_rate=819e9,
-        clock=1.5e9,
-        link_rate=200e9,
-    ),
-}
 COLLECTIVE_LATENCY = 5e-6  # seconds
+
 EXPONENTIALS_PER_CYCLE = 2048
+
 PARTS = ("convolution", "attention", "linear", "norm", "copies", "other", "collectives")
+
 ITEM_BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
     **dict.fromkeys(("f32", "s32", "u32"), 4),
     **dict.fromkeys(("f64", "s64", "u64"), 8),
 }
+
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
+
 MOVING = ("copy", "pad", "transpose", "bitcast", "reshape", "slice", "concatenate", "broadcast")
 
 
@@ -118,7 +91,9 @@ class Instruction:
 INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w-]+)\("
 )
+
 COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+
 SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from common.conditions.prompt_settings import PromptSettings, ResolvedPrompts
 from common.errors import BadSettingError, in_one_line
 from common.files.kept_progress import Progress
-from common.runs.flags import say
-from common.runs.generation import GenerationConfig, PromptSettings
+from common.messages import say
 from common.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def has_two_encoders(pipeline: Any) -> bool:
 
 def encode_prompts(
     pipeline: Any,
-    config: GenerationConfig,
+    config: ResolvedPrompts,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
 ) -> "dict[str, torch.Tensor]":
@@ -58,7 +58,7 @@ def encode_prompts(
 
 
 def _encode_with_diffusers(
-    pipeline: Any, config: GenerationConfig, progress: Progress | None, stop: StopRequest | None
+    pipeline: Any, config: ResolvedPrompts, progress: Progress | None, stop: StopRequest | None
 ) -> "dict[str, torch.Tensor]":
     """One prompt at a time, so that its embeddings are the same bits in any company."""
     import torch
@@ -156,7 +156,7 @@ def _finished_groups(progress: Progress | None) -> "list[dict[str, torch.Tensor]
     return groups
 
 
-def _chunks_of(prompt: PromptSettings, pipeline: Any, config: GenerationConfig) -> Chunks:
+def _chunks_of(prompt: PromptSettings, pipeline: Any, config: ResolvedPrompts) -> Chunks:
     """Each text of a prompt in the chunks that are encoded; None stays none."""
     texts = {name: getattr(prompt, name) for name in TEXTS}
     if config.long_prompts == "cut":
@@ -209,7 +209,7 @@ def split_at_words(text: str, count: Callable[[str], int], room: int) -> list[st
     return pieces or [text]
 
 
-def cut_prompts(pipeline: Any, config: GenerationConfig) -> list[str]:
+def cut_prompts(pipeline: Any, config: ResolvedPrompts) -> list[str]:
     """Say which words of a prompt are beyond the tokenizer's 77 tokens and so not seen."""
     if config.prompt_weighting is not None:
         return []
@@ -233,7 +233,7 @@ def cut_prompts(pipeline: Any, config: GenerationConfig) -> list[str]:
     return lines
 
 
-def _encode_with_compel(pipeline: Any, config: GenerationConfig) -> "dict[str, torch.Tensor]":
+def _encode_with_compel(pipeline: Any, config: ResolvedPrompts) -> "dict[str, torch.Tensor]":
     """All prompts in compel's syntax, its chunks filled up to one length.
 
     Raises:

@@ -1,13 +1,122 @@
 """SDXL's size conditions: what its UNet is told of the picture's size and crop."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
+from pydantic import Field, ValidationInfo, field_validator
+
+from common.conditions.base import UNCONDITIONAL, Condition, ImagesOfGroup
+from common.declared import LATENTS, SAMPLING, SIZES, Settings, setting
 from common.errors import BadSettingError
-from common.models.checkpoint import Checkpoint
-from common.runs.generation import SIZE_CONDITIONS, GenerationConfig
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_PIXELS = 16_384  # a side
+Pixels = Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
 
 
-def time_ids(config: GenerationConfig) -> dict[str, list[int]]:
+def _size(text: str, metavar: str, default: Any = None) -> Any:
+    """Declare a size condition; recipes hold what the UNet is told in the end (`time_ids`)."""
+    return setting(
+        default,
+        text,
+        metavar=metavar,
+        group=SIZES,
+        shapes=(LATENTS,),
+        recorded=False,
+        kind=str,
+        shown="",
+    )
+
+
+class SizeSettings(Settings):
+    """(height, width) and (top, left) in pixels; None: diffusers' defaults."""
+
+    original_size: tuple[Pixels, Pixels] | None = _size("Of the picture before its crop.", "H,W")
+    target_size: tuple[Pixels, Pixels] | None = _size("Of the picture wanted.", "H,W")
+    crops_coords_top_left: tuple[Pixels, Pixels] = _size("The crop's corner.", "Y,X", (0, 0))
+    negative_original_size: tuple[Pixels, Pixels] | None = _size(
+        "For the unconditional half.", "H,W"
+    )
+    negative_target_size: tuple[Pixels, Pixels] | None = _size(
+        "Likewise; needs the one before.", "H,W"
+    )
+    negative_crops_coords_top_left: tuple[Pixels, Pixels] = _size(
+        "Likewise; needs both.", "Y,X", (0, 0)
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_in_a_flag(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name not in SizeSettings.model_fields:
+            return value
+        numbers = value.split(",") if isinstance(value, str) else value
+        if isinstance(numbers, list | tuple) and len(numbers) != 2:
+            raise ValueError("give two numbers of pixels, as 1024,1024")
+        return numbers
+
+
+class AskedSize(Settings):
+    """The pictures' size as it is asked for; None: the checkpoint's own."""
+
+    height: int | None = setting(
+        None,
+        "Height.",
+        metavar="PIXELS",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        shown="the checkpoint's own",
+        ge=8,
+        le=MOST_PIXELS,
+    )
+    width: int | None = setting(
+        None,
+        "Width.",
+        metavar="PIXELS",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        shown="the checkpoint's own",
+        ge=8,
+        le=MOST_PIXELS,
+    )
+
+
+class ResolvedSize(SizeSettings):
+    """The pictures' size, resolved, and what SDXL's UNet is told of it."""
+
+    height: int = Field(ge=8, le=MOST_PIXELS)
+    width: int = Field(ge=8, le=MOST_PIXELS)
+
+
+class SizeCondition(Condition):
+    """SDXL's pooled embeddings and size conditions."""
+
+    settings = SizeSettings
+
+    def __init__(self, time_ids: Mapping[str, list[int]]) -> None:
+        self.time_ids = time_ids
+
+    @classmethod
+    def of(cls, config: Any, unet_config: Mapping[str, Any]) -> Self | None:
+        return cls(time_ids(config)) if takes_sizes(unet_config) else None
+
+    def prepare(self, images: ImagesOfGroup, prediction: str) -> "dict[str, torch.Tensor]":
+        """text_embeds [B, E]; time_ids [B, 6], float32 because bfloat16 rounds them."""
+        import torch
+
+        sign = "negative_" if prediction == UNCONDITIONAL else ""
+        ids = [float(number) for number in self.time_ids[f"{sign}time_ids"]]
+        return {
+            "text_embeds": images.of_prediction("pooled_prompt_embeds", prediction),
+            "time_ids": torch.tensor([ids]).repeat(images.count, 1),
+        }
+
+    def tell(self, tensors: Mapping[str, Any], call: dict[str, Any]) -> None:
+        call["added_cond_kwargs"] = {key: tensors[key] for key in ("text_embeds", "time_ids")}
+
+
+def time_ids(config: ResolvedSize) -> dict[str, list[int]]:
     """SDXL's size conditions: original size, the crop's corner, target size.
 
     As in diffusers' pipeline, the unconditional half has its own only where both of its sizes are
@@ -29,23 +138,29 @@ def time_ids(config: GenerationConfig) -> dict[str, list[int]]:
     return {"time_ids": positive, "negative_time_ids": negative}
 
 
-def has_own_negative(config: GenerationConfig) -> bool:
+def has_own_negative(config: SizeSettings) -> bool:
     """Whether the unconditional half has size conditions of its own, as in diffusers' pipeline."""
     return config.negative_original_size is not None and config.negative_target_size is not None
 
 
-def size_condition_settings(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The size conditions as settings, where the UNet takes them.
+def takes_sizes(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is told sizes, as SDXL's is."""
+    return unet_config.get("addition_embed_type") == "text_time"
+
+
+def recorded_sizes(
+    config: ResolvedSize, unet_config: Mapping[str, Any], model_id: str
+) -> dict[str, Any]:
+    """The size conditions as recipes hold them, where the UNet takes them.
 
     Raises:
         BadSettingError: they are given for a UNet that takes none.
     """
-    if checkpoint.config("unet").get("addition_embed_type") == "text_time":
+    if takes_sizes(unet_config):
         return dict(time_ids(config))
-    plain = GenerationConfig.model_fields
-    given = [name for name in SIZE_CONDITIONS if getattr(config, name) != plain[name].default]
-    if given:
-        raise BadSettingError(
-            f"--{given[0]} is for SDXL checkpoints; the UNet of {config.model_id} takes no sizes"
-        )
+    for name, field in SizeSettings.model_fields.items():
+        if getattr(config, name) != field.default:
+            raise BadSettingError(
+                f"--{name} is for SDXL checkpoints; the UNet of {model_id} takes no sizes"
+            )
     return {}

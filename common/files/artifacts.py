@@ -7,63 +7,41 @@ that the present settings, inputs and weights give.
 """
 
 import hashlib
-import json
 import math
 import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.errors import BadInputFileError, NotFiniteError, first_refusal, shorten
+from common.errors import BadInputFileError, NotFiniteError, first_refusal
+from common.files.recipe import (
+    Recipe,
+    age_of_format,
+    difference,
+    refuse_other_format,
+    to_json,
+)
+from common.files.run_files import MAKERS, how_to_remake
 from common.text_files import parse_json
 from common.whole_files import write_bytes_whole
 
 if TYPE_CHECKING:
     import torch
 
+
 HEADER_KEY = "staged_diffusion"
-EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
-LATENTS_FILE = "stage2_latents.safetensors"
-TRAJECTORY_FILE = "stage2_trajectory.safetensors"
-MAKERS = {
-    EMBEDDINGS_FILE: "python stages/stage1_text_encoder.py",
-    LATENTS_FILE: "python stages/stage2_unet.py",
-    TRAJECTORY_FILE: "python stages/stage2_unet.py --save_trajectory N",
-}
+
 # Ours hold the prompts; a forged one of this size takes less than a GB as Python's objects.
 MOST_HEADER_BYTES = 16_000_000
+
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
     **{"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
 }
-
-
-class Recipe(BaseModel):
-    """All that determines a file's content; its hash is the file's fingerprint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
-    stage: int
-    settings: dict[str, Any]  # of this stage and of those before it
-    inputs: dict[str, str]  # file name → data_sha256
-    weights: dict[str, str]  # component → hash of its weights and config
-    versions: dict[str, str]  # package → version
-
-    @field_validator("settings")
-    @classmethod
-    def _as_read_back(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Tuples become lists, so that a new recipe compares with one from a file."""
-        return dict(json.loads(_to_json(settings)))
-
-    def fingerprint(self) -> str:
-        """sha256 of the recipe as JSON with sorted keys."""
-        return hashlib.sha256(_to_json(self.model_dump()).encode()).hexdigest()
 
 
 class Header(BaseModel):
@@ -77,7 +55,7 @@ class Header(BaseModel):
     fingerprint: str
 
     def to_json(self) -> str:
-        return _to_json(self.model_dump())
+        return to_json(self.model_dump())
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> "Header":
@@ -86,6 +64,7 @@ class Header(BaseModel):
         Raises:
             BadInputFileError: it is not a header of this format.
         """
+        refuse_other_format(path, _format_of(text), how_to_remake(path))
         try:
             header = cls.model_validate_json(text)
         except ValidationError as error:
@@ -98,6 +77,14 @@ class Header(BaseModel):
                 f"records); {how_to_remake(path)}"
             )
         return header
+
+
+def _format_of(header: str) -> Any:
+    """The format that a header names; None where it names none."""
+    try:
+        return parse_json(header)["recipe"]["format_version"]
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -116,33 +103,6 @@ class Artifact:
     header: Header | None
     data_sha256: str
     tensors: dict[str, TensorLayout]
-
-
-def recipe_of_trajectory(latents: Recipe, every: int) -> Recipe:
-    """All that determines a trajectory: what determines its latents, and its steps."""
-    settings = latents.settings | {"save_trajectory": every}
-    return latents.model_copy(update={"settings": settings})
-
-
-def recipe_of_its_latents(trajectory: Recipe) -> Recipe:
-    """The recipe of the latents that a trajectory ends in."""
-    settings = {k: v for k, v in trajectory.settings.items() if k != "save_trajectory"}
-    return trajectory.model_copy(update={"settings": settings})
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-
-
-def how_to_remake(path: Path) -> str:
-    """The end of an error's sentence: the command that makes the file again."""
-    maker = MAKERS.get(path.name)
-    return f"make it again: {maker} --output_dir {path.parent}" if maker else "make it again"
-
-
-def package_versions(*packages: str) -> dict[str, str]:
-    """Versions of the packages whose arithmetic a stage's result depends on."""
-    return {package: version(package) for package in packages}
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -362,33 +322,16 @@ def why_stale(path: Path, expected: Recipe, *, verify: bool = True) -> str | Non
     try:
         header = inspect(path, verify=verify).header
     except BadInputFileError:
-        return f"{path.name} is damaged"
+        age = _age_of(path)
+        return f"{path.name} is damaged" if age is None else f"{path.name} is of {age} format"
     if header is None:
         return f"{path.name} has no header of ours"
     return difference(header.recipe, expected)
 
 
-def difference(made: Recipe, expected: Recipe) -> str | None:
-    """The differences between two recipes in words, such as "seed 42 → 43"; None where equal."""
-    if made.fingerprint() == expected.fingerprint():
+def _age_of(path: Path) -> str | None:
+    """Whether another version of this program made a file, as "an older" or "a newer"."""
+    try:
+        return age_of_format(_format_of(_read_layout(path).metadata.get(HEADER_KEY, "")))
+    except BadInputFileError:
         return None
-    words = []
-    for field in ("settings", "inputs", "weights", "versions"):
-        old, new = getattr(made, field), getattr(expected, field)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key):
-                continue
-            if field in ("inputs", "weights"):
-                words.append(f"{key} changed" if field == "inputs" else f"weights of {key} changed")
-            else:
-                words.append(f"{key} {' → '.join(_brief_pair(old.get(key), new.get(key)))}")
-    return ", ".join(words) or "made by another format version"
-
-
-def _brief_pair(old: Any, new: Any) -> tuple[str, str]:
-    """Two values in some forty characters each, those where they begin to differ."""
-    texts = [value if isinstance(value, str) else _to_json(value) for value in (old, new)]
-    same = next((k for k, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), 0)
-    skipped = max(0, same - 15) if max(map(len, texts)) > 40 else 0
-    cut = [shorten(f"…{text[skipped:]}" if skipped else text, 40) for text in texts]
-    return cut[0], cut[1]

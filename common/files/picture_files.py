@@ -4,27 +4,35 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
+from common.declared import PICTURES
 from common.files.artifacts import HEADER_KEY
-from common.runs.generation import ImageFormat
+from common.files.recipe import FORMAT_VERSION, refuse_other_format
+from common.files.stage_table import maker_of
 from common.whole_files import remove_file
+
+ImageFormat = Literal["png", "webp", "jpg"]
 
 # Grids of many pictures are larger than Pillow lets pass; this is some 2 GB decoded.
 Image.MAX_IMAGE_PIXELS = 350_000_000
+
 USER_COMMENT = int(ExifTags.Base.UserComment)
 EXIF_FOLDER = int(ExifTags.IFD.Exif)
 # The EXIF standard's mark of a user comment in UTF-16.
 UNICODE_MARK = b"UNICODE\0"
 LOSSY_QUALITY = 95
+
 OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid|trajectory)\.(png|webp|jpg)")
 TRAJECTORY_STRIP, TRAJECTORY_ANIMATION = "output_trajectory.png", "output_trajectory.webp"
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 200, 1500
+
+WEB_UI_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model")  # others follow
 
 
 def picture_names(count: int, image_format: ImageFormat) -> tuple[list[str], str | None]:
@@ -47,20 +55,22 @@ def hash_pixels(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
-def encode_picture(pixels: np.ndarray, suffix: str, record: dict[str, Any]) -> bytes:
+def encode_picture(
+    pixels: np.ndarray, suffix: str, record: dict[str, Any], parameters: str
+) -> bytes:
     """The file of a picture [H, W, 3] uint8, with `record` as JSON in its metadata.
 
-    PNG: a text chunk, and `parameters` as web UIs write it. WebP (lossless) and JPEG: the EXIF
-    user comment.
+    PNG: a text chunk, and another one for web UIs. WebP (lossless) and JPEG: the EXIF user comment.
 
     Args:
         suffix: .png, .webp or .jpg.
+        parameters: the text for web UIs, as `web_ui_parameters` gives it.
     """
     image, file = Image.fromarray(pixels), io.BytesIO()
     if suffix == ".png":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_itxt(HEADER_KEY, _to_text(record))
-        chunks.add_itxt("parameters", web_ui_parameters(record["settings"]))
+        chunks.add_itxt("parameters", parameters)
         image.save(file, format="PNG", pnginfo=chunks)
     elif suffix == ".webp":
         image.save(file, format="WEBP", lossless=True, exif=_exif(record))
@@ -88,7 +98,8 @@ def encode_animation(frames: Sequence[np.ndarray], record: dict[str, Any]) -> by
 
 
 def _to_text(record: dict[str, Any]) -> str:
-    return json.dumps(record, sort_keys=True, ensure_ascii=False)
+    content = {"format_version": FORMAT_VERSION, **record}
+    return json.dumps(content, sort_keys=True, ensure_ascii=False)
 
 
 def _exif(record: dict[str, Any]) -> Image.Exif:
@@ -98,7 +109,11 @@ def _exif(record: dict[str, Any]) -> Image.Exif:
 
 
 def read_picture_record(path: Path) -> dict[str, Any] | None:
-    """Decode a picture fully and read the record inside. None: damaged, or no record of ours."""
+    """Decode a picture fully and read the record inside. None: damaged, or no record of ours.
+
+    Raises:
+        BadInputFileError: another version of this program made it.
+    """
     try:
         with Image.open(path) as image:
             image.load()
@@ -112,28 +127,33 @@ def read_picture_record(path: Path) -> dict[str, Any] | None:
                 return None
     except (OSError, ValueError, KeyError, SyntaxError, TypeError, Image.DecompressionBombError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    again = f"make it again: {maker_of(PICTURES).command} --output_dir {path.parent}"
+    refuse_other_format(path, record.pop("format_version", 1), again)  # the first named none
+    return record
 
 
-def web_ui_parameters(settings: dict[str, Any]) -> str:
-    """The settings in the text form that the common web UIs read from a PNG."""
+def web_ui_parameters(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The settings in the text form that the common web UIs read from a PNG.
+
+    Args:
+        settings: a picture's own; the sampler as web UIs call it.
+        names: setting → what web UIs call it.
+    """
     lines = [settings.get("prompt") or ""]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    named = {
-        "Steps": "num_inference_steps",
-        "Sampler": "scheduler",
-        "CFG scale": "guidance_scale",
-        "Seed": "seed",
+    values = {
+        label: settings[name] for name, label in names.items() if settings.get(name) is not None
     }
-    parts = [f"{name}: {settings[key]}" for name, key in named.items() if key in settings]
-    if "timesteps" in settings:
-        parts.insert(0, f"Steps: {len(settings['timesteps'])}")
-    if "sigmas" in settings:
-        parts.insert(0, f"Steps: {len(settings['sigmas']) - 1}")
+    if settings.get("timesteps"):
+        values["Steps"] = len(settings["timesteps"])
+    if settings.get("sigmas"):
+        values["Steps"] = len(settings["sigmas"]) - 1
     if "width" in settings:
-        parts.append(f"Size: {settings['width']}x{settings['height']}")
-    if settings.get("model_id"):
-        parts.append(f"Model: {settings['model_id']}")
-    lines.append(", ".join(parts))
+        values["Size"] = f"{settings['width']}x{settings['height']}"
+    order = [label for label in WEB_UI_ORDER if label in values]
+    order += [label for label in values if label not in WEB_UI_ORDER]
+    lines.append(", ".join(f"{label}: {values[label]}" for label in order))
     return "\n".join(lines)

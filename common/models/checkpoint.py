@@ -6,39 +6,26 @@ Nothing heavy is imported here, so that freshness can be decided before torch is
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import private_cache
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
-from common.models import hub
-from common.models.component_table import COMPONENTS, config_misfit, index_misfit
-from common.runs.generation import PROJECT_DIR, ModelSettings
+from common.models.component_table import (
+    COMPONENTS,
+    LIBRARIES,
+    SUPPORTED_PIPELINES,
+    Component,
+    component,
+    config_files,
+    config_misfit,
+    index_misfit,
+    loaded_for,
+)
 from common.text_files import parse_json, read_text
 from common.whole_files import replace_whole
-
-SUPPORTED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
-SUPPORTED_CLASSES = {
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
-# What a UNet may be told besides the prompt, by its config's names for it.
-SUPPORTED_CONDITIONS = {
-    "addition_embed_type": (None, "text_time"),
-    "encoder_hid_dim_type": (None,),
-    "class_embed_type": (None,),
-}
-# Modules that diffusers may import for a component; the last holds its own safety checker.
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
-NEEDED = ("tokenizer", "text_encoder")  # of every supported pipeline
-REPLACEABLE = ("unet", "vae")
 
 
 @dataclass(frozen=True)
@@ -64,14 +51,14 @@ class Checkpoint:
     variant: str | None = None
     replaced: Mapping[str, Source] = field(default_factory=dict)
 
-    def source(self, component: str) -> Source:
+    def source(self, name: str) -> Source:
         """Where a component is read from."""
-        if component in self.replaced:
-            return self.replaced[component]
+        if name in self.replaced:
+            return self.replaced[name]
         return Source(
             said=f"--model_id {self.model_id}",
-            folder=self.folder / component,
-            file=None if component in WITHOUT_WEIGHTS else self.file,
+            folder=self.folder / name,
+            file=self.file if component(name).has_weights else None,
             variant=self.variant,
         )
 
@@ -89,39 +76,56 @@ class Checkpoint:
     def check_supported(self, components: Sequence[str]) -> None:
         """Raise `BadSettingError` where a component is of a class that no stage can run."""
         pipeline, index = self.pipeline_class, self.index()
-        if missing := set(NEEDED) & set(components) - set(self.listed(NEEDED)):
+        rows = [component(name) for name in components]
+        # transformers' configs name no class, so that the index must.
+        by_index = {row.name for row in rows if row.needed and row.library == "transformers"}
+        if missing := by_index - set(self.listed(components)):
             raise BadInputFileError(
                 f"{self.folder / 'model_index.json'} lists no {min(missing)}: restore it, or "
                 "choose another checkpoint"
             )
-        for name in self.listed(COMPONENTS):
+        for name in self.listed([row.name for row in COMPONENTS]):
             library, class_name = index[name]
             if library not in LIBRARIES:
                 raise BadSettingError(
                     f"{self.source(name).said}: its {name} is a {class_name} of {library}; only "
                     f"code of {', '.join(LIBRARIES)} is run, none of a checkpoint's own"
                 )
-        for name in components:
-            # A checkpoint with one text encoder has no second; a scheduler can be any.
-            _, class_name = index.get(name) or (None, None)
-            if name in self.replaced:
-                class_name = self._read_json(self._config_file(name)).get("_class_name")
-            if class_name is not None and class_name not in SUPPORTED_CLASSES.get(
-                name, (class_name,)
-            ):
+        for row in rows:
+            class_name = self._class_of(row.name)
+            if class_name is not None and row.classes and class_name not in row.classes:
                 raise BadSettingError(
-                    f"{self.source(name).said}: its {name} is a {class_name}; supported in a "
-                    f"{pipeline}: {', '.join(SUPPORTED_CLASSES[name])}"
+                    f"{self.source(row.name).said}: its {row.name} is a {class_name}; supported "
+                    f"in a {pipeline}: {', '.join(row.classes)}"
                 )
-        if "unet" in components:
-            for key, known in SUPPORTED_CONDITIONS.items():
-                value = self.config("unet").get(key)
-                if value not in known:
-                    choices = ", ".join(map(str, known))
-                    raise BadSettingError(
-                        f"{self.source('unet').said}: its UNet has {key} {value}; supported: "
-                        f"{choices}"
-                    )
+        for row in rows:
+            if self._has(row):
+                self._check_config(row)
+
+    def _class_of(self, name: str) -> str | None:
+        """A component's class; None where the checkpoint has none, or does not tell."""
+        if name in self.replaced:
+            return self._read_json(self._config_file(name)).get("_class_name")
+        _, class_name = self.index().get(name) or (None, None)
+        return class_name
+
+    def _check_config(self, row: Component) -> None:
+        """Raise `BadSettingError` where a component's config asks for what no stage does."""
+        for key, known in row.supported.items():
+            value = self.config(row.name).get(key)
+            if value not in known:
+                raise BadSettingError(
+                    f"{self.source(row.name).said}: its {row.title} has {key} {value}; supported: "
+                    f"{', '.join(map(str, known))}"
+                )
+
+    def components_for(self, artifact: str) -> list[str]:
+        """Those of the components that its stage reads to make an artifact, in their order."""
+        rows = [component(name) for name in loaded_for(artifact)]
+        return [row.name for row in rows if self._has(row)]
+
+    def _has(self, row: Component) -> bool:
+        return row.needed or row.name in self.replaced or bool(self.listed([row.name]))
 
     def index(self) -> dict[str, Any]:
         """The content of `model_index.json`."""
@@ -138,19 +142,18 @@ class Checkpoint:
         index = self.index()
         return [name for name in components if (index.get(name) or [None])[0] is not None]
 
-    def config(self, component: str) -> dict[str, Any]:
+    def config(self, name: str) -> dict[str, Any]:
         """A component's own config."""
-        path = self._config_file(component)
+        path = self._config_file(name)
         content = self._read_json(path)
-        if misfit := config_misfit(component, content):
+        if misfit := config_misfit(name, content):
             raise BadInputFileError(
                 f"{path} cannot be used ({misfit}): restore it, or choose another checkpoint"
             )
         return content
 
-    def _config_file(self, component: str) -> Path:
-        name = {"scheduler": "scheduler_config.json"}.get(component, "config.json")
-        return self.source(component).folder / name
+    def _config_file(self, name: str) -> Path:
+        return self.source(name).folder / component(name).config_file
 
     @property
     def vae_scale_factor(self) -> int:
@@ -162,16 +165,20 @@ class Checkpoint:
         """The height and width, in pixels, that the UNet was trained for."""
         return int(self.config("unet")["sample_size"]) * self.vae_scale_factor
 
-    def weights_fingerprint(self, component: str) -> str:
+    def fingerprints_for(self, artifact: str) -> dict[str, str]:
+        """The fingerprint of each component that is read to make an artifact."""
+        return {name: self.weights_fingerprint(name) for name in self.components_for(artifact)}
+
+    def weights_fingerprint(self, name: str) -> str:
         """sha256 over the content of all files of a component that a stage reads.
 
         Hashes of large files are kept in the user's cache folder by path, size, time and inode.
         """
-        digest, files = hashlib.sha256(), self.files_read(component)
+        digest, files = hashlib.sha256(), self.files_read(name)
         weights = [path for path in files if path.suffix == ".safetensors"]
         only_file = weights[0] if len(weights) == 1 else None  # which may have any name
         for path in files:
-            if path.name in ("config.json", "scheduler_config.json"):
+            if path.name in config_files():
                 content = self._read_json(path)
                 # Where a file was saved and by which version does not change what it computes.
                 for key in ("_name_or_path", "_diffusers_version", "transformers_version"):
@@ -179,33 +186,39 @@ class Checkpoint:
                 file_hash = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
                 digest.update(f"{path.name} {file_hash.hexdigest()}\n".encode())
             else:
-                name = "weights" if path == only_file else path.name
-                digest.update(f"{name} {hash_large_file(path)}\n".encode())
+                called = "weights" if path == only_file else path.name
+                digest.update(f"{called} {hash_large_file(path)}\n".encode())
         return digest.hexdigest()
 
-    def files_read(self, component: str) -> list[Path]:
+    def files_read(self, name: str) -> list[Path]:
         """The files that a stage reads of a component.
 
         Raises:
             BadInputFileError: its folder or its weights are missing.
             BadSettingError: it has weights, but not of the variant that is asked for.
         """
-        source = self.source(component)
+        source = self.source(name)
         folder, variant = source.folder, source.variant
         if not folder.is_dir():
             raise BadInputFileError(
                 f"{source.said} has no folder {folder}: restore it or choose another checkpoint"
             )
         files = sorted(path for path in folder.iterdir() if path.is_file())
-        if component in WITHOUT_WEIGHTS:
+        if not component(name).has_weights:
             return [path for path in files if path.suffix in (".json", ".txt")]
         if source.file is not None:
-            return [folder / "config.json", source.file]
+            return [folder / component(name).config_file, source.file]
         if any(path.name == "adapter_config.json" for path in files):
             raise BadInputFileError(
                 f"{folder} holds an adapter (adapter_config.json), which would be added unasked: "
                 "remove it, and name it by --lora"
             )
+        return [folder / component(name).config_file, *self._weights_among(files, folder, variant)]
+
+    def _weights_among(
+        self, files: Sequence[Path], folder: Path, variant: str | None
+    ) -> list[Path]:
+        """The weights among the files of a component's folder, with the index of their shards."""
         weights = [path for path in files if weights_name(variant).fullmatch(path.name)]
         if not weights and variant is not None:
             raise BadSettingError(
@@ -229,7 +242,7 @@ class Checkpoint:
                 raise BadInputFileError(
                     f"{folder} lacks {missing[0]}, which {index.name} names: restore it"
                 )
-        return [folder / "config.json", *weights]
+        return weights
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
@@ -254,194 +267,6 @@ def weights_name(variant: str | None) -> re.Pattern[str]:
         v = re.escape(variant)
         names = rf"(\.{v}({shard})?|{shard}\.{v})\.safetensors|\.safetensors\.index\.{v}\.json"
     return re.compile(rf"(diffusion_pytorch_model|model)({names})")
-
-
-def open_checkpoint(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
-    """Find a checkpoint and what replaces its parts: an existing folder or file wins over a hub id.
-
-    A relative path is looked for in the working directory, then in the project. Of a checkpoint
-    on the hub only the configs and the named components are downloaded.
-
-    Raises:
-        BadSettingError: neither a path nor a hub id, settings that do not go together, or a
-            component that is not supported.
-        UnfitEnvironmentError: the hub cannot be reached and the checkpoint is not in its cache.
-    """
-    elsewhere = [name for name in REPLACEABLE if getattr(settings, name) is not None]
-    own = [name for name in components if name not in elsewhere]
-    if settings.model_id.endswith(".safetensors"):
-        checkpoint = _open_single_file(settings, own)
-    else:
-        checkpoint = _open_folder(settings, own)
-    replaced = {
-        name: _find_replacement(
-            name, getattr(settings, name), checkpoint, needed=name in components
-        )
-        for name in elsewhere
-    }
-    checkpoint = replace(checkpoint, replaced=replaced)
-    checkpoint.check_supported(components)
-    return checkpoint
-
-
-def _open_folder(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
-    if settings.single_file_config is not None:
-        raise BadSettingError(
-            "--single_file_config is for a --model_id that is one .safetensors file; "
-            f"{settings.model_id} has its own configs"
-        )
-    said, variant = f"--model_id {settings.model_id}", settings.variant
-    folder = _find_folder(settings.model_id, settings.revision, said, components, variant)
-    return Checkpoint(settings.model_id, folder, variant=variant)
-
-
-def _open_single_file(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
-    if settings.single_file_config is None:
-        raise BadSettingError(
-            f"--model_id {settings.model_id} is one file, which holds no configs: name a "
-            "checkpoint of its family in diffusers' layout with --single_file_config"
-        )
-    if settings.variant is not None:
-        raise BadSettingError("--variant is for checkpoints in folders, not for one file")
-    file = find_weights_file(settings.model_id, "--model_id", "FILE", settings.revision)
-    folder = _find_folder(
-        settings.single_file_config,
-        None,
-        f"--single_file_config {settings.single_file_config}",
-        [name for name in components if name in WITHOUT_WEIGHTS],
-        None,
-    )
-    return Checkpoint(settings.model_id, folder, file)
-
-
-def _find_folder(
-    model_id: str,
-    revision: str | None,
-    said: str,
-    components: Sequence[str],
-    variant: str | None,
-) -> Path:
-    folder = _find_local(model_id)
-    if folder is not None and folder.is_dir():
-        if revision is not None:
-            raise BadSettingError(f"--revision is for hub ids; {model_id} is a folder")
-        return folder
-    if folder is not None or not hub.REPOSITORY.fullmatch(model_id):
-        raise BadSettingError(f"{said} is neither an existing folder nor a hub id")
-
-    def is_complete(folder: Path) -> bool:
-        checkpoint = Checkpoint(model_id, folder, variant=variant)
-        return _is_there(checkpoint, lambda: checkpoint.listed(components))
-
-    configs = ["model_index.json", "*/config.json", "scheduler/*.json"]
-    return hub.find_snapshot(
-        model_id,
-        revision,
-        said,
-        [configs + [p for name in components for p in _patterns(f"{name}/", variant)]],
-        is_complete,
-    )
-
-
-def _find_replacement(component: str, value: str, checkpoint: Checkpoint, needed: bool) -> Source:
-    """A component from elsewhere: a file, a folder or hub id of a model or of a whole pipeline.
-
-    Its weights are of the checkpoint's variant where it has that.
-    """
-    said = f"--{component} {value}"
-    own_folder = checkpoint.folder / component
-    if value.endswith(".safetensors"):
-        file = find_weights_file(value, f"--{component}", "FILE") if needed else Path(value)
-        return Source(said, own_folder, file)
-
-    def source(folder: Path, variant: str | None) -> Source:
-        inner = folder if (folder / "config.json").is_file() else folder / component
-        return Source(said, inner, variant=variant)
-
-    def has_weights(folder: Path, variant: str | None) -> bool:
-        replaced = {component: source(folder, variant)}
-        return _is_there(replace(checkpoint, replaced=replaced), lambda: [component])
-
-    variants = tuple(dict.fromkeys((checkpoint.variant, None)))
-    folder = _find_local(value)
-    if folder is None or not folder.is_dir():
-        if folder is not None or not hub.REPOSITORY.fullmatch(value):
-            raise BadSettingError(
-                f"{said} is neither an existing folder or .safetensors file nor a hub id"
-            )
-        configs = ["config.json", f"{component}/config.json"]
-        tries = [
-            configs + [p for inner in ("", f"{component}/") for p in _patterns(inner, variant)]
-            for variant in variants
-        ]
-        folder = hub.find_snapshot(
-            value,
-            None,
-            said,
-            tries if needed else [configs],
-            lambda folder: (
-                any(has_weights(folder, v) for v in variants)
-                or (not needed and source(folder, None).folder.is_dir())
-            ),
-        )
-    found = [variant for variant in variants if has_weights(folder, variant)]
-    return source(folder, found[0] if found else None)
-
-
-def _is_there(checkpoint: Checkpoint, components: Callable[[], list[str]]) -> bool:
-    try:
-        return all(checkpoint.files_read(name) for name in components())
-    except (BadInputFileError, BadSettingError):
-        return False
-
-
-def _find_local(path: str) -> Path | None:
-    """An existing path, from the working directory or else from the project."""
-    try:
-        return next((p for p in (Path(path), PROJECT_DIR / path) if p.exists()), None)
-    except OSError:
-        return None  # longer than a name can be, or out of reach
-
-
-def _patterns(folder: str, variant: str | None) -> list[str]:
-    """Patterns of the files in a folder of a repository, by `weights_name`.
-
-    The hub's star crosses folders, so no pattern begins with one.
-    """
-    v = "" if variant is None else f".{variant}"
-    shard = "-?????-of-?????"
-    weights = [
-        f"{folder}{stem}{kind}"
-        for stem in ("diffusion_pytorch_model", "model")
-        for kind in (
-            f"{v}.safetensors",
-            f"{v}{shard}.safetensors",
-            f"{shard}{v}.safetensors",
-            f".safetensors.index{v}.json",
-        )
-    ]
-    texts = [f"{folder}*.json", f"{folder}*.txt"] if folder else []
-    return [*texts, *weights]
-
-
-def find_weights_file(file: str, flag: str, form: str, revision: str | None = None) -> Path:
-    """The safetensors file that a flag names: a path, or ORG/NAME/FILE on the hub.
-
-    Args:
-        form: what the flag takes, for the error message.
-
-    Raises:
-        BadInputFileError: there is none, or its name does not end in .safetensors.
-    """
-    path = _find_local(file)
-    if path is not None and path.is_file() and path.suffix == ".safetensors":
-        if revision is not None:
-            raise BadSettingError(f"--revision is for hub ids; {file} is a file")
-        return path
-    on_the_hub = hub.FILE_IN_REPOSITORY.fullmatch(file)
-    if path is None and on_the_hub is not None:
-        return hub.find_file(on_the_hub[1], on_the_hub[2], revision, f"{flag} {file}")
-    raise BadInputFileError(f"{flag} {file} is no safetensors file: name one, as {form}")
 
 
 def hash_large_file(path: Path) -> str:

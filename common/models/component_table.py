@@ -1,21 +1,38 @@
-"""What the stages read of a component's config, checked before anything is built by it."""
+"""The components of a checkpoint: what each must be, which stage loads it, what may change it.
 
+A row of `COMPONENTS` is all that the project knows of a component before it is loaded: which
+classes are run, what of its config is read and checked, the setting that puts another one in its
+place, a LoRA's layers for it. Nothing else lists components.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.declared import EMBEDDINGS, LATENTS, PICTURES
 from common.errors import first_refusal
+
+SUPPORTED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
+# Modules that diffusers may import for a component; the last holds its own safety checker.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Channels = Annotated[list[Count], Field(min_length=1, max_length=16)]
 
 
-class _Config(BaseModel):
+# --- what is read of configs ---------------------------------------------------------------------
+
+
+class ComponentConfig(BaseModel):
+    """What of a component's config is read, checked before anything is built by it."""
+
     model_config = ConfigDict(strict=True)  # a number is no text
 
 
-class _UNetConfig(_Config):
+class _UNetConfig(ComponentConfig):
     sample_size: Count
     in_channels: Count
     block_out_channels: Channels
@@ -36,7 +53,7 @@ class _UNetConfig(_Config):
         return self
 
 
-class _VaeConfig(_Config):
+class _VaeConfig(ComponentConfig):
     block_out_channels: Channels
     latent_channels: Count
     sample_size: Count | Annotated[list[Count], Field(min_length=1)] = 32
@@ -53,31 +70,135 @@ class _VaeConfig(_Config):
         return self
 
 
-class _SchedulerConfig(_Config):
+class _SchedulerConfig(ComponentConfig):
     class_name: str = Field(alias="_class_name")
     num_train_timesteps: Count = 1000
 
 
-class _TextEncoderConfig(_Config):
+class _TextEncoderConfig(ComponentConfig):
     num_hidden_layers: Count
 
 
-_MODELS: dict[str, type[BaseModel]] = {
-    "unet": _UNetConfig,
-    "vae": _VaeConfig,
-    "scheduler": _SchedulerConfig,
-    "text_encoder": _TextEncoderConfig,
-    "text_encoder_2": _TextEncoderConfig,
-}
-
-# What a pipeline of Stable Diffusion is made of.
-COMPONENTS = (*_MODELS, "tokenizer", "tokenizer_2", "safety_checker", "feature_extractor",
-              "image_encoder")  # fmt: skip
+# --- the table -----------------------------------------------------------------------------------
 
 
-def config_misfit(component: str, config: dict[str, Any]) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A row of the table."""
+
+    name: str  # in `model_index.json`; its folder's as well
+    title: str = ""  # what people call it
+    library: str = "diffusers"  # that has its classes
+    classes: tuple[str, ...] = ()  # that a stage can run; none: any
+    config: type[ComponentConfig] | None = None  # what of its config is read
+    config_file: str = "config.json"
+    # What its config must say for a stage to run it: key → values.
+    supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    has_weights: bool = True
+    loaded_for: str | None = None  # the artifact whose stage reads it; None: no stage does
+    needed: bool = False  # by every pipeline; else read where a checkpoint has it
+    replaceable: bool = False  # by a setting of its name; diffusers' models only
+    lora_prefixes: tuple[str, ...] = ()  # of its layers in LoRA files: diffusers' and kohya's
+
+
+_TOKENIZER: dict[str, Any] = dict(
+    library="transformers",
+    classes=("CLIPTokenizer", "CLIPTokenizerFast"),
+    has_weights=False,
+    loaded_for=EMBEDDINGS,
+)
+_TEXT_ENCODER: dict[str, Any] = dict(
+    library="transformers", config=_TextEncoderConfig, loaded_for=EMBEDDINGS
+)
+
+# In the order in which they are checked, read and named.
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        name="unet",
+        title="UNet",
+        classes=("UNet2DConditionModel",),
+        config=_UNetConfig,
+        # What it may be told besides the prompt.
+        supported={
+            "addition_embed_type": (None, "text_time"),
+            "encoder_hid_dim_type": (None,),
+            "class_embed_type": (None,),
+        },
+        loaded_for=LATENTS,
+        needed=True,
+        replaceable=True,
+        lora_prefixes=("unet.", "lora_unet_"),
+    ),
+    Component(
+        name="vae",
+        title="VAE",
+        classes=("AutoencoderKL",),
+        config=_VaeConfig,
+        loaded_for=PICTURES,
+        needed=True,
+        replaceable=True,
+    ),
+    Component(
+        name="scheduler",
+        config=_SchedulerConfig,
+        config_file="scheduler_config.json",
+        has_weights=False,
+        loaded_for=LATENTS,
+        needed=True,
+    ),
+    Component(name="tokenizer", needed=True, **_TOKENIZER),
+    Component(
+        name="text_encoder",
+        classes=("CLIPTextModel",),
+        needed=True,
+        lora_prefixes=("text_encoder.", "lora_te_", "lora_te1_"),
+        **_TEXT_ENCODER,
+    ),
+    Component(name="tokenizer_2", **_TOKENIZER),
+    Component(
+        name="text_encoder_2",
+        classes=("CLIPTextModelWithProjection",),
+        lora_prefixes=("text_encoder_2.", "lora_te2_"),
+        **_TEXT_ENCODER,
+    ),
+    # Listed by checkpoints, read by no stage.
+    Component(name="safety_checker"),
+    Component(name="feature_extractor"),
+    Component(name="image_encoder"),
+)
+
+
+def component(name: str) -> Component:
+    """A component's row."""
+    return {row.name: row for row in COMPONENTS}[name]
+
+
+def loaded_for(artifact: str) -> tuple[str, ...]:
+    """The components that the stage reads which makes an artifact."""
+    return tuple(row.name for row in COMPONENTS if row.loaded_for == artifact)
+
+
+def text_encoders() -> list[str]:
+    """The names of the text encoders that a checkpoint may have."""
+    return [name for name in loaded_for(EMBEDDINGS) if component(name).has_weights]
+
+
+def config_files() -> list[str]:
+    """The names that components' configs have in their folders."""
+    return sorted({row.config_file for row in COMPONENTS})
+
+
+def replaceable() -> list[Component]:
+    """Those that a setting of their name may replace."""
+    return [row for row in COMPONENTS if row.replaceable]
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def config_misfit(name: str, config: dict[str, Any]) -> str | None:
     """What is wrong in a component's config, or None."""
-    model = _MODELS.get(component)
+    model = component(name).config
     try:
         if model is not None:
             model.model_validate(config)
@@ -90,13 +211,13 @@ def index_misfit(index: dict[str, Any]) -> str | None:
     """What is wrong in a `model_index.json`, which gives each component's library and class."""
     if index.get("force_zeros_for_empty_prompt") not in (None, True, False):
         return "force_zeros_for_empty_prompt: give true or false"
-    for name in COMPONENTS:
-        value = index.get(name)
+    for row in COMPONENTS:
+        value = index.get(row.name)
         if value in (None, [None, None]) or (  # the checkpoint leaves it out
             isinstance(value, list)
             and len(value) == 2
             and all(isinstance(part, str) for part in value)
         ):
             continue
-        return f'{name}: give a library and a class, as ["diffusers", "AutoencoderKL"]'
+        return f'{row.name}: give a library and a class, as ["diffusers", "AutoencoderKL"]'
     return None

@@ -5,16 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.declared import EMBEDDINGS
 from common.errors import BadInputFileError, in_one_line
-from common.models.checkpoint import find_weights_file, hash_large_file
-from common.runs.generation import LoraFile
-
-# How the keys of a part begin, in diffusers' layout and in kohya's.
-PARTS = {
-    "unet": ("unet.", "lora_unet_"),
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-}
+from common.models.checkpoint import hash_large_file
+from common.models.component_table import COMPONENTS, loaded_for
+from common.models.find import find_weights_file
+from common.models.model_settings import LoraFile
 
 
 def lora_settings(loras: Sequence[LoraFile], components: Sequence[str]) -> list[dict[str, Any]]:
@@ -45,7 +41,9 @@ def parts_of(lora: LoraFile) -> set[str]:
             keys = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise BadInputFileError(f"--lora {path} is damaged ({error}): get it again") from None
-    parts = {part for part, starts in PARTS.items() if any(k.startswith(starts) for k in keys)}
+    parts = {
+        row.name for row in COMPONENTS if any(key.startswith(row.lora_prefixes) for key in keys)
+    }
     if not parts:
         raise BadInputFileError(
             f"--lora {path} holds no LoRA layers for a UNet or text encoder in diffusers' or "
@@ -73,11 +71,13 @@ def fuse_into_text_encoders(pipeline: Any, loras: Sequence[LoraFile], unet_confi
         unet_config: the UNet's config, by which diffusers reads some layouts.
     """
     from diffusers.configuration_utils import FrozenDict
-    from diffusers.loaders.lora_base import fuse_text_encoder_lora
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from diffusers.loaders.lora_base import (
+        _remove_text_encoder_monkey_patch,
+        fuse_text_encoder_lora,
+    )
 
     for lora in loras:
-        for name in sorted(parts_of(lora) - {"unet"}):
+        for name in sorted(parts_of(lora) & set(loaded_for(EMBEDDINGS))):
             text_encoder = getattr(pipeline, name, None)
             if text_encoder is None:
                 raise BadInputFileError(
@@ -90,7 +90,7 @@ def fuse_into_text_encoders(pipeline: Any, loras: Sequence[LoraFile], unet_confi
                     state_dict, alphas, text_encoder, prefix=name, metadata=metadata
                 )
                 fuse_text_encoder_lora(text_encoder, lora.scale)
-                recurse_remove_peft_layers(text_encoder)
+                _remove_text_encoder_monkey_patch(text_encoder)
 
 
 def _loader() -> Any:

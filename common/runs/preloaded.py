@@ -56,9 +56,9 @@ def main() -> None:
     script, *modules = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is begun
     sys.path[0] = str(PROJECT_DIR)  # in place of this file's folder, whose names hide others
-    from common.files.report import count_from_now
-    from common.models.weights import quiet_libraries
-    from common.runs.flags import keep_to_ourselves
+    from common.compute.clock import count_from_now
+    from common.models.library_imports import quiet_libraries
+    from common.process import keep_to_ourselves
 
     keep_to_ourselves()
     quiet_libraries()

@@ -5,13 +5,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.declared import PICTURES
 from common.errors import StageError
 from common.files import artifacts, picture_files
-from common.files.artifacts import EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE, Artifact, Recipe
+from common.files.artifacts import Artifact
+from common.files.recipe import Recipe, difference, recipe_of_its_latents
 from common.files.report import Report, read_report
-from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.files.stage_table import (
+    DECODE,
+    DENOISE,
+    ENCODE,
+    LATENTS_FILE,
+    STAGES,
+    TRAJECTORY_FILE,
+    Stage,
+)
+from common.models.checkpoint import Checkpoint
+from common.models.find import open_checkpoint
 from common.runs.generation import GenerationConfig, read_generation_config
-from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
+from common.runs.recipes import (
+    embeddings_recipe,
+    expected_unet_dtype,
+    expected_vae_dtype,
+    latents_recipe,
+    pictures_recipe,
+    trajectory_pictures_recipe,
+)
 
 TRAJECTORY_PICTURES = (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION)
 FRESH, STALE, UNKNOWN, MISSING, DAMAGED = "fresh", "stale", "unknown", "missing", "damaged"
@@ -83,18 +102,20 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
         checkpoint = open_checkpoint(config, ("unet", "vae"))
     except StageError as error:
         problem = str(error)
-    reports = {n: report for n in (1, 2, 3) if (report := read_report(run_dir, n)) is not None}
+    numbers = [stage.number for stage in STAGES]
+    reports = {n: report for n in numbers if (report := read_report(run_dir, n)) is not None}
     found: dict[str, Artifact] = {}
     files = [
-        _read_artifact(_find(name, [run_dir, *sources]), stage, found)
-        for stage, name in ((1, EMBEDDINGS_FILE), (2, LATENTS_FILE), (2, TRAJECTORY_FILE))
+        _read_artifact(_find(name, [run_dir, *sources]), stage.number, found)
+        for stage in STAGES
+        for name in stage.writes
         if name != TRAJECTORY_FILE or (run_dir / name).exists()
     ]
     files += _read_pictures(run_dir)
 
     upstream = ""
-    for stage in (1, 2, 3):
-        own = [file for file in files if file.stage == stage]
+    for stage in STAGES:
+        own = [file for file in files if file.stage == stage.number]
         expected, why_unknown = None, problem
         trajectory = found.get(TRAJECTORY_FILE)
         if config is not None and checkpoint is not None:
@@ -107,7 +128,7 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
             if expected is not None and file.name in TRAJECTORY_PICTURES:
                 wanted = None
                 if trajectory is not None:
-                    wanted = stage3_vae_decoder.trajectory_recipe(expected, trajectory)
+                    wanted = trajectory_pictures_recipe(expected, trajectory)
             _judge(file, wanted, why_unknown or "what it was made from is not here", upstream)
         if spoiled := [file for file in own if file.state in (STALE, DAMAGED)]:
             upstream = f"{spoiled[0].name} is {spoiled[0].state}"
@@ -120,25 +141,25 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
 
 
 def _recipe_now(
-    stage: int,
+    stage: Stage,
     config: GenerationConfig,
     checkpoint: Checkpoint,
     found: dict[str, Artifact],
     run_dir: Path,
 ) -> Recipe | None:
     """The recipe that a stage would use now; None where its input is not there."""
-    if stage == 1:
-        return stage1_text_encoder.make_recipe(config, checkpoint)
-    source = found.get({2: EMBEDDINGS_FILE, 3: LATENTS_FILE}[stage])
+    if stage is ENCODE:
+        return embeddings_recipe(config, checkpoint)
+    source = found.get(stage.reads or "")
     if source is None:
         return None
-    if stage == 2:
+    if stage is DENOISE:
         latents = found.get(LATENTS_FILE)
         path = run_dir / LATENTS_FILE if latents is None else latents.path
-        dtype = stage2_unet.expected_dtype(config.unet_dtype, path)
-        return stage2_unet.make_recipe(config, checkpoint, source, dtype)
-    dtype = stage3_vae_decoder.expected_dtype(config.vae_dtype, run_dir)
-    return stage3_vae_decoder.make_recipe(config, checkpoint, source, dtype)
+        dtype = expected_unet_dtype(config.unet_dtype, path)
+        return latents_recipe(config, checkpoint, source, dtype)
+    dtype = expected_vae_dtype(config.vae_dtype, run_dir)
+    return pictures_recipe(config, checkpoint, source, dtype)
 
 
 def _read_artifact(path: Path, stage: int, found: dict[str, Artifact]) -> FileRecord:
@@ -166,24 +187,26 @@ def _read_pictures(run_dir: Path) -> list[FileRecord]:
     for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
         if not picture_files.OUR_NAME.fullmatch(path.name):
             continue
-        record = picture_files.read_picture_record(path)
+        why = "it is damaged or not ours"
         try:
+            record = picture_files.read_picture_record(path)
             if record is None:
                 raise ValueError
             settings = dict(record["settings"])
             recipe = Recipe(
-                stage=3,
-                settings=settings,
+                stage=DECODE.number,
+                settings={PICTURES: settings},
                 **{name: record[name] for name in ("inputs", "weights", "versions")},
             )
-        except (ValueError, LookupError, TypeError):
-            why = "it is damaged or not ours"
-            files.append(FileRecord(name=path.name, stage=3, state=DAMAGED, why=why))
+        except (StageError, ValueError, LookupError, TypeError) as error:
+            why = str(error) if isinstance(error, StageError) else why
+            record_of = FileRecord(name=path.name, stage=DECODE.number, state=DAMAGED, why=why)
+            files.append(record_of)
             continue
         files.append(
             FileRecord(
                 name=path.name,
-                stage=3,
+                stage=DECODE.number,
                 state=UNKNOWN,
                 data_sha256=str(record.get("pixels_sha256", "")),
                 settings=settings,
@@ -201,10 +224,10 @@ def _judge(file: FileRecord, expected: Recipe | None, why_unknown: str, upstream
     if expected is None:
         file.why = why_unknown
         return
-    if file.stage == 3:
+    if file.stage == DECODE.number:
         changed = _picture_difference(file, expected)
     else:
-        changed = artifacts.difference(artifacts.recipe_of_its_latents(file.recipe), expected)
+        changed = difference(recipe_of_its_latents(file.recipe), expected)
     if changed is None and upstream:
         changed = upstream
     file.state, file.why = (FRESH, "") if changed is None else (STALE, changed)
@@ -216,14 +239,16 @@ def _picture_difference(file: FileRecord, expected: Recipe) -> str | None:
     if file.provenance["fingerprint"] == expected.fingerprint():
         return None
     # A picture names its own prompt and seed; compare what both have.
-    shared = file.recipe.settings.keys() & expected.settings.keys()
-    made = file.recipe.model_copy(
-        update={"settings": {name: file.recipe.settings[name] for name in shared}}
-    )
-    wanted = expected.model_copy(
-        update={"settings": {name: expected.settings[name] for name in shared}}
-    )
-    return artifacts.difference(made, wanted) or "it was made with other settings"
+    made = file.recipe.settings[PICTURES]
+    wanted = {name: value for part in expected.settings.values() for name, value in part.items()}
+    shared = made.keys() & wanted.keys()
+
+    def with_shared(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+        own = {name: settings[name] for name in shared}
+        return recipe.model_copy(update={"settings": {PICTURES: own}})
+
+    changed = difference(with_shared(file.recipe, made), with_shared(expected, wanted))
+    return changed or "it was made with other settings"
 
 
 def summarize_tensors(path: Path) -> list[TensorSummary]:

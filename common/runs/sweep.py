@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import product
@@ -13,20 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import BadInputFileError, BadSettingError
-from common.runs.generation import RunOptions
+from common.files.stage_table import STAGES, Stage, maker_of
+from common.runs.flags import Flag, all_flags
 from common.whole_files import write_text_whole
 
 SWEEP_FILE = "sweep.json"
 SWEEP_FOLDER = "sweep"
-# Settings of the whole run, which later stages take only to look elsewhere.
-OF_STAGE_1 = ("model_id", "revision", "variant", "single_file_config", "lora")
-# What cannot be swept.
-NOT_SWEPT = (
-    *("output_dir", "input_dir", "config", "profile_dir", "dtype", "repeat"),
-    *("distributed", "topology", "pictures_shape", "save_hlo", "json"),
-)
-# How stages compute: given to all that take them.
-OF_ALL_STAGES = tuple(RunOptions.model_fields)
 MOST_NAME, MOST_FOLDER = 40, 200  # bytes of a value and of a whole folder's name
 
 
@@ -52,26 +44,35 @@ class Sweep(BaseModel):
 
 
 @dataclass(frozen=True)
-class StageRun:
+class CellRun:
     """One stage to run for one or more cells."""
 
-    stage: int
+    stage: Stage
     source: Path  # where its input is
     folder: Path
     values: dict[str, str] = field(default_factory=dict)  # the swept flags it is given
 
 
-def parse_sweep(text: str, takes: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> Sweep:
+def sweepable() -> dict[str, Flag]:
+    """The flags that can be swept, by their names."""
+    return {
+        flag.name: flag
+        for flag in all_flags()
+        if flag.has_value and flag.declared.swept and not flag.declared.alone
+    }
+
+
+def parse_sweep(text: str, given: Mapping[str, Any]) -> Sweep:
     """Read "scheduler=euler,ddim num_inference_steps=10,20"; | separates values with commas.
 
     Args:
-        takes: flag → the stages that take it with a value.
         given: the flags that all combinations share.
 
     Raises:
         BadSettingError: not of that form, or a flag that cannot be swept.
     """
     axes: dict[str, list[str]] = {}
+    known = sweepable()
     try:
         words = split_words(text)
     except ValueError as error:
@@ -85,7 +86,7 @@ def parse_sweep(text: str, takes: Mapping[str, Sequence[int]], given: Mapping[st
                 f"--sweep: {word!r} is not understood: give FLAG=VALUE,VALUE,…, with | between "
                 "values that have commas, and spaces between flags"
             )
-        if name not in takes or name in NOT_SWEPT:
+        if name not in known:
             raise BadSettingError(f"--sweep: {name} is no flag of a stage that can be swept")
         if name in given or name in axes:
             raise BadSettingError(f"--sweep: {name} is given twice; give it in --sweep alone")
@@ -97,17 +98,16 @@ def parse_sweep(text: str, takes: Mapping[str, Sequence[int]], given: Mapping[st
     cells = []
     for combination in product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
-        first, second, _ = (folder_of(chosen, stage, takes) for stage in (1, 2, 3))
+        sources = [folder_of(chosen, stage, known) for stage in STAGES[:-1]]
         folder = f"{SWEEP_FOLDER}/{name_of(chosen)}"
-        cells.append(Cell(values=chosen, folder=folder, sources=[first, second]))
+        cells.append(Cell(values=chosen, folder=folder, sources=sources))
     return Sweep(axes=axes, cells=cells)
 
 
-def stage_of(name: str, takes: Mapping[str, Sequence[int]]) -> int:
-    """The first stage that a flag is for: the last that takes it, if it is not for several."""
-    if name in OF_STAGE_1:
-        return 1
-    return min(takes[name]) if name in OF_ALL_STAGES else max(takes[name])
+def stage_of(flag: Flag) -> Stage:
+    """The first stage whose output depends on a flag."""
+    makers = [maker_of(artifact) for artifact in flag.declared.makes]
+    return min(makers, key=lambda stage: stage.number)
 
 
 def name_of(values: Mapping[str, str]) -> str:
@@ -123,30 +123,32 @@ def name_of(values: Mapping[str, str]) -> str:
     return f"{whole[:MOST_FOLDER]}~{sha256(whole.encode()).hexdigest()[:6]}"
 
 
-def folder_of(values: Mapping[str, str], stage: int, takes: Mapping[str, Sequence[int]]) -> str:
+def folder_of(values: Mapping[str, str], stage: Stage, known: Mapping[str, Flag]) -> str:
     """A stage's folder below the run directory, by the values that its output depends on."""
-    shaping = {n: v for n, v in values.items() if stage_of(n, takes) <= stage}
+    shaping = {n: v for n, v in values.items() if stage_of(known[n]).number <= stage.number}
     return f"{SWEEP_FOLDER}/{name_of(shaping)}" if shaping else "."
 
 
-def stage_runs(run_dir: Path, cell: Cell, takes: Mapping[str, Sequence[int]]) -> Iterator[StageRun]:
+def stage_runs(run_dir: Path, cell: Cell) -> Iterator[CellRun]:
     """What a cell needs, each stage in the folder of the values that its output depends on."""
-    source = run_dir
-    for stage, folder in enumerate([*cell.sources, cell.folder], 1):
-        own = {
-            n: v
-            for n, v in cell.values.items()
-            if stage_of(n, takes) == stage or (n in OF_ALL_STAGES and stage in takes[n])
-        }
-        yield StageRun(stage=stage, source=source, folder=run_dir / folder, values=own)
+    known, source = sweepable(), run_dir
+    for stage, folder in zip(STAGES, [*cell.sources, cell.folder], strict=True):
+        own = {name: value for name, value in cell.values.items() if is_for(known[name], stage)}
+        yield CellRun(stage=stage, source=source, folder=run_dir / folder, values=own)
         source = run_dir / folder
+
+
+def is_for(flag: Flag, stage: Stage) -> bool:
+    """Whether a stage is given a swept flag: how to compute goes to all that take it."""
+    if flag.declared.determines:
+        return stage is stage_of(flag)
+    return flag.is_of(stage)
 
 
 def run_sweep(
     run_dir: Path,
     sweep: Sweep,
-    takes: Mapping[str, Sequence[int]],
-    run: Callable[[StageRun], tuple[int, str]],
+    run: Callable[[CellRun], tuple[int, str]],
     say: Callable[[str], None],
 ) -> int:
     """Run all cells; one that fails does not stop the others.
@@ -161,8 +163,8 @@ def run_sweep(
     for number, cell in enumerate(sweep.cells, 1):
         said = ", ".join(f"{name} {value}" for name, value in cell.values.items())
         say(f"cell {number} of {len(sweep.cells)}: {said}")
-        for needed in stage_runs(run_dir, cell, takes):
-            key = (needed.stage, needed.folder)
+        for needed in stage_runs(run_dir, cell):
+            key = (needed.stage.number, needed.folder)
             if key not in ended:
                 ended[key] = run(needed)
             cell.exit_code, cell.error = ended[key]

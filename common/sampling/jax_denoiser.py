@@ -5,7 +5,7 @@ loop; on CPUs one call runs one step, because XLA on CPU runs a loop's body many
 the same program called from the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 
-from common.compute.devices import Devices, device_facts, fetch
+from common.compute.clock import StageReport
+from common.compute.devices import ModelOnDevices, device_facts, fetch
 from common.compute.fast_ops import finish, norm_weights, products_for, replacements
 from common.compute.jax_profiler import JaxProfiler
-from common.compute.jax_start import CompiledProgram, compile_program
+from common.compute.options import RunOptions
+from common.compute.programs import CompiledProgram, compile_program
 from common.compute.sharding import (
     ActivationLayout,
     replicated,
@@ -29,11 +31,12 @@ from common.compute.sharding import (
     split_weight,
 )
 from common.compute.torchax_runtime import Parameters, as_jax_function, to_numpy
-from common.files.report import StageReport
+from common.conditions.prepare import unet_call
 from common.models.submodules import prompt_projections
-from common.runs.generation import RunOptions
-from common.sampling.denoiser import Denoiser, Guidance, State, prepare_guidance, prepare_schedule
+from common.sampling.denoiser import Conditions, Denoiser, State, prepare_schedule
+from common.sampling.step_plan import StepProgram
 
+Programs = MutableMapping[Any, CompiledProgram]
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -61,68 +64,18 @@ def prepare_model(
     return parameters, given
 
 
-def predict(
-    unet: Callable[..., Any],
-    parameters: Parameters,
-    given: dict[str, Array],
-    model_input: Array,
-    timestep: Array,
-    conditions: dict[str, Array],
-    guidance: dict[str, Array],
-) -> Array:
-    """One model evaluation with guidance. [B, C, h, w] float32 to the same.
-
-    Both halves are computed where `conditions` holds two rows for each image. Guidance is Ho &
-    Salimans 2022, eq. 6; rescaling is Lin et al. 2023, sec. 3.4 (diffusers' `rescale_noise_cfg`).
-    """
-    prompt_embeds = conditions["prompt_embeds"]
-    dtype = prompt_embeds.dtype
-    halves = len(prompt_embeds) // len(model_input)
-    repeated = jnp.repeat(model_input, halves, axis=0)  # [2B, C, h, w]
-    added = {key: conditions[key] for key in ("text_embeds", "time_ids") if key in conditions}
-    with products_for(dtype):
-        output = unet(
-            parameters,
-            repeated.astype(dtype),
-            timestep,
-            given=given,
-            encoder_hidden_states=prompt_embeds,
-            timestep_cond=conditions.get("timestep_cond"),
-            added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0].astype(jnp.float32)
-    if halves == 1:
-        return output
-    output = output.reshape(-1, 2, *model_input.shape[1:])
-    negative, positive = output[:, 0], output[:, 1]
-    guided = negative + guidance["guidance_scale"] * (positive - negative)
-    axes = tuple(range(1, guided.ndim))
-    rescale = guidance["guidance_rescale"]
-    ratio = jnp.std(positive, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
-    return jnp.where(rescale > 0, rescale * guided * ratio + (1 - rescale) * guided, guided)
-
-
 def denoise_step(
-    unet: Callable[..., Any],
-    parameters: Parameters,
-    given: dict[str, Array],
-    state: tuple[Array, Array],
-    arguments: dict[str, Any],
-    i: Array,
+    predict: Callable[..., Array], state: tuple[Array, Array], arguments: dict[str, Any], i: Array
 ) -> tuple[Array, Array]:
-    """One model evaluation, guidance and the scheduler's update, as a pure function."""
+    """One model evaluation, guidance and the scheduler's update, as a pure function.
+
+    Args:
+        predict: the combined prediction of (sample, timestep, arguments).
+    """
     latents, history = state  # [B, C, h, w], [1 + S, B, C, h, w]
     schedule = arguments["schedule"]
-    output = predict(
-        unet,
-        parameters,
-        given,
-        latents * schedule["input_scales"][i],
-        schedule["timesteps"][i],
-        arguments["conditions"],
-        schedule,
-    )
-    history = history.at[i + 1].set(output)
+    scaled = latents * schedule["input_scales"][i]
+    history = history.at[i + 1].set(predict(scaled, schedule["timesteps"][i], arguments))
     latents = jnp.tensordot(schedule["coefficients"][i], history, 1, precision=HIGHEST)
     latents += jnp.tensordot(
         schedule["noise_coefficients"][i], arguments["noises"], 1, precision=HIGHEST
@@ -130,52 +83,47 @@ def denoise_step(
     return latents, history
 
 
+def spread_weights(unet: ModelOnDevices) -> dict[str, NamedSharding]:
+    """Weights that are spread over the devices, and where they would lie else."""
+    placed = {n: split_weight(unet.mesh, n, a.shape) for n, a in unet.parameters.items()}
+    return {n: own for n, own in placed.items() if unet.parameters[n].sharding != own}
+
+
 class JaxDenoiser(Denoiser):
-    """The UNet on the devices of a mesh, and the compiled programs for one shape of groups."""
+    """One run's denoising by a UNet on devices, and its compiled programs."""
 
     ranges_ahead = 1
 
     def __init__(
-        self,
-        unet: Any,
-        parameters: Parameters,
-        mesh: Mesh,
-        devices: Devices,
-        options: RunOptions,
-        report: StageReport,
+        self, unet: ModelOnDevices, options: RunOptions, report: StageReport, programs: Programs
     ) -> None:
         """
         Args:
-            unet: diffusers' module, for its code.
-            parameters: its weights on the devices of the mesh.
-            devices: those of the mesh; for ones that are not there, programs can only be lowered.
+            programs: those compiled before, which differ in nothing else than what keys say.
         """
-        super().__init__(unet, options, report)
-        self.parameters = parameters
-        self.mesh = mesh
-        self.devices_of_images = mesh.shape["data"]
-        self.platform = devices.platform
-        # Weights that are spread over the devices, and where they would lie else.
-        placed = {name: split_weight(mesh, name, a.shape) for name, a in parameters.items()}
-        self.spread = {n: own for n, own in placed.items() if parameters[n].sharding != own}
+        super().__init__(unet.module, options, report)
+        self.parameters, self.mesh = unet.parameters, unet.mesh
+        self.devices_of_images = unet.mesh.shape["data"]
+        self.platform, self.operations = unet.devices.platform, unet.operations
+        self.put = unet.devices.put
+        self.spread = spread_weights(unet)
         self.loops_on_device = self.platform != "cpu" or options.steps_per_call is not None
-        self.operations = options.operations
-        self.put = devices.put
-        self.compiled: dict[Any, CompiledProgram] = {}
+        self.programs = programs
+        self.used: dict[Any, CompiledProgram] = {}  # in this run
 
-    def _put(self, conditions: dict[bool, dict[str, torch.Tensor]], guidance: Guidance) -> None:
-        self.conditions = {
-            guided: self.put(
+    def _put(self, told: Conditions) -> None:
+        self.told = {
+            program: self.put(
                 {name: to_numpy(tensor) for name, tensor in each.items()},
-                self.layout(guided).batch_sharding(),
+                self.layout(program).batch_sharding(),
             )
-            for guided, each in conditions.items()
+            for program, each in told.items()
         }
+        self.weights = self.put(self.guidance.weights(), replicated(self.mesh))
         if self.tables is None:
-            self.guidance = self.put(prepare_guidance(guidance), replicated(self.mesh))
             return
         self.noises = self.put(self.noise.noises, split_latents(self.mesh, axis=1))
-        self.schedule = self.put(prepare_schedule(self.tables, guidance), replicated(self.mesh))
+        self.schedule = self.put(prepare_schedule(self.tables), replicated(self.mesh))
 
     def _restore(self, latents: np.ndarray, history: np.ndarray, step: int) -> State:
         return (
@@ -188,19 +136,22 @@ class JaxDenoiser(Denoiser):
     def _fetch(self, array: Array) -> np.ndarray:
         return fetch(array)
 
-    def freed_half(self) -> str | None:
-        if self.mesh.shape["cfg"] > 1 and False in self.kinds:
-            return self.layout(guided=False).freed_half()
+    def unguided_in_words(self) -> str | None:
+        alone = [program for program in self.plan.programs() if len(program.predictions) == 1]
+        if self.mesh.shape["cfg"] > 1 and alone:
+            return self.layout(alone[0]).cfg_devices_do()
         return None
 
-    def layout(self, guided: bool) -> ActivationLayout:
+    def layout(self, program: StepProgram) -> ActivationLayout:
         """How the UNet's activations are split for the group's shapes."""
         levels = rows_of_levels(self.latent_shape[1], len(self.unet.config.block_out_channels))
-        return ActivationLayout.of(self.mesh, guided=guided, rows_of_levels=levels)
+        return ActivationLayout.of(
+            self.mesh, predictions=len(program.predictions), rows_of_levels=levels
+        )
 
-    def _unet_function(self, guided: bool) -> Callable[..., Any]:
+    def _unet_function(self, program: StepProgram) -> Callable[..., Any]:
         """The UNet as a jax function, its operations chosen for the mesh and the platform."""
-        layout = self.layout(guided) if self.mesh.size > 1 else None
+        layout = self.layout(program) if self.mesh.size > 1 else None
         function = as_jax_function(
             self.unet,
             replacements=replacements(layout, self.platform, self.operations),
@@ -230,138 +181,164 @@ class JaxDenoiser(Denoiser):
 
     def compile(self) -> None:
         """Trace and compile the programs that the group needs, each once for its shapes."""
-        for guided in self.kinds:
-            key = self._program_key(guided)
-            if key not in self.compiled:
+        for program in self.plan.programs():
+            key = self._program_key(program)
+            if key not in self.programs:
                 with self.report.part("trace"):
-                    lowered = self.lower(guided)
-                self.compiled[key] = compile_program(
-                    lowered, self._program_name(guided), self.report
+                    lowered = self.lower(program)
+                self.programs[key] = compile_program(
+                    lowered, self._program_name(program), self.report
                 )
+            self.used[key] = self.programs[key]
 
-    def _program_key(self, guided: bool) -> Any:
+    def _program_key(self, program: StepProgram) -> Any:
         """Everything about a group that is compiled in."""
-        shapes = tuple((name, array.shape) for name, array in self.conditions[guided].items())
+        shapes = tuple((name, array.shape) for name, array in self.told[program].items())
+        conditions = tuple(condition.compiled_in() for condition in self.conditions)
         size = None if self.tables is None else len(self.tables.timesteps)
-        return guided, size, len(self.seeds), self.latent_shape, shapes
+        asked = self.loops_on_device, len(self.seeds), self.latent_shape, size
+        return program, type(self.guidance), conditions, shapes, asked, tuple(self.spread.items())
 
-    def _program_name(self, guided: bool) -> str:
-        does = "predict" if self.tables is None else "denoise"
-        return f"{does}_{'guided' if guided else 'conditional'}"
+    def _program_name(self, program: StepProgram) -> str:
+        return f"{'predict' if self.tables is None else 'denoise'}_{program.kind}"
 
-    def lower(self, guided: bool) -> Any:
-        """Trace the program for the group's shapes: with guidance, or the conditional half."""
-        name = self._program_name(guided)
-        unet = self._unet_function(guided)
+    def lower(self, program: StepProgram) -> Any:
+        """Trace a program for the group's shapes."""
+        name = self._program_name(program)
         if self.tables is None:
-            program = jax.jit(_named(name, partial(self._predict_by, unet)))
+            predict = jax.jit(_named(name, self._predicting(program)))
             zeros = np.zeros((len(self.seeds), *self.latent_shape), np.float32)
-            return program.lower(*self._predict_arguments(zeros, 0.0, guided))
+            return predict.lower(*self._predict_arguments(zeros, 0.0, program))
         latents, history, step = self.state
         current = latents, history
         shardings = jax.tree.map(lambda array: array.sharding, (current, step))
-        function = self._denoise_range if self.loops_on_device else self._denoise_one
-        program = jax.jit(
-            _named(name, partial(function, unet)),
+        steps = self._range_of_steps if self.loops_on_device else self._one_step
+        denoise = jax.jit(
+            _named(name, steps(self._predicting(program))),
             donate_argnums=1,
             out_shardings=shardings,
         )
         index = (np.int32(0),) * (2 if self.loops_on_device else 1)
-        return program.lower(self.parameters, current, self._arguments(guided), *index)
+        return denoise.lower(self.parameters, current, self._arguments(program), *index)
 
-    def _prepare_model(
-        self, parameters: Parameters, prompt_embeds: Array
+    def _predicting(self, program: StepProgram) -> Callable[..., Array]:
+        """One model evaluation with guidance, [B, C, h, w] float32 to the same.
+
+        A function of (parameters, sample, timestep, arguments, prepared), where `prepared` is what
+        `_prepare` gives once for all steps of a call.
+        """
+        unet, predictions = self._unet_function(program), program.predictions
+
+        def predict(
+            parameters: Parameters,
+            sample: Array,
+            timestep: Array,
+            arguments: dict[str, Any],
+            prepared: tuple[Parameters, dict[str, Array]] | None = None,
+        ) -> Array:
+            told = arguments["conditions"]
+            parameters, given = prepared or self._prepare(parameters, arguments)
+            dtype = told["prompt_embeds"].dtype
+            repeated = jnp.repeat(sample, len(predictions), axis=0)  # [N, C, h, w]
+            with products_for(dtype):
+                output = unet(
+                    parameters,
+                    repeated.astype(dtype),
+                    timestep,
+                    given=given,
+                    **unet_call(self.conditions, told),
+                )[0].astype(jnp.float32)
+            output = output.reshape(-1, len(predictions), *sample.shape[1:])
+            predicted = {name: output[:, k] for k, name in enumerate(predictions)}
+            combined: Array = self.guidance.combine(predicted, arguments["guidance"], jnp)
+            return combined
+
+        return predict
+
+    def _prepare(
+        self, parameters: Parameters, arguments: dict[str, Any]
     ) -> tuple[Parameters, dict[str, Array]]:
+        prompt_embeds = arguments["conditions"]["prompt_embeds"]
         return prepare_model(self.unet, parameters, prompt_embeds, self.operations)
 
-    def _denoise_one(
-        self,
-        unet: Callable[..., Any],
-        parameters: Parameters,
-        state: tuple[Array, Array],
-        arguments: dict[str, Any],
-        i: Array,
-    ) -> tuple[tuple[Array, Array], Array]:
-        """One step. Returns the state, and the next step as something to wait for."""
-        prompt_embeds = arguments["conditions"]["prompt_embeds"]
-        parameters, given = self._prepare_model(parameters, prompt_embeds)
-        return denoise_step(unet, parameters, given, state, arguments, i), i + 1
+    def _one_step(self, predict: Callable[..., Array]) -> Callable[..., Any]:
+        """One step. The program returns the state, and the next step as something to wait for."""
 
-    def _denoise_range(
-        self,
-        unet: Callable[..., Any],
-        parameters: Parameters,
-        state: tuple[Array, Array],
-        arguments: dict[str, Any],
-        start: Array,
-        stop: Array,
-    ) -> tuple[tuple[Array, Array], Array]:
-        """The steps start ≤ i < stop in a loop on the device. Returns as `_denoise_one` does."""
-        prompt_embeds = arguments["conditions"]["prompt_embeds"]
-        parameters, given = self._prepare_model(parameters, prompt_embeds)
+        def step(
+            parameters: Parameters, state: tuple[Array, Array], arguments: dict[str, Any], i: Array
+        ) -> tuple[tuple[Array, Array], Array]:
+            return denoise_step(partial(predict, parameters), state, arguments, i), i + 1
 
-        def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            return denoise_step(unet, parameters, given, state, arguments, i)
+        return step
 
-        return jax.lax.fori_loop(start, stop, body, state), stop
+    def _range_of_steps(self, predict: Callable[..., Array]) -> Callable[..., Any]:
+        """The steps start ≤ i < stop in a loop on the device; returns as `_one_step` does."""
 
-    def _predict_by(
-        self,
-        unet: Callable[..., Any],
-        parameters: Parameters,
-        model_input: Array,
-        timestep: Array,
-        conditions: dict[str, Array],
-        guidance: dict[str, Array],
-    ) -> Array:
-        """One model evaluation, for a scheduler that steps on the host."""
-        parameters, given = self._prepare_model(parameters, conditions["prompt_embeds"])
-        return predict(unet, parameters, given, model_input, timestep, conditions, guidance)
+        def steps(
+            parameters: Parameters,
+            state: tuple[Array, Array],
+            arguments: dict[str, Any],
+            start: Array,
+            stop: Array,
+        ) -> tuple[tuple[Array, Array], Array]:
+            prepared = self._prepare(parameters, arguments)
+            own = partial(predict, parameters, prepared=prepared)
 
-    def _arguments(self, guided: bool) -> dict[str, Any]:
+            def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+                return denoise_step(own, state, arguments, i)
+
+            return jax.lax.fori_loop(start, stop, body, state), stop
+
+        return steps
+
+    def _arguments(self, program: StepProgram) -> dict[str, Any]:
         return {
-            "conditions": self.conditions[guided],
+            "conditions": self.told[program],
+            "guidance": self.weights,
             "noises": self.noises,
             "schedule": self.schedule,
         }
 
-    def _predict_arguments(self, model_input: np.ndarray, timestep: float, guided: bool) -> Any:
+    def _predict_arguments(
+        self, sample: np.ndarray, timestep: float, program: StepProgram
+    ) -> tuple[Any, ...]:
         return (
             self.parameters,
-            self.put(model_input, split_latents(self.mesh)),
+            self.put(sample, split_latents(self.mesh)),
             np.float32(timestep),
-            self.conditions[guided],
-            self.guidance,
+            {"conditions": self.told[program], "guidance": self.weights},
         )
 
-    def _predict(self, model_input: torch.Tensor, timestep: float, guided: bool) -> torch.Tensor:
-        arguments = self._predict_arguments(model_input.numpy(), timestep, guided)
-        output = self.compiled[self._program_key(guided)](*arguments)
+    def _predict(
+        self, model_input: torch.Tensor, timestep: float, program: StepProgram
+    ) -> torch.Tensor:
+        arguments = self._predict_arguments(model_input.numpy(), timestep, program)
+        output = self.used[self._program_key(program)](*arguments)
         return torch.from_numpy(fetch(output).copy())
 
-    def _start_steps(self, state: State, steps: range, guided: bool) -> tuple[State, Array]:
-        program, arguments = self.compiled[self._program_key(guided)], self._arguments(guided)
+    def _start_steps(self, state: State, steps: range, program: StepProgram) -> tuple[State, Array]:
+        compiled, arguments = self.used[self._program_key(program)], self._arguments(program)
         latents, history, step = state
         current = latents, history
         if self.loops_on_device:
             stop = np.int32(steps.stop)
-            current, step = program(self.parameters, current, arguments, step, stop)
+            current, step = compiled(self.parameters, current, arguments, step, stop)
         else:
             for _ in steps:
-                current, step = program(self.parameters, current, arguments, step)
+                current, step = compiled(self.parameters, current, arguments, step)
         return (*current, step), step
 
     def _wait_for(self, done: Any) -> None:
         jax.block_until_ready(done)
 
-    def flops(self, guided: bool) -> float:
-        return (self.compiled[self._program_key(guided)].flops or 0.0) * self.mesh.size
+    def flops(self, program: StepProgram) -> float:
+        return (self.used[self._program_key(program)].flops or 0.0) * self.mesh.size
 
     def facts(self) -> dict[str, Any]:
         return device_facts(self.mesh, self.dtype)
 
     def profiler(self, folder: Path, steps: range) -> JaxProfiler:
-        return JaxProfiler(folder, steps, self.report, self.compiled, self.unet)
+        return JaxProfiler(folder, steps, self.report, self.used, self.unet)
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

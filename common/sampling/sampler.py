@@ -11,55 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.errors import BadSettingError, in_one_line
+from common.sampling.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     import torch
 
-KARRAS = {"use_karras_sigmas": True}
-# Name → diffusers' class and the settings that the name stands for.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_karras": ("EulerDiscreteScheduler", KARRAS),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "lms_karras": ("LMSDiscreteScheduler", KARRAS),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", KARRAS),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpmpp_2m_sde_karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++"} | KARRAS,
-    ),
-    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "dpmpp_sde_karras": ("DPMSolverSDEScheduler", KARRAS),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "sa_solver": ("SASolverScheduler", {}),
-    "edm_euler": ("EDMEulerScheduler", {}),
-}
-SCHEDULER_CLASSES = tuple(dict.fromkeys(class_name for class_name, _ in SCHEDULERS.values()))
+
 # What libraries raise where a scheduler cannot do what it is asked for.
 REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
-
-
-def scheduler_choice(name: str | None, options: Mapping[str, Any], own: str) -> tuple[str, dict]:
-    """diffusers' class and the settings that differ from the checkpoint's own.
-
-    Args:
-        name: a short name, a class name, or None for the checkpoint's `own` class.
-        options: `--scheduler_option`; they win over those that a short name stands for.
-    """
-    class_name, implied = SCHEDULERS.get(name or own, (name or own, {}))
-    return class_name, {**implied, **options}
 
 
 def make_scheduler(config: Mapping[str, Any], class_name: str, options: Mapping[str, Any]) -> Any:
@@ -205,7 +164,7 @@ class Sampler:
         return stepped
 
     @contextlib.contextmanager
-    def hearing_noises(
+    def intercepted_noises(
         self, hear: "Callable[[tuple[int, ...], Callable[[], torch.Tensor]], torch.Tensor]"
     ) -> Iterator[None]:
         """Let `hear` stand between the scheduler and each noise that it draws.

@@ -71,7 +71,7 @@ def make_tables(sampler: Sampler) -> SchedulerTables:
     rows = np.zeros((count, dimension))
     input_scales = np.zeros(count)
     sample = _basis_vector(dimension, 0)
-    with sampler.hearing_noises(hear_basis):
+    with sampler.intercepted_noises(hear_basis):
         for i, timestep in enumerate(timesteps):
             input_scales[i] = _ratio(sampler.scale_model_input(sample, timestep), sample)
             sample = sampler.step(_basis_vector(dimension, 1 + i), timestep, sample, _unused())
@@ -119,7 +119,7 @@ def _check_linear(sampler: Sampler, rows: np.ndarray, input_scales: np.ndarray) 
     flat = history.reshape(len(history), -1).double()
     sample = history[0]
     error = 0.0
-    with sampler.hearing_noises(hear_next):
+    with sampler.intercepted_noises(hear_next):
         for i, timestep in enumerate(timesteps):
             model_input = sampler.scale_model_input(sample, timestep)
             difference = (model_input - input_scales[i] * sample).norm()

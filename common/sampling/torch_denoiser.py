@@ -11,11 +11,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Sl
 
 from common.compute.allocator import LARGEST_IN_HEAP
 from common.compute.backends import TORCH_FACTS
+from common.compute.clock import StageReport
+from common.compute.options import RunOptions
 from common.compute.torch_profiler import TorchProfiler
-from common.files.report import StageReport
+from common.conditions.prepare import unet_call
 from common.models.submodules import bypassed, prompt_projections
-from common.runs.generation import RunOptions
-from common.sampling.denoiser import Denoiser, Guidance, State, prepare_schedule
+from common.sampling.denoiser import Conditions, Denoiser, State, prepare_schedule
+from common.sampling.step_plan import StepProgram
 
 MOST_SCORES = 2**21  # of several heads at once, 8 MB in float32
 
@@ -46,7 +48,7 @@ class AttentionIn16Bits:
 
 
 class TorchDenoiser(Denoiser):
-    """The UNet as PyTorch runs it, one step at a time."""
+    """One run's denoising by the UNet as PyTorch runs it, one step at a time."""
 
     loops_on_device = False
     ranges_ahead = 0  # a call returns when it is done
@@ -58,12 +60,13 @@ class TorchDenoiser(Denoiser):
         if self.dtype != torch.float32:
             unet.set_attn_processor(AttentionIn16Bits())
 
-    def _put(self, conditions: dict[bool, dict[str, torch.Tensor]], guidance: Guidance) -> None:
-        self.conditions, self.guidance = conditions, guidance
-        self.given: dict[bool, dict[str, torch.Tensor]] = {}
+    def _put(self, told: Conditions) -> None:
+        self.told = told
+        self.projected: dict[StepProgram, dict[str, torch.Tensor]] = {}
+        self.weights = {n: torch.from_numpy(a) for n, a in self.guidance.weights().items()}
         if self.tables is None:
             return
-        schedule = prepare_schedule(self.tables, guidance)
+        schedule = prepare_schedule(self.tables)
         self.schedule = {name: torch.from_numpy(array) for name, array in schedule.items()}
         self.noises = torch.from_numpy(self.noise.noises)
 
@@ -77,12 +80,12 @@ class TorchDenoiser(Denoiser):
         return array.numpy()
 
     @torch.inference_mode()
-    def _start_steps(self, state: State, steps: range, guided: bool) -> tuple[State, None]:
+    def _start_steps(self, state: State, steps: range, program: StepProgram) -> tuple[State, None]:
         latents, history = state
         schedule = self.schedule
         for i in steps:
             model_input = latents * schedule["input_scales"][i]
-            history[i + 1] = self._evaluate(model_input, schedule["timesteps"][i], guided)
+            history[i + 1] = self._evaluate(model_input, schedule["timesteps"][i], program)
             known = i + 2  # what later steps give has no weight yet
             latents = torch.tensordot(schedule["coefficients"][i, :known], history[:known], 1)
             if self.tables is not None and self.tables.noises:
@@ -93,39 +96,29 @@ class TorchDenoiser(Denoiser):
         pass  # PyTorch is done when a call returns
 
     @torch.inference_mode()
-    def _predict(self, model_input: torch.Tensor, timestep: float, guided: bool) -> torch.Tensor:
-        return self._evaluate(model_input, torch.tensor(timestep), guided)
+    def _predict(
+        self, model_input: torch.Tensor, timestep: float, program: StepProgram
+    ) -> torch.Tensor:
+        return self._evaluate(model_input, torch.tensor(timestep), program)
 
     def _evaluate(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool
+        self, model_input: torch.Tensor, timestep: torch.Tensor, program: StepProgram
     ) -> torch.Tensor:
-        """One model evaluation with guidance, as `jax_denoising.predict`. [B, C, h, w] float32."""
-        conditions = self.conditions[guided]
-        repeated = model_input.repeat_interleave(1 + guided, 0)  # [2B, C, h, w]
-        added = {key: conditions[key] for key in ("text_embeds", "time_ids") if key in conditions}
-        if guided not in self.given:
-            prompt_embeds = conditions["prompt_embeds"]
+        """One model evaluation with guidance, as `jax_denoiser.predict`. [B, C, h, w] float32."""
+        told, predictions = self.told[program], program.predictions
+        if program not in self.projected:
+            prompt_embeds = told["prompt_embeds"]
             projections = prompt_projections(self.unet)
-            self.given[guided] = {n: module(prompt_embeds) for n, module in projections.items()}
-        with bypassed(self.unet, self.given[guided]):
+            self.projected[program] = {n: m(prompt_embeds) for n, m in projections.items()}
+        repeated = model_input.repeat_interleave(len(predictions), 0)  # [N, C, h, w]
+        with bypassed(self.unet, self.projected[program]):
             output = self.unet(
-                repeated.to(self.dtype),
-                timestep,
-                encoder_hidden_states=conditions["prompt_embeds"],
-                timestep_cond=conditions.get("timestep_cond"),
-                added_cond_kwargs=added or None,
-                return_dict=False,
+                repeated.to(self.dtype), timestep, **unet_call(self.conditions, told)
             )[0].float()
-        if not guided:
-            return output
-        output = output.unflatten(0, (-1, 2))
-        negative, positive = output[:, 0], output[:, 1]
-        result = negative + self.guidance.scale * (positive - negative)
-        if self.guidance.rescale > 0:
-            axes = tuple(range(1, result.ndim))
-            ratio = positive.std(axes, keepdim=True) / result.std(axes, keepdim=True)
-            result = result * (self.guidance.rescale * ratio + 1 - self.guidance.rescale)
-        return result
+        by_prediction = output.unflatten(0, (-1, len(predictions))).unbind(1)
+        predicted = dict(zip(predictions, by_prediction, strict=True))
+        combined: torch.Tensor = self.guidance.combine(predicted, self.weights, torch)
+        return combined
 
     def facts(self) -> dict[str, Any]:
         return TORCH_FACTS

@@ -1,23 +1,24 @@
 """Decoding latents to 8-bit pictures, whole or in tiles.
 
-`jax_decoding` is the compiled program, `torch_decoding` the same module in PyTorch.
+`jax_decoder` is the compiled program, `torch_decoder` the same module in PyTorch.
 """
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from common.compute.clock import StageReport
+from common.compute.groups import group_size
+from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
-from common.files.report import Profile, StageReport
-
-MOST_GRID_PIXELS = 16_000  # a side; WebP ends at 16 383
+from common.files.report import Profile
+from common.vae.tiles import Tiles
 
 
 def unscale_latents(latents: np.ndarray, config: dict[str, Any]) -> np.ndarray:
@@ -35,44 +36,8 @@ def unscale_latents(latents: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     return latents * std / np.float32(config["scaling_factor"]) + mean
 
 
-class Tiles:
-    """diffusers' own cutting into overlapping tiles and blending, around a decoder of tiles."""
-
-    def __init__(self, vae: Any) -> None:
-        """`vae` gives up its modules; another one has to hold the code of the decoder."""
-        self.vae = vae
-        self.vae.post_quant_conv = torch.nn.Identity()
-
-    @property
-    def size(self) -> int:
-        """The most rows and columns of latents in a tile."""
-        return int(self.vae.tile_latent_min_size)
-
-    def rows(self, height: int) -> list[int]:
-        """The rows of every tile of latents with so many rows, from above to below."""
-        step = int(self.size * (1 - self.vae.tile_overlap_factor))
-        return [min(self.size, height - first) for first in range(0, height, step)]
-
-    def decode(self, scaled: np.ndarray, decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """[B, C, h, w] to [B, 3, H, W], by a function that decodes a tile of that form."""
-        self.vae.decoder = _AsModule(decode)
-        images = self.vae.tiled_decode(torch.from_numpy(scaled), return_dict=False)[0]
-        return np.asarray(images.numpy())
-
-
-class _AsModule(torch.nn.Module):
-    """A function of numpy arrays where diffusers wants a module."""
-
-    def __init__(self, function: Callable[[np.ndarray], np.ndarray]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.function(x.numpy()).copy())
-
-
 class Decoder(ABC):
-    """The VAE of a backend, and how it is measured."""
+    """One run's decoding by the VAE of a backend, and how it is measured."""
 
     devices_of_images: int  # that a group's images are spread over
 
@@ -89,6 +54,10 @@ class Decoder(ABC):
         self.report = report
         self._counted = "run"  # the part of the report that the decoder's seconds count as
         self._run_seconds = 0.0
+
+    def group_size(self, images: int, options: RunOptions) -> int:
+        """How many of a run's images are decoded at once."""
+        return group_size(images, options.batch_size, self.devices_of_images)
 
     def decode(self, latents: np.ndarray, *, warm_up: bool = False) -> tuple[np.ndarray, bool]:
         """Latents [B, C, h, w] float32 to [B, H, W, 3] uint8, and whether all was finite.
@@ -140,9 +109,11 @@ class Decoder(ABC):
     def counting_as(self, part: str) -> Iterator[None]:
         """Report the decoder's seconds as another part than `run`."""
         self._counted = part
-        with self.report.part(part):
-            yield
-        self._counted = "run"
+        try:
+            with self.report.part(part):
+                yield
+        finally:
+            self._counted = "run"
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -162,26 +133,3 @@ def to_pixels(images: np.ndarray) -> tuple[np.ndarray, bool]:
     with np.errstate(invalid="ignore"):  # what is not finite is refused by the caller
         pixels = np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
     return pixels.transpose(0, 2, 3, 1), finite
-
-
-def shrink(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture [H, W, 3] uint8 with sides of at most `side` pixels."""
-    image = Image.fromarray(picture)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def make_grid(pictures: np.ndarray) -> np.ndarray:
-    """Lay [B, H, W, 3] pictures out row by row, as square as possible, the rest white.
-
-    They are shrunk where the grid would be larger than the formats for pictures can hold.
-    """
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    if columns > 1 and columns * max(pictures.shape[1:3]) > MOST_GRID_PIXELS:
-        pictures = np.stack([shrink(each, MOST_GRID_PIXELS // columns) for each in pictures])
-    count, height, width, channels = pictures.shape
-    rows = int(np.ceil(count / columns))
-    grid = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    grid[:count] = pictures
-    laid_out = grid.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return laid_out.reshape(rows * height, columns * width, channels)

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 
 from common.compute.backends import TORCH_FACTS
+from common.compute.clock import StageReport
 from common.compute.torch_profiler import TorchProfiler
-from common.files.report import StageReport
-from common.vae.decoder import Decoder, Tiles, to_pixels
+from common.vae.decoder import Decoder, to_pixels
+from common.vae.tiles import Tiles
 
 
 class TorchDecoder(Decoder):
-    """The VAE as PyTorch runs it."""
+    """One run's decoding by the VAE as PyTorch runs it."""
 
     devices_of_images = 1
 

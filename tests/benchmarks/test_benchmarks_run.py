@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from common.files.stage_table import STAGES
 from tests.conftest import PROJECT_DIR
 
 BENCHMARKS = PROJECT_DIR / "benchmarks"
@@ -26,7 +27,7 @@ def test_guidance() -> None:
 
 def rows_of(*command: object) -> list[dict[str, str]]:
     """The rows of the tables that a benchmark prints, by their titles."""
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if "|" in line]
     titles = ["", *lines[0]]
@@ -38,8 +39,12 @@ def test_side_by_side() -> None:
     """The peers that do not take long to compile; all give diffusers' result."""
     small = ["--repeat", "1", "--num_inference_steps", "2"]
     peers = ["ours, jax", "ours, torch"]
-    rows = rows_of(BENCHMARKS / "side_by_side.py", *small, *(f"--peer={name}" for name in peers))
-    assert [row[""] for row in rows] == ["diffusers eager", *peers]
+    rows = rows_of(
+        BENCHMARKS / "side_by_side.py",
+        *(*small, f"--checkout={PROJECT_DIR}", *(f"--peer={name}" for name in peers)),
+    )
+    own = ["diffusers eager", *peers]
+    assert [row[""] for row in rows] == [*own, *(f"{PROJECT_DIR}: {name}" for name in peers)]
     assert rows[0]["denoising loop, ratio"] == rows[0]["decoding, ratio"] == "1.00"
     for row in rows:
         assert float(row["latents differ"]) < 1e-4
@@ -63,12 +68,26 @@ def test_gpu_sdxl_on_a_cpu() -> None:
 
 @pytest.mark.slow
 def test_cold_start() -> None:
-    rows = rows_of(BENCHMARKS / "cold_start.py", "--repeat=1")
+    rows = rows_of(BENCHMARKS / "cold_start.py", "--repeat=1", f"--checkout={PROJECT_DIR}")
     seconds = {
         row[""]: float(row["wall"].split()[0]) for row in rows if " s" in row.get("wall", "")
     }
-    assert all(seconds[what] > 0 for what in ("run_all.sh", "stage 1 alone", "stage 3's floor"))
+    known = ("run_all.sh", f"run_all.sh of {PROJECT_DIR}", "stage 1 alone", "stage 3's floor")
+    assert all(seconds[what] > 0 for what in known)
     limit = seconds["one process of diffusers"] + 2 * seconds["stage 2's floor"]
     assert seconds["one process of diffusers and twice stage 2's floor"] == pytest.approx(
         limit, abs=0.02
     )
+
+
+@pytest.mark.slow
+def test_report_overhead() -> None:
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "report_overhead.py", "--repeat", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    shares = re.findall(r"^(stage \d) +report ([\d.]+)% of the wall time", result.stdout, re.M)
+    assert [stage for stage, _ in shares] == [stage.name for stage in STAGES]
+    assert all(0 < float(share) < 100 for _, share in shares)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from common.compute.sharding import (
     SINGLE,
+    ActivationLayout,
     axis_to_spread,
     choose_mesh,
     make_mesh,
@@ -26,49 +27,54 @@ def test_a_mesh_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "images", "guided", "rows", "expected"),
+    ("devices", "images", "predictions", "rows", "expected"),
     [
-        (8, 1, True, 128, "cfg=2,rows=4"),
-        (8, 1, False, 128, "rows=8"),
-        (8, 8, True, 128, "data=8"),
-        (8, 2, True, 128, "data=2,cfg=2,rows=2"),
-        (8, 4, True, 128, "data=4,cfg=2"),
-        (8, 3, True, 128, "cfg=2,rows=4"),
-        (4, 1, True, 128, "cfg=2,rows=2"),
-        (1, 5, True, 128, "single"),
-        (8, 1, True, 80, "cfg=2,rows=4"),  # 1536×640: 80, 40, 20 rows
-        (3, 1, True, 96, "rows=3"),
+        (8, 1, 2, 128, "cfg=2,rows=4"),
+        (8, 1, 1, 128, "rows=8"),
+        (8, 8, 2, 128, "data=8"),
+        (8, 2, 2, 128, "data=2,cfg=2,rows=2"),
+        (8, 4, 2, 128, "data=4,cfg=2"),
+        (8, 3, 2, 128, "cfg=2,rows=4"),
+        (4, 1, 2, 128, "cfg=2,rows=2"),
+        (1, 5, 2, 128, "single"),
+        (8, 1, 2, 80, "cfg=2,rows=4"),  # 1536×640: 80, 40, 20 rows
+        (3, 1, 2, 96, "rows=3"),
+        (8, 1, 3, 128, "rows=8"),  # three predictions are no pairs
     ],
 )
-def test_the_mesh_is_chosen_by_images_then_guidance_then_rows(
-    devices: int, images: int, guided: bool, rows: int, expected: str
+def test_the_mesh_is_chosen_by_images_then_predictions_then_rows(
+    devices: int, images: int, predictions: int, rows: int, expected: str
 ) -> None:
     choice = choose_mesh(
         None,
         devices=devices,
         images=images,
-        guided=guided,
+        predictions=predictions,
         rows_of_levels=rows_of_levels(rows, 3),
     )
     assert (str(choice), choice.notes) == (expected, ())
 
 
 @given(
-    st.integers(1, 64), st.integers(1, 64), st.booleans(), st.integers(1, 300), st.integers(1, 4)
+    st.integers(1, 64),
+    st.integers(1, 64),
+    st.integers(1, 3),
+    st.integers(1, 300),
+    st.integers(1, 4),
 )
 def test_a_chosen_mesh_always_fits(
-    devices: int, images: int, guided: bool, rows: int, levels: int
+    devices: int, images: int, predictions: int, rows: int, levels: int
 ) -> None:
     heights = rows_of_levels(rows, levels)
     choice = choose_mesh(
-        None, devices=devices, images=images, guided=guided, rows_of_levels=heights
+        None, devices=devices, images=images, predictions=predictions, rows_of_levels=heights
     )
     sizes = choice.sizes
     used = sizes["data"] * sizes["cfg"] * sizes["rows"] * sizes["tensor"]
     assert used <= devices and (used == devices or choice.notes)
     assert images % sizes["data"] == 0
     assert all(height % sizes["rows"] == 0 for height in heights)
-    assert sizes["cfg"] == 1 or guided
+    assert predictions % sizes["cfg"] == 0
 
 
 def test_a_mesh_that_is_asked_for_is_kept_or_the_next_possible_one_is_said() -> None:
@@ -77,7 +83,7 @@ def test_a_mesh_that_is_asked_for_is_kept_or_the_next_possible_one_is_said() -> 
             parse_mesh(text),
             devices=8,
             images=1,
-            guided=True,
+            predictions=2,
             rows_of_levels=rows_of_levels(rows, 3),
         )
         return str(choice), " ".join(choice.notes)
@@ -92,24 +98,25 @@ def test_a_mesh_that_is_asked_for_is_kept_or_the_next_possible_one_is_said() -> 
 
 
 @pytest.mark.parametrize(
-    ("devices", "images", "guided", "expected"),
+    ("devices", "images", "predictions", "expected"),
     [
-        (2, 1, True, "cfg=2"),
-        (2, 1, False, "single"),
-        (2, 4, True, "data=2"),
-        (3, 2, True, "data=2"),
-        (8, 3, True, "data=3,cfg=2"),
-        (64, 8, True, "data=8,cfg=2"),
+        (2, 1, 2, "cfg=2"),
+        (2, 1, 1, "single"),
+        (2, 1, 3, "single"),
+        (2, 4, 2, "data=2"),
+        (3, 2, 2, "data=2"),
+        (8, 3, 2, "data=3,cfg=2"),
+        (64, 8, 2, "data=8,cfg=2"),
     ],
 )
-def test_cores_share_images_and_halves_but_no_rows(
-    devices: int, images: int, guided: bool, expected: str
+def test_cores_share_images_and_predictions_but_no_rows(
+    devices: int, images: int, predictions: int, expected: str
 ) -> None:
     choice = choose_mesh(
         None,
         devices=devices,
         images=images,
-        guided=guided,
+        predictions=predictions,
         rows_of_levels=[16, 8],
         split_rows=False,
     )
@@ -126,3 +133,31 @@ def test_weights_are_spread_only_where_they_do_not_fit() -> None:
     tensor = make_mesh(SINGLE | {"tensor": 2, "data": 4}, jax.devices())
     assert axis_to_spread(tensor, 12_000, 10_000) is None
     assert axis_to_spread(tensor, 12_002, 10_000) == "data"
+
+
+@pytest.mark.parametrize(
+    ("predictions", "rows", "split_by", "do"),
+    [
+        (2, 16, (("data", "cfg"), ("rows",)), None),
+        (1, 16, (("data",), ("rows", "cfg")), "take their share of the rows"),
+        (1, 6, (("data",), ("rows",)), "compute the same as their twins"),  # 6 is not 2 times 2
+        (3, 16, (("data",), ("rows", "cfg")), None),
+    ],
+)
+def test_cfg_splits_predictions_or_else_rows(
+    predictions: int, rows: int, split_by: tuple[tuple[str, ...], ...], do: str | None
+) -> None:
+    mesh = make_mesh(SINGLE | {"data": 2, "cfg": 2, "rows": 2}, jax.devices())
+    layout = ActivationLayout.of(mesh, predictions=predictions, rows_of_levels=[rows])
+    assert (layout.batch, layout.rows) == split_by
+    assert layout.size_of(layout.batch) * layout.size_of(layout.rows) in (8, 4)
+    if do is not None:
+        assert layout.cfg_devices_do() == f"the devices of the other half {do}"
+    # Every device holds its part, and the parts are the whole.
+    put = jax.device_put(jax.numpy.arange(12 * rows).reshape(12, 1, rows, 1), layout.pictures())
+    assert put.addressable_shards[0].data.shape == (
+        12 // layout.size_of(layout.batch),
+        1,
+        rows // layout.size_of(layout.rows),
+        1,
+    )

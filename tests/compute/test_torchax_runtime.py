@@ -1,5 +1,8 @@
 """The bridge from PyTorch modules to jax functions."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -66,3 +69,46 @@ def test_the_stand_ins_are_still_needed() -> None:
         if isinstance(getattr(torch.ops.aten.prod, name, None), tuple)
     ]
     assert bool(stand_ins) == (version >= (2, 13))
+
+
+def test_two_threads_trace_at_once() -> None:
+    """Each with operations of its own, for the one environment that torchax has."""
+    module = Scaled().requires_grad_(False)
+    x = np.ones((2, 3), np.float32)
+    weights = jax_weights(module)
+    both_began = threading.Barrier(2, timeout=30)
+
+    def trace(factor: float) -> np.ndarray:
+        def linear(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+            return (x @ weight.T + bias) * factor
+
+        replacements = {torch.nn.functional.linear: linear}
+        function = torchax_runtime.as_jax_function(module, replacements=replacements)
+        found = []
+        for _ in range(10):
+            both_began.wait()
+            found.append(np.asarray(jax.jit(lambda *args: function(*args))(weights, x)))
+        assert all((each == found[0]).all() for each in found)
+        return found[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        single, double = pool.map(trace, [1.0, 2.0])
+    offset = np.asarray(weights["offset"])
+    np.testing.assert_allclose(double - offset, 2 * (single - offset), rtol=1e-6)
+
+
+def test_a_trace_that_fails_leaves_no_operation_behind() -> None:
+    module = Scaled().requires_grad_(False)
+    weights = jax_weights(module)
+    x = jax.numpy.ones((2, 3))
+    expected = torchax_runtime.as_jax_function(module)(weights, x)
+
+    def fail(*_: object) -> jax.Array:
+        raise ArithmeticError("refused")
+
+    replacements = {torch.nn.functional.linear: fail}
+    failing = torchax_runtime.as_jax_function(module, replacements=replacements)
+    with pytest.raises(ArithmeticError):
+        failing(weights, x)
+    np.testing.assert_array_equal(torchax_runtime.as_jax_function(module)(weights, x), expected)
+    assert not module._forward_hooks and not module.linear._forward_hooks

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.files import artifacts, picture_files
+from common.files.stage_table import LATENTS_FILE
 from tests.conftest import RUN_ALL, Run
 
 STEPS = ("--num_inference_steps", "2")
@@ -41,7 +42,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     waiting = [start(run_dir, seed, "--wait") for seed in (3, 4)]
     said = [process.communicate(timeout=300)[1] for process in waiting]
     assert [process.returncode for process in waiting] == [0, 0], said
-    header = artifacts.inspect(run_dir / artifacts.LATENTS_FILE).header
+    header = artifacts.inspect(run_dir / LATENTS_FILE).header
     record = picture_files.read_picture_record(run_dir / "output_image.png")
     assert header is not None and record is not None
     assert header.recipe.settings["seeds"] in ([3], [4])
@@ -62,9 +63,9 @@ def test_eight_runs_in_eight_folders(
     flags = ("--seed", 0, "--num_images_per_prompt", 8, "--batch_size", 1)
     alone = tmp_path / "alone"
     assert run_all("--output_dir", alone, *STEPS, *flags).returncode == 0
-    expected = load_file(alone / artifacts.LATENTS_FILE)["latents"]
+    expected = load_file(alone / LATENTS_FILE)["latents"]
     for seed in range(8):
-        latents = load_file(tmp_path / str(seed) / artifacts.LATENTS_FILE)["latents"]
+        latents = load_file(tmp_path / str(seed) / LATENTS_FILE)["latents"]
         assert latents[0].equal(expected[seed])
         with (
             Image.open(tmp_path / str(seed) / "output_image.png") as own,

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.models.checkpoint import Checkpoint
 from tests.conftest import DEMO, STAGES, run_script
-from tests.test_process import expect
+from tests.refusals import expect
 
 pytestmark = pytest.mark.slow
 COMPONENTS = {path.name: path for path in DEMO.iterdir() if path.is_dir()}

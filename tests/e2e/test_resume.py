@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from common.compute.backends import TORCH_FACTS
+from common.compute.kept import Kept
 from common.conditions.prompts import encode_prompts
-from common.files.artifacts import Recipe
-from common.files.kept_progress import Progress, progress_of, remove_progress
+from common.files.kept_progress import Progress, remove_progress
+from common.files.recipe import Recipe
 from common.files.run_lock import HELD_BY_PARENT
-from common.runs.generation import RunOptions
+from common.files.stage_table import DENOISE
+from common.runs.flags import Given
+from common.runs.stage_run import StageRun
+from common.sampling.denoising import Denoised
 from common.stopping import StoppedError, StopRequest
-from stages import stage2_unet
 from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run
 from tests.in_process import Ours, make_config
 
@@ -51,17 +54,10 @@ def test_a_run_stopped_after_any_step_gives_the_same_bits(
 ) -> None:
     """Three images in groups of two, stopped again and again until they are done."""
     config = make_config(DEMO, batch=3, scheduler=scheduler, num_inference_steps=5)
-    embeddings = encode_prompts(ours.text_pipeline, config)
-    ours.denoiser.steps_per_call = steps_per_call
 
-    def denoise(progress: Progress | None, stop: StopRequest | None) -> stage2_unet.Denoised:
-        options = RunOptions(mesh="single", batch_size=2, save_trajectory=2)
-        sampler = stage2_unet.make_sampler(config, ours.checkpoint)
-        return stage2_unet.denoise_images(
-            *(config, ours.checkpoint, embeddings, ours.denoiser, sampler, options),
-            progress=progress,
-            stop=stop,
-        )
+    def denoise(progress: Progress | None, stop: StopRequest | None) -> Denoised:
+        changes = {"batch_size": 2, "save_trajectory": 2, "steps_per_call": steps_per_call}
+        return ours.denoised(config, progress=progress, stop=stop, **changes)
 
     expected = denoise(None, None)
     progress = Progress(tmp_path, 2, {"fingerprint": "1"})
@@ -131,14 +127,16 @@ def test_progress_of_other_settings_and_damaged_progress_is_not_used(tmp_path: P
 
 def test_progress_on_a_cpu_is_for_its_number_of_threads(tmp_path: Path) -> None:
     recipe = Recipe(stage=2, settings={}, weights={}, inputs={}, versions={})
+    given = Given(DENOISE, {"output_dir": tmp_path})
     threads = torch.get_num_threads()
     keys = []
     try:
         for number in (1, 2, 1):
             torch.set_num_threads(number)
-            progress = progress_of(tmp_path, recipe, RunOptions(), TORCH_FACTS)
-            assert progress is not None
-            keys.append(progress.key)
+            with StageRun(DENOISE, given, Kept()) as run:
+                run.keep_progress(recipe, TORCH_FACTS)
+                assert run.progress is not None
+                keys.append(run.progress.key)
     finally:
         torch.set_num_threads(threads)
     assert keys[0] == keys[2] != keys[1]

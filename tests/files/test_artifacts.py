@@ -1,19 +1,24 @@
 """Files of tensors: what is saved is loaded, and every kind of damage is found and named."""
 
 import json
+import math
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.errors import BadInputFileError, NotFiniteError, StageError, UnfitEnvironmentError
+from common.errors import BadInputFileError, NotFiniteError
 from common.files import artifacts
-from common.files.artifacts import Recipe
-from common.stopping import STOP_SIGNALS, StoppedError
-from common.whole_files import replace_whole
+from common.files.recipe import Recipe
+from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
+from tests.conftest import Run, file_contents
+from tests.refusals import DEEP, EMBEDDINGS, LATENTS, Shapes, expect, refusal, zeros
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -23,12 +28,16 @@ TENSORS = {
 
 def make_recipe(**settings: object) -> Recipe:
     return Recipe(
-        stage=1, settings=settings, inputs={}, weights={"w": "1"}, versions={"torch": "1"}
+        stage=1,
+        settings={"embeddings": settings},
+        inputs={},
+        weights={"w": "1"},
+        versions={"torch": "1"},
     )
 
 
 def saved(tmp_path: Path) -> Path:
-    path = tmp_path / artifacts.EMBEDDINGS_FILE
+    path = tmp_path / EMBEDDINGS_FILE
     artifacts.save_tensors(path, TENSORS, make_recipe(seed=42), {"model_id": "m"})
     return path
 
@@ -58,7 +67,7 @@ def test_the_data_hash_is_that_of_the_bytes_in_key_order(tmp_path: Path) -> None
 def test_the_header_is_one_json_string_that_safetensors_reads(tmp_path: Path) -> None:
     with safe_open(saved(tmp_path), "pt") as file:
         header = json.loads(file.metadata()[artifacts.HEADER_KEY])
-    assert header["recipe"]["settings"] == {"seed": 42}
+    assert header["recipe"]["settings"] == {"embeddings": {"seed": 42}}
     assert header["provenance"]["model_id"] == "m"
 
 
@@ -92,7 +101,7 @@ def test_truncated_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_forged_header_length_takes_no_memory(tmp_path: Path) -> None:
-    path = tmp_path / artifacts.LATENTS_FILE
+    path = tmp_path / LATENTS_FILE
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     with pytest.raises(BadInputFileError, match="longer than the file"):
         artifacts.inspect(path)
@@ -106,7 +115,7 @@ def test_an_altered_recipe_is_found(tmp_path: Path) -> None:
 
 
 def test_a_strangers_file_passes_with_a_warning(tmp_path: Path) -> None:
-    path = tmp_path / artifacts.EMBEDDINGS_FILE
+    path = tmp_path / EMBEDDINGS_FILE
     save_file({"b": TENSORS["b"]}, path, metadata={"dtype_info": "{}"})
     artifact = artifacts.inspect(path)
     warnings: list[str] = []
@@ -116,7 +125,7 @@ def test_a_strangers_file_passes_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:
-    path = tmp_path / artifacts.LATENTS_FILE
+    path = tmp_path / LATENTS_FILE
     bad = {"latents": torch.tensor([1.0, float("nan")])}
     with pytest.raises(NotFiniteError, match="1 of 2 values of 'latents'"):
         artifacts.save_tensors(path, bad, make_recipe(), {})
@@ -124,25 +133,6 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path)
     save_file(bad, path)
     with pytest.raises(NotFiniteError):
         artifacts.load_tensors(artifacts.inspect(path), lambda _: None)
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replace_whole(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_an_environment_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(UnfitEnvironmentError, match="--output_dir"),
-        replace_whole(tmp_path / "file" / "below") as temporary,
-    ):
-        temporary.write_text("")
 
 
 def test_staleness_is_said_in_words(tmp_path: Path) -> None:
@@ -157,13 +147,171 @@ def test_staleness_is_said_in_words(tmp_path: Path) -> None:
     assert "not there" in str(artifacts.why_stale(path, make_recipe(seed=42)))
 
 
-def test_errors_have_the_documented_exit_codes() -> None:
-    codes = {error.__name__: error.exit_code for error in StageError.__subclasses__()}
-    assert codes == {
-        "BadSettingError": 2,
-        "BadInputFileError": 3,
-        "NotFiniteError": 4,
-        "UnfitEnvironmentError": 5,
-        "StoppedError": 1,
+def write_layout(path: Path, entries: dict[str, Any], data: bytes) -> None:
+    """Write a safetensors file by hand, also one that the library would not write."""
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: float) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+ONE = {"latents": entry("F32", [1], 0, 4)}
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"a": entry("F32", [1], -12, 4)}, "its tensors lie outside its data"),
+        ({"a": entry("F32", [1], 4, 0), **ONE}, "its tensors lie outside its data"),
+        ({"latents": entry("F32", [1], 0, 8)}, "it has"),
+        ({"latents": {"dtype": "F32"}}, "'shape'"),
+        ({"latents": entry("F32", [1], 0, math.inf)}, "cannot convert float infinity"),
+        ({"__metadata__": [1], **ONE}, "not a safetensors file"),
+        ({"__metadata__": {artifacts.HEADER_KEY: "{}"}, **ONE},
+         "its header cannot be read (recipe: Field required)"),
+        ({"__metadata__": {artifacts.HEADER_KEY: "no JSON"}, **ONE},
+         "its header cannot be read (Invalid JSON"),
+        ({"latents": entry("F99", [1], 0, 4)}, "holds 'latents' as F99, which no stage reads"),
+        ({"latents": entry("F32", [3], 0, 4)}, "it holds 4 bytes for 'latents', F32 of (3,)"),
+        ({"latents": entry("F6_E2M3", [4], 0, 3), "b": entry("U8", [1], 3, 4)}, "F6_E2M3"),
+        ({**ONE, "b": entry("F4", [0], 4, 4)}, "holds 'b' as F4, which no stage reads"),
+    ],
+)  # fmt: skip
+def test_a_forged_file_of_tensors(tmp_path: Path, entries: dict[str, Any], words: str) -> None:
+    """What our reader does not find, safetensors' does."""
+    path = tmp_path / LATENTS_FILE
+    write_layout(path, entries, b"data")
+    with refusal(BadInputFileError, str(path), words, f"--output_dir {tmp_path}"):
+        artifacts.load_tensors(artifacts.inspect(path), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ((2**40).to_bytes(8, "little") + b"{}", "its header is longer than the file"),
+        ((100_000).to_bytes(8, "little") + DEEP.encode(), "it is nested too deeply"),
+        (b"1234", "requires a buffer of 8 bytes"),
+        (b"", "requires a buffer of 8 bytes"),
+    ],
+)
+def test_a_file_that_begins_like_no_safetensors(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / EMBEDDINGS_FILE
+    path.write_bytes(content)
+    with refusal(
+        BadInputFileError, str(path), words, f"stage1_text_encoder.py --output_dir {tmp_path}"
+    ):
+        artifacts.inspect(path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process cuts it after its layout was read."""
+    path = tmp_path / LATENTS_FILE
+    save_file(zeros(LATENTS), path)
+    read_layout = artifacts._read_layout
+
+    def read_then_cut(path: Path) -> Any:
+        layout = read_layout(path)
+        os.truncate(path, path.stat().st_size - 1)
+        return layout
+
+    monkeypatch.setattr(artifacts, "_read_layout", read_then_cut)
+    with refusal(BadInputFileError, f"{path} is cut short", "make it again: python stages/stage2"):
+        artifacts.inspect(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "shapes"), [(2, EMBEDDINGS_FILE, EMBEDDINGS), (3, LATENTS_FILE, LATENTS)]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_not_used(
+    run_dir: Path, number: int, name: str, shapes: Shapes, value: float
+) -> None:
+    key = next(iter(shapes))
+    tensors = zeros(shapes)
+    tensors[key].view(-1)[0] = value
+    save_file(tensors, run_dir / name)
+    size = tensors[key].numel()
+    path = run_dir / name
+    with refusal(
+        NotFiniteError, f"{path} cannot be used: 1 of {size} values of '{key}'", "--dtype float32"
+    ):
+        artifacts.load_tensors(artifacts.inspect(path), lambda _: None)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+@pytest.mark.parametrize(("number", "name"), [(2, EMBEDDINGS_FILE), (3, LATENTS_FILE)])
+def test_a_damaged_or_missing_input_exits_3(
+    run_copy: Path, stage: Run, number: int, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(run_copy / name)
+    before = file_contents(run_copy)
+    expect(stage(number, "--output_dir", run_copy), 3, name, f"stage{number - 1}_")
+    assert file_contents(run_copy) == before
+
+
+def test_latents_of_other_embeddings_exit_3(run_copy: Path, stage: Run) -> None:
+    """A new prompt was encoded, but not denoised: its old picture must not pass for it."""
+    assert stage(1, "--output_dir", run_copy, "--prompt", "a green ring").returncode == 0
+    before = file_contents(run_copy)
+    expect(
+        stage(3, "--output_dir", run_copy), 3, LATENTS_FILE, EMBEDDINGS_FILE, "made from other data"
+    )
+    assert file_contents(run_copy) == before
+
+
+@pytest.mark.slow
+def test_no_verify_trusts_the_checksum_of_an_input(run_copy: Path, stage: Run) -> None:
+    flip_a_bit(run_copy / LATENTS_FILE)
+    expect(stage(3, "--output_dir", run_copy), 3, LATENTS_FILE, "checksum")
+    result = stage(3, "--output_dir", run_copy, "--no_verify")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_file_of_an_older_version_is_refused_and_as_an_output_stale(tmp_path: Path) -> None:
+    """Its header, as the first version wrote it: settings of all stages in one place."""
+    recipe = {
+        "format_version": 1,
+        "stage": 1,
+        "settings": {"seed": 42},
+        "inputs": {},
+        "weights": {},
+        "versions": {},
     }
-    assert [StoppedError(number, "").exit_code for number in STOP_SIGNALS] == [130, 143]
+    header = {
+        "recipe": recipe,
+        "provenance": {},
+        "data_sha256": artifacts.hash_tensors(TENSORS),
+        "fingerprint": "0" * 64,
+    }
+    path = tmp_path / "stage1_embeddings.safetensors"
+    save_file(TENSORS, path, metadata={artifacts.HEADER_KEY: json.dumps(header)})
+    with pytest.raises(BadInputFileError) as caught:
+        artifacts.inspect(path)
+    assert str(caught.value) == (
+        f"{path} was made by an older version of this program; make it again: python "
+        f"stages/stage1_text_encoder.py --output_dir {tmp_path}"
+    )
+    stale = artifacts.why_stale(path, make_recipe(seed=42))
+    assert stale == "stage1_embeddings.safetensors is of an older format"
+    recipe["format_version"] = 3
+    save_file(TENSORS, path, metadata={artifacts.HEADER_KEY: json.dumps(header)})
+    with pytest.raises(BadInputFileError, match="made by a newer version of this program"):
+        artifacts.inspect(path)

@@ -1,19 +1,33 @@
-"""What each file must hold for the next stage, and a checkpoint's configs for all of them."""
+"""What each file must hold for the next stage."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from common.declared import EMBEDDINGS as OF_EMBEDDINGS
+from common.declared import LATENTS as OF_LATENTS
 from common.errors import BadInputFileError
-from common.files import artifacts
-from common.files.artifacts import Artifact, Recipe, TensorLayout, make_header
+from common.files import contracts
+from common.files.artifacts import Artifact, TensorLayout, make_header
 from common.files.contracts import header_misfit
-from common.models.checkpoint import Checkpoint
-from common.models.component_table import config_misfit, index_misfit
-from tests.conftest import DEMO
+from common.files.recipe import Recipe
+from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE, STAGES, TRAJECTORY_FILE
+from tests.conftest import Run
+from tests.refusals import (
+    EMBEDDINGS,
+    LATENTS,
+    TRAJECTORY,
+    Shapes,
+    call,
+    expect,
+    refusal,
+    save_with_header,
+    zeros,
+)
 
 SETTINGS = {
     "prompts": ["a", "b"],
@@ -25,12 +39,19 @@ SETTINGS = {
 }
 
 
+def by_artifact(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings as recipes hold them: prompts shape embeddings, the others latents."""
+    prompts = {name: value for name, value in settings.items() if "prompts" in name}
+    others = {name: value for name, value in settings.items() if name not in prompts}
+    return {OF_EMBEDDINGS: prompts, OF_LATENTS: others}
+
+
 def make_latents(stage: int = 2, images: int = 4, **changes: Any) -> Artifact:
     """Latents whose header names these settings; None takes one away."""
     settings = {k: v for k, v in (SETTINGS | changes).items() if v is not None}
-    recipe = Recipe(stage=stage, settings=settings, inputs={}, weights={}, versions={})
+    recipe = Recipe(stage=stage, settings=by_artifact(settings), inputs={}, weights={}, versions={})
     return Artifact(
-        path=Path(artifacts.LATENTS_FILE),
+        path=Path(LATENTS_FILE),
         header=make_header(recipe, {}, ""),
         data_sha256="",
         tensors={"latents": TensorLayout("F32", (images, 4, 8, 8))},
@@ -58,38 +79,175 @@ def test_a_header_that_does_not_is_named(changes: dict[str, Any], said: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("shapes", "words"),
     [
-        ("unet/config.json", {"sample_size": "x"}, "sample_size"),
-        ("unet/config.json", {"block_out_channels": []}, "block_out_channels"),
-        ("unet/config.json", {"cross_attention_dim": 10**12}, "cross_attention_dim"),
-        ("unet/config.json", {"addition_time_embed_dim": None}, "addition_time_embed_dim"),
-        ("vae/config.json", {"latent_channels": None}, "latent_channels"),
-        ("scheduler/scheduler_config.json", {"_class_name": 3}, "_class_name"),
-        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps"),
-        ("text_encoder/config.json", {"num_hidden_layers": 0}, "num_hidden_layers"),
-        ("model_index.json", {"unet": "UNet"}, "unet: give a library and a class"),
+        ({"pooled_prompt_embeds": None}, "lacks pooled_prompt_embeds, which the checkpoint's UNet"),
+        ({"prompt_embeds": (1, 77, 80)}, "(1, 77, 80); the checkpoint's UNet needs a width of 160"),
+        ({"prompt_embeds": (77, 160)}, "prompt_embeds of shape (77, 160)"),
+        ({"negative_pooled_prompt_embeds": (1, 80)}, "(1, 80); the checkpoint's UNet needs a"),
+        ({name: (2, *shape[1:]) for name, shape in EMBEDDINGS.items()},
+         "holds 2 prompts; generation_config.json has 1"),
+        (dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (1, 0, 160)),
+         "prompt_embeds of shape (1, 0, 160)"),
+        ({"prompt_embeds": (1, 154, 160)}, "prompt_embeds and negative_prompt_embeds of different"),
+    ],
+)  # fmt: skip
+def test_embeddings_that_do_not_fit(
+    run_dir: Path, shapes: dict[str, tuple[int, ...] | None], words: str
+) -> None:
+    path = run_dir / EMBEDDINGS_FILE
+    wanted = {name: shape for name, shape in (EMBEDDINGS | shapes).items() if shape is not None}
+    save_file(zeros(wanted), path)
+    with refusal(BadInputFileError, str(path), words, "make it again: python stages/stage1_text"):
+        call(2, "--output_dir", run_dir)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"latent": (1, 4, 8, 8)}, "lacks latents"),
+        ({"latents": (1, 3, 8, 8)}, "latents of shape (1, 3, 8, 8); the VAE needs 4 channels"),
+        ({"latents": (4, 8, 8)}, "latents of shape (4, 8, 8)"),
+        ({"latents": (0, 4, 8, 8)}, "latents of shape (0, 4, 8, 8)"),
     ],
 )
-def test_a_config_that_no_stage_can_use_is_named(
-    file: str, change: dict[str, Any], said: str, tmp_path: Path
+def test_latents_that_do_not_fit(run_dir: Path, shapes: Shapes, words: str) -> None:
+    path = run_dir / LATENTS_FILE
+    save_file(zeros(shapes), path)
+    with refusal(BadInputFileError, str(path), words, "make it again: python stages/stage2_unet"):
+        call(3, "--output_dir", run_dir)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"latents": (2, 1, 4, 8, 8)}, "lacks steps"),
+        ({"latents": (2, 1, 4, 8, 9), "steps": (2,)}, "those of the run are (1, 4, 8, 8)"),
+        ({"latents": (3, 1, 4, 8, 8), "steps": (2,)}, "latents of shape (3, 1, 4, 8, 8)"),
+        ({"latents": (0, 1, 4, 8, 8), "steps": (0,)}, "latents of shape (0, 1, 4, 8, 8)"),
+    ],
+)
+def test_a_trajectory_that_does_not_fit(run_dir: Path, shapes: Shapes, words: str) -> None:
+    path = run_dir / TRAJECTORY_FILE
+    save_file(zeros(shapes), path)
+    with refusal(BadInputFileError, str(path), words, "make it again", "--save_trajectory N"):
+        call(3, "--output_dir", run_dir)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "shapes"),
+    [
+        (2, EMBEDDINGS_FILE, EMBEDDINGS),
+        (3, LATENTS_FILE, LATENTS),
+        (3, TRAJECTORY_FILE, TRAJECTORY),
+    ],
+)
+def test_whole_numbers_are_no_tensors_of_ours(
+    run_dir: Path, number: int, name: str, shapes: Shapes
 ) -> None:
-    for name in ("model_index.json", file):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(DEMO / name, tmp_path / name)
-    path = tmp_path / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    checkpoint = Checkpoint("m", tmp_path)
-    component = path.parent.name
-    with pytest.raises(BadInputFileError, match="cannot be used") as raised:
-        checkpoint.index() if file == "model_index.json" else checkpoint.config(component)
-    assert said in str(raised.value) and str(path) in str(raised.value)
+    save_file(zeros(shapes, torch.int32), run_dir / name)
+    with refusal(BadInputFileError, name, "as I32, not as floating-point numbers", "make it again"):
+        call(number, "--output_dir", run_dir)
 
 
-def test_the_configs_of_the_checkpoints_here_pass() -> None:
-    models = [path.parent for path in DEMO.parent.glob("*/model_index.json")]
-    assert len(models) >= 4
-    for model in models:
-        assert index_misfit(json.loads((model / "model_index.json").read_text())) is None
-        for path in model.glob("*/*config.json"):
-            assert config_misfit(path.parent.name, json.loads(path.read_text())) is None
+OF_ONE_IMAGE: dict[str, Any] = {
+    **{key: ["a"] for key in ("prompts", "prompts_2", "negative_prompts", "negative_prompts_2")},
+    "num_images_per_prompt": 1,
+    "seeds": [42],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "inputs", "settings", "words"),
+    [
+        (1, {}, {}, "says that stage 1 made it"),
+        (2, {}, {"prompts": "a"}, "has no usable prompts in its header"),
+        (2, {}, {"num_images_per_prompt": 0}, "has no usable num_images_per_prompt in its header"),
+        (2, {}, {"prompts_2": []}, "has not as many prompts_2 as prompts in its header"),
+        (2, {}, {"seeds": [1, 2]}, "holds latents of 1 images, its header names 2 seeds"),
+        (2, {"other": "0"}, {}, "says that it was made from 'other', which no stage makes"),
+        (2, {EMBEDDINGS_FILE: "0" * 64}, {}, "was made from other data (checksum 000000000000…)"),
+    ],
+)
+def test_latents_whose_header_does_not_fit(
+    run_dir: Path, stage: int, inputs: dict[str, str], settings: dict[str, Any], words: str
+) -> None:
+    path = run_dir / LATENTS_FILE
+    save_with_header(path, LATENTS, stage, inputs, by_artifact(OF_ONE_IMAGE | settings))
+    with refusal(BadInputFileError, f"{path} {words}", "make it again: python stages/stage2_unet"):
+        call(3, "--output_dir", run_dir)
+
+
+def test_files_in_each_others_place_exit_3(run_copy: Path, stage: Run) -> None:
+    shutil.copy(run_copy / EMBEDDINGS_FILE, run_copy / LATENTS_FILE)
+    expect(stage(3, "--output_dir", run_copy), 3, LATENTS_FILE, "lacks latents")
+
+
+A_ROW = contracts.TensorRow(
+    file=EMBEDDINGS_FILE,
+    name="image_embeds",
+    shape=("P", "I", "D"),
+    read_by="stage 2: an adapter's cross-attention",
+    needed_by=("encoder_hid_dim_type", "ip_image_proj"),
+)
+A_DIMENSION = contracts.Dimension("image tokens", lambda unet: int(unet["image_tokens"]))
+UNET = {"cross_attention_dim": 8}
+
+
+def layouts(**shapes: tuple[int, ...]) -> dict[str, TensorLayout]:
+    return {name: TensorLayout("F32", shape) for name, shape in shapes.items()}
+
+
+def test_a_tensor_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its row, a tensor is demanded, checked, made empty and documented."""
+    monkeypatch.setattr(contracts, "TENSORS", (*contracts.TENSORS, A_ROW))
+    monkeypatch.setitem(contracts.DIMENSIONS, "I", A_DIMENSION)
+    adapted = UNET | {"encoder_hid_dim_type": "ip_image_proj", "image_tokens": 4}
+    texts = layouts(prompt_embeds=(2, 77, 8), negative_prompt_embeds=(2, 77, 8))
+
+    def misfit(*shape: int) -> str | None:
+        return contracts.embeddings_misfit(texts | layouts(image_embeds=shape), 2, adapted)
+
+    assert contracts.embeddings_misfit(texts, 2, UNET) is None
+    missing = "lacks image_embeds, which the checkpoint's UNet needs"
+    assert contracts.embeddings_misfit(texts, 2, adapted) == missing
+    assert misfit(2, 4, 8) is None
+    assert misfit(2, 4, 9) == (
+        "holds image_embeds of shape (2, 4, 9); the checkpoint's UNet needs a width of 8"
+    )
+    assert misfit(2, 5, 8) is not None and misfit(2, 4) is not None
+    assert misfit(3, 4, 8) == "holds 3 prompts; generation_config.json has 2"
+
+    assert "image_embeds" not in contracts.empty_embeddings(2, UNET)
+    empty = contracts.empty_embeddings(2, adapted)
+    assert {name: tuple(tensor.shape) for name, tensor in empty.items()} == {
+        "prompt_embeds": (2, 77, 8),
+        "negative_prompt_embeds": (2, 77, 8),
+        "image_embeds": (2, 4, 8),
+    }
+    table = contracts.tensor_table().splitlines()
+    assert table[-1] == "| I | image tokens |"
+    (line,) = (line for line in table if "image_embeds" in line)
+    assert "[P, I, D]" in line and "`encoder_hid_dim_type` ip_image_proj" in line
+
+
+def test_a_row_of_latents_is_demanded_and_must_agree_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = contracts.TensorRow(
+        file=LATENTS_FILE, name="mask", shape=("B", "h", "w"), read_by="stage 3"
+    )
+    monkeypatch.setattr(contracts, "TENSORS", (*contracts.TENSORS, row))
+    latents, vae = layouts(latents=(2, 4, 8, 16)), {"latent_channels": 4}
+    assert contracts.latents_misfit(latents, vae) == "lacks mask"
+    assert contracts.latents_misfit(latents | layouts(mask=(2, 8, 16)), vae) is None
+    other = contracts.latents_misfit(latents | layouts(mask=(2, 16, 16)), vae)
+    assert other == "holds latents and mask of different shapes"
+
+
+def test_what_stages_write_has_its_rows() -> None:
+    """Every tensor file that a stage writes for another one, and letters that are explained."""
+    assert {row.file for row in contracts.TENSORS} == {f for s in STAGES for f in s.writes}
+    assert {letter for row in contracts.TENSORS for letter in row.shape} == (
+        contracts.DIMENSIONS.keys()
+    )

@@ -36,23 +36,29 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from common.files.artifacts import (
+from common import process
+from common.files import run_files
+from common.files.artifacts import HEADER_KEY
+from common.files.recipe import Recipe
+from common.files.stage_table import (
     EMBEDDINGS_FILE,
-    HEADER_KEY,
     LATENTS_FILE,
+    STAGES,
     TRAJECTORY_FILE,
-    Recipe,
+    numbered,
 )
-from common.runs import flags, generation
-from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
+from common.models import text_pipeline
+from common.runs import generation
+from common.runs.stage_run import ResidentStage
+from common.sampling import loading as sampling_loading
+from common.vae import loading as vae_loading
 
-STAGES = {1: stage1_text_encoder, 2: stage2_unet, 3: stage3_vae_decoder}
-SCRIPTS = {number: Path(str(stage.__file__)) for number, stage in STAGES.items()}
+SCRIPTS = {stage.number: PROJECT_DIR / "stages" / stage.script for stage in STAGES}
 CODES = (0, 2, 3, 4, 5)
 SECONDS_IN_PROCESS, SECONDS_OF_A_PROCESS = 20, 240
 MOST_MEMORY = 2 * 10**9
 MEASURED = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-CONFIG = generation.GENERATION_CONFIG_FILE
+CONFIG = run_files.GENERATION_CONFIG_FILE
 COMPONENT_CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json",
                      "scheduler/scheduler_config.json", "text_encoder/config.json")  # fmt: skip
 # What is damaged, and the stages that read it.
@@ -345,13 +351,9 @@ def _stop_before_models(*_: object, **__: object) -> NoReturn:
 def models_out_of_reach() -> Iterator[None]:
     """Let every stage end where it would load models."""
     with (
-        patch.object(stage1_text_encoder, "load_text_pipeline", _stop_before_models),
-        # The tests that run in this process later need all of diffusers.
-        patch.object(stage1_text_encoder, "spare_imports"),
-        patch.object(stage2_unet, "spare_imports"),
-        patch.object(stage3_vae_decoder, "spare_imports"),
-        patch.object(stage2_unet, "load_denoiser", _stop_before_models),
-        patch.object(stage3_vae_decoder, "load_decoder", _stop_before_models),
+        patch.object(text_pipeline, "open_text_pipeline", _stop_before_models),
+        patch.object(sampling_loading, "open_denoiser", _stop_before_models),
+        patch.object(vae_loading, "open_decoder", _stop_before_models),
     ):
         yield
 
@@ -362,7 +364,7 @@ def _too_late(_: int, __: FrameType | None) -> NoReturn:
 
 def run_here(folders: Folders, case: Case) -> Ended:
     """Run a case in this process. 0 stands for input that was accepted."""
-    command = flags.make_command(STAGES[case.stage].main)
+    resident = ResidentStage(numbered(case.stage))  # which leaves the process's libraries whole
     with folders.holding(case) as arguments:
         signal.signal(signal.SIGALRM, _too_late)
         signal.alarm(SECONDS_IN_PROCESS)
@@ -371,7 +373,7 @@ def run_here(folders: Folders, case: Case) -> Ended:
                 contextlib.redirect_stderr(io.StringIO()),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                code, said = flags.run_in_process(command, arguments, "python stage.py")
+                code, said = process.run_in_process(resident.command, arguments, "python stage.py")
         finally:
             signal.alarm(0)
     if code == 1 and said is not None and ModelsReachedError.__name__ in said:

@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from common.compute.devices import Devices
 from common.compute.fast_ops import arrange_weight
 from common.compute.sharding import SINGLE, make_mesh, replicated
+from common.errors import BadInputFileError
 from common.models import weights
-from common.models.checkpoint import Checkpoint, open_checkpoint
+from common.models.checkpoint import Checkpoint
+from common.models.find import open_checkpoint
 from common.models.weights import load_model, with_weights
 from common.runs.generation import RunSettings
 from tests.conftest import DEMO, PROJECT_DIR
+from tests.refusals import refusal
 from tests.tiny_checkpoints import save_sd
 
 
@@ -47,6 +50,21 @@ def test_weights_in_shards_are_read_one_by_one(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert all(tensor.dtype == dtype for tensor in found.values())
     assert all(parameter.is_meta for parameter in module.parameters())
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_weights_that_are_no_safetensors(demo_copy: Path, name: str, form: str) -> None:
+    file = demo_copy / name / WEIGHTS
+    file.write_bytes(b"none")
+    source = file if form == "file" else demo_copy / name
+    settings = RunSettings.model_validate({"model_id": str(DEMO), name: str(source)})
+    checkpoint = open_checkpoint(settings, [name])
+    with refusal(BadInputFileError, f"{source} cannot be loaded", f"than --{name} {source}"):
+        load_model(checkpoint, name, torch.float32)
 
 
 def test_weights_for_torch_are_in_memory_before_the_first_step(tmp_path: Path) -> None:

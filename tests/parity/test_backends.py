@@ -1,9 +1,6 @@
 """`--backend torch` computes what the compiled program computes, and what diffusers computes."""
 
 import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from common.compute.backends import (
-    Backend,
-    has_only_cpus,
-    has_tpu_files,
-    refuse_unknown_to_torch,
-    start_backend,
-)
-from common.errors import BadSettingError
-from common.runs.generation import RunOptions
 from common.sampling.jax_denoiser import prepare_model
 from common.sampling.torch_denoiser import AttentionIn16Bits
-from tests.conftest import DEMO, PROJECT_DIR, Run
+from tests.conftest import DEMO, Run
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -154,50 +142,6 @@ def test_attention_in_16_bits_equals_float64(tokens: int) -> None:
     assert relative_difference(found.float().numpy(), expected.numpy()) < 2e-2
 
 
-def test_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    jax, torch_ = Backend("jax", "cpu"), Backend("torch", "cpu")
-    for options, torch_on_cpus, expected in (
-        (RunOptions(), True, torch_),
-        (RunOptions(), False, jax),
-        (RunOptions(mesh="single"), True, jax),
-        (RunOptions(steps_per_call=2), True, jax),
-        (RunOptions(backend="jax"), True, jax),
-        (RunOptions(backend="torch"), False, torch_),
-    ):
-        assert start_backend(options, torch_on_cpus=torch_on_cpus) == expected
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [([], False), (["null", "kvm"], False), (["accel0"], True), (["vfio/0"], True)],
-)
-def test_a_system_with_and_without_tpu_chips(
-    tmp_path: Path, files: list[str], expected: bool
-) -> None:
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert has_tpu_files(tmp_path) == expected
-
-
-def test_jax_has_what_its_platforms_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    for platforms, expected in (("cpu", True), ("tpu", False), ("tpu,cpu", False)):
-        monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        assert has_only_cpus() == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("mesh", "single"), ("steps_per_call", 2), ("operations", "torchax"), ("distributed", "auto")],
-)
-def test_flags_of_the_compiled_program_beside_torch(name: str, value: Any) -> None:
-    options = RunOptions.model_validate({"backend": "torch", name: value})
-    with pytest.raises(BadSettingError, match=f"--{name} is for the compiled program: leave it or"):
-        refuse_unknown_to_torch(options)
-    refuse_unknown_to_torch(options.model_copy(update={"backend": "jax"}))
-
-
 def backend_of(run_dir: Path, stage: int) -> str:
     return str(json.loads((run_dir / f"stage{stage}_report.json").read_text())["backend"])
 
@@ -235,32 +179,3 @@ def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> No
     report = json.loads((run_copy / "stage3_report.json").read_text())
     assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm"}
     assert report["seconds"]["warm_up"] > 0 and report["profile"]["steps"] is None
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
-def test_steps_take_the_memory_of_the_steps_before() -> None:
-    """Scores of 10 and 20 MB, asked for and freed in turn, are cleared by the system once."""
-    program = (
-        "import resource, sys, torch\n"
-        "from diffusers.models.attention_processor import Attention\n"
-        "from common.compute.backends import start_backend\n"
-        "from common.runs.generation import RunOptions\n"
-        "from common.sampling.torch_denoiser import AttentionIn16Bits\n"
-        "if 'keep' in sys.argv: start_backend(RunOptions(backend='torch'), torch_on_cpus=True)\n"
-        "attention = Attention(320, heads=5, processor=AttentionIn16Bits()).bfloat16()\n"
-        "hidden = torch.randn(2, 1024, 320).bfloat16()\n"
-        "@torch.inference_mode()\n"
-        "def faults(times):\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(times): attention(hidden)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(2); print(faults(10))\n"
-    )
-
-    def faults(*arguments: str) -> int:
-        command = [sys.executable, "-c", program, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_DIR)
-        assert result.returncode == 0, result.stderr
-        return int(result.stdout)
-
-    assert faults("keep") < 0.3 * faults()

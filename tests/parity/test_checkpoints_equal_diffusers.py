@@ -14,8 +14,10 @@ from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from safetensors.torch import load_file, save_file
 
 from common.errors import BadInputFileError, BadSettingError, StageError, UnfitEnvironmentError
-from common.models.checkpoint import Checkpoint, open_checkpoint
-from common.models.weights import load_model, load_text_pipeline
+from common.models.checkpoint import Checkpoint
+from common.models.find import open_checkpoint
+from common.models.text_pipeline import load_text_pipeline
+from common.models.weights import load_model
 from common.runs.generation import RunSettings
 from tests.conftest import Run
 from tests.in_process import (

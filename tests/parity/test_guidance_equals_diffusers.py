@@ -5,10 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, StableDiffusionXLPipeline
-from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
+from diffusers import ClassifierFreeGuidance
 
-from common.sampling.denoiser import Guidance, embed_guidance_scale
 from common.sampling.scheduler_tables import NotLinearError
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl
@@ -77,20 +75,9 @@ def test_stepping_on_the_host_equals_tables(
     def refuse(_: object) -> None:
         raise NotLinearError("as if it clipped")
 
-    monkeypatch.setattr("common.sampling.scheduler_tables.make_tables", refuse)
+    monkeypatch.setattr("common.sampling.denoising.make_tables", refuse)
     assert relative_difference(ours.denoise(config), by_tables) < 1e-5
     assert ours.denoiser.tables is None
-
-
-def test_guided_steps_are_those_of_diffusers_guider() -> None:
-    for evaluations in (1, 7, 13, 25):
-        for start, end in ((0.0, 1.0), (0.1, 0.9), (0.33, 0.34), (0.7, 0.7), (0.99, 1.0)):
-            ours = Guidance(scale=5.0, start=start, end=end).guided_steps(evaluations)
-            guider = ClassifierFreeGuidance(guidance_scale=5.0, start=start, stop=end)
-            for i in range(evaluations):
-                guider.set_state(step=i, num_inference_steps=evaluations, timestep=None)
-                assert (i in ours) == (guider.num_conditions == 2)
-    assert len(Guidance(scale=1.0).guided_steps(9)) == 0
 
 
 @pytest.mark.parametrize("family", ["SDXL", "SD"])
@@ -112,14 +99,3 @@ def test_a_distilled_unet_is_told_the_guidance_scale(tmp_path: Path, family: str
         assert relative_difference(latents[-1], run_pipeline(pipeline, config)[0]) < 1e-4
     assert relative_difference(latents[1], latents[2]) > 1e-3
     assert ours.programs.compiled == 1
-
-
-def test_the_guidance_embedding_is_diffusers_own() -> None:
-    embed = pipeline_stable_diffusion_xl.StableDiffusionXLPipeline.get_guidance_scale_embedding
-    for scale, dimension in ((1.0, 16), (7.5, 256), (8.0, 33)):
-        expected = embed(StableDiffusionXLPipeline, torch.tensor([scale - 1]), dimension)
-        actual = embed_guidance_scale(scale, dimension)
-        # Angles of up to 7500 radians are rounded to 5e-4.
-        np.testing.assert_allclose(actual, expected.numpy(), atol=2e-3)
-        small = slice(dimension // 4, dimension // 2)
-        np.testing.assert_allclose(actual[:, small], expected.numpy()[:, small], atol=1e-4)

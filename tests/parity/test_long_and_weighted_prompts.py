@@ -9,10 +9,10 @@ from compel import CompelForSD, CompelForSDXL
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.conditions.encoding import check_prompt_options
 from common.conditions.prompts import cut_prompts, encode_prompts, split_at_words, token_counts
 from common.errors import BadSettingError
 from common.runs.generation import GenerationConfig
-from stages.stage1_text_encoder import check_prompt_options
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference
 from tests.tiny_checkpoints import save_sd, save_sdxl
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import BadInputFileError
 from common.models.lora import lora_settings, parts_of
-from common.runs.generation import LoraFile, RunSettings, read_generation_config
+from common.models.model_settings import LoraFile
+from common.runs.generation import RunSettings, read_generation_config
 from tests.conftest import Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl
@@ -152,4 +153,4 @@ def test_a_bad_lora_file_is_one_sentence(
     if tensors is not None:
         save_file(tensors, file)
     with pytest.raises(BadInputFileError, match=words):
-        Ours(sdxl, loras=[str(file)])
+        Ours(sdxl, loras=[str(file)]).denoise(make_config(sdxl, **SMALL))

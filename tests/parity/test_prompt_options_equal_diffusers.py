@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.conditions.encoding import check_prompt_options
 from common.errors import BadInputFileError, BadSettingError
-from common.models.weights import load_embedding, load_text_pipeline
-from common.runs.generation import TokenFile
-from stages.stage1_text_encoder import check_prompt_options
+from common.models.model_settings import TokenFile
+from common.models.text_pipeline import load_text_pipeline
+from common.models.textual_inversion import load_embedding
 from tests.conftest import Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl

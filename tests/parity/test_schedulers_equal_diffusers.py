@@ -15,7 +15,8 @@ import pytest
 
 from common.errors import BadSettingError, NotFiniteError
 from common.runs.generation import GenerationConfig
-from common.sampling.sampler import REFUSALS, SCHEDULERS
+from common.sampling.sampler import REFUSALS
+from common.sampling.schedulers import SCHEDULERS
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -46,7 +47,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }
 FEW = dict(num_inference_steps=4, guidance_scale=2.0)
 # One name for each class: the others differ by an option that is among the variations.
-CLASSES = {class_name: name for name, (class_name, _) in reversed(SCHEDULERS.items())}
+CLASSES = {row.class_name: name for name, row in reversed(SCHEDULERS.items())}
 
 
 class Family:
@@ -148,7 +149,7 @@ def has_option(scheduler: str, options: dict[str, Any]) -> bool:
 
     import diffusers
 
-    scheduler_class = getattr(diffusers, SCHEDULERS[scheduler][0])
+    scheduler_class = getattr(diffusers, SCHEDULERS[scheduler].class_name)
     return options.keys() <= inspect.signature(scheduler_class.__init__).parameters.keys()
 
 

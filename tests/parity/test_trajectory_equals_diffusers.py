@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.conditions.prompts import encode_prompts
 from common.files.picture_files import read_picture_record
-from common.runs.generation import RunOptions
-from stages import stage2_unet
+from common.sampling.denoising import Denoised
+from common.sampling.schedulers import scheduler_choice
 from tests.conftest import DEMO, Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference
 
@@ -27,7 +26,8 @@ def ours() -> Ours:
 def by_diffusers(config: Any) -> dict[int, np.ndarray]:
     """Number of steps → latents after them, as diffusers' callback is given them."""
     pipeline = load_pipeline(DEMO)
-    name, options = config.scheduler_choice(type(pipeline.scheduler).__name__)
+    own = type(pipeline.scheduler).__name__
+    name, options = scheduler_choice(config.scheduler, config.scheduler_options, own)
     module = __import__("diffusers")
     pipeline.scheduler = getattr(module, name).from_config(pipeline.scheduler.config, **options)
     seen: dict[int, np.ndarray] = {}
@@ -67,15 +67,9 @@ def test_a_trajectory_equals_diffusers(
     config = make_config(
         DEMO, batch=2, scheduler=scheduler, scheduler_options=options, num_inference_steps=STEPS
     )
-    embeddings = encode_prompts(ours.text_pipeline, config)
-    ours.denoiser.steps_per_call = steps_per_call
 
-    def denoise(every: int | None) -> stage2_unet.Denoised:
-        chosen = RunOptions(mesh="single", save_trajectory=every)
-        sampler = stage2_unet.make_sampler(config, ours.checkpoint)
-        return stage2_unet.denoise_images(
-            config, ours.checkpoint, embeddings, ours.denoiser, sampler, chosen
-        )
+    def denoise(every: int | None) -> Denoised:
+        return ours.denoised(config, save_trajectory=every, steps_per_call=steps_per_call)
 
     with_trajectory, without = denoise(every), denoise(None)
     assert with_trajectory.latents.equal(without.latents)

@@ -1,13 +1,15 @@
-"""`--help` reads well at 80 columns and names every flag once."""
+"""Flags: a help page that reads well at 80 columns, each flag once, spelled in either way."""
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import RUN_ALL, STAGES
+from tests.conftest import RUN_ALL, STAGES, Run
+from tests.refusals import expect
 
 
 @pytest.mark.parametrize("script", [*STAGES.values(), RUN_ALL], ids=lambda path: path.stem)
@@ -28,3 +30,10 @@ def test_help_fits_80_columns(script: str) -> None:
     if script in (STAGES[1], RUN_ALL):
         assert "[7.5]" in result.stdout
         assert "[the checkpoint's own]" in result.stdout
+
+
+def test_hyphens_work_in_flags_as_well(run_copy: Path, stage: Run) -> None:
+    expect(
+        stage(2, "--output-dir", run_copy, "--num-inference-steps", "0"),
+        *(2, "--num_inference_steps"),
+    )

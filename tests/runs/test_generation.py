@@ -1,27 +1,27 @@
 """Settings: order of precedence, resolution, and one clear sentence for each mistake."""
 
-import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.conditions.prompt_settings import PromptSettings
 from common.errors import BadInputFileError, BadSettingError
+from common.files.run_files import GENERATION_CONFIG_FILE
 from common.runs.generation import (
     GenerationConfig,
-    PromptSettings,
     RunSettings,
-    parse_scheduler_options,
     read_generation_config,
-    read_prompts_file,
     read_run_settings,
     resolve,
     write_generation_config,
 )
+from tests.conftest import Run, file_contents
+from tests.refusals import DEEP, call, expect, refusal
 
 
-def make_config(**changes: object) -> GenerationConfig:
+def make_small_config(**changes: object) -> GenerationConfig:
     values = {
         "prompts": [{"prompt": "a red star", "negative_prompt": None}],
         "height": 128,
@@ -68,6 +68,28 @@ def test_a_bad_config_file_is_one_sentence(tmp_path: Path, text: str, words: lis
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompt: []", ["no prompt", "--prompt", "--prompts_file"]),
+        ("num_inference_steps: null", ["config.yaml", "num_inference_steps, timesteps, sigmas"]),
+        ("guidance_start: 0.8\nguidance_end: 0.2", ["config.yaml", "is after guidance_end 0.2"]),
+        ("scheduler_options: {a: .inf}", ["config.yaml: scheduler_options", "finite numbers"]),
+        ("scheduler_options: 3", ["config.yaml: scheduler_options 3", "dictionary"]),
+        ("loras: [{file: a, strength: 2}]", ["config.yaml", "loras.0.strength"]),
+        ("embeddings: [{file: a}]", ["config.yaml", "embeddings.0.token is missing"]),
+        ("prompt: [a, 3]", ["config.yaml: prompt.1 3", "string"]),
+    ],
+)
+def test_a_bad_setting_in_a_file_is_named_with_the_file(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with refusal(BadSettingError, *words):
+        resolve(read_run_settings(file, {}), native_size=128, size_factor=8)
+
+
 def test_text_that_is_not_yaml_is_a_damaged_input(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("seed: [1")
@@ -75,36 +97,39 @@ def test_text_that_is_not_yaml_is_a_damaged_input(tmp_path: Path) -> None:
         read_run_settings(file, {})
 
 
-def test_null_and_absent_and_empty_negative_prompts_stay_distinct(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    lines = [
-        {"prompt": "a"},
-        {"prompt": "b", "negative_prompt": None},
-        {"prompt": "c", "negative_prompt": "", "seed": 5},
-    ]
-    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    prompts = read_prompts_file(file, RunSettings(negative_prompt="default"))
-    assert [p.negative_prompt for p in prompts] == ["default", None, ""]
-    assert [p.seed for p in prompts] == [None, None, 5]
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: [1", "while parsing"),
+        ("seed: 2020-13-45", "month must be in 1..12"),
+        ("seed: !!int x", "invalid literal for int()"),
+        ("prompt: &a [x]\nprompt_2: *a", "write the alias's value out"),
+        (DEEP, "nested too deeply"),
+    ],
+)
+def test_a_config_file_that_is_not_plain(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with refusal(BadInputFileError, f"--config {file} is not YAML", words):
+        read_run_settings(file, {})
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("text", "code", "words"),
     [
-        ("p.txt", "\n \n", "no prompt"),
-        ("p.jsonl", "{", "line 1 is not JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n[1]', "line 2"),
-        ("p.jsonl", '{"prompt": "a", "sed": 1}', "did you mean 'seed'"),
-        ("p.jsonl", '{"negative_prompt": "a"}', "prompt is missing"),
+        ("num_steps: 3", 2, ["config.yaml", "num_steps", "did you mean"]),
+        ("height: 100", 2, ["--height 100"]),
+        ("seed: [", 3, ["config.yaml", "not YAML"]),
     ],
 )
-def test_a_bad_prompts_file_names_the_line(
-    tmp_path: Path, name: str, text: str, words: str
+def test_a_bad_config_file(
+    run_copy: Path, stage: Run, tmp_path: Path, text: str, code: int, words: list[str]
 ) -> None:
-    file = tmp_path / name
+    file = tmp_path / "config.yaml"
     file.write_text(text)
-    with pytest.raises(BadSettingError, match=words):
-        read_prompts_file(file, RunSettings())
+    before = file_contents(run_copy)
+    expect(stage(1, "--config", file, "--output_dir", run_copy), code, *words)
+    assert file_contents(run_copy) == before
 
 
 def test_the_size_is_the_checkpoints_own_unless_given() -> None:
@@ -117,7 +142,7 @@ def test_the_size_is_the_checkpoints_own_unless_given() -> None:
 
 
 def test_the_written_config_reads_back(tmp_path: Path) -> None:
-    config = make_config(seed=3)
+    config = make_small_config(seed=3)
     write_generation_config(tmp_path, config)
     assert read_generation_config(tmp_path) == config
 
@@ -134,12 +159,46 @@ def test_a_damaged_generation_config_names_the_mend(tmp_path: Path) -> None:
         read_generation_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff", "is damaged ('utf-8' codec"),
+        (b"[1, 2", "is damaged (Expecting"),
+        (b"[1, 2]", "valid dictionary"),
+        (DEEP.encode(), "is damaged (it is nested too deeply)"),
+        (b'{"prompts": []}', "prompts []: tuple should have at least 1 item"),
+        (
+            b'{"prompts": [{"prompt": "a", "negative_prompt": null}], "height": 64, "width": 64, '
+            b'"num_inference_steps": null}',
+            "give one of num_inference_steps, timesteps, sigmas, not 0 of them",
+        ),
+    ],
+)
+def test_a_damaged_generation_config(run_dir: Path, content: bytes, words: str) -> None:
+    path = run_dir / GENERATION_CONFIG_FILE
+    path.write_bytes(content)
+    for number in (2, 3):
+        with refusal(BadInputFileError, str(path), words, "run stage 1 to make it: python stages"):
+            call(number, "--output_dir", run_dir)
+
+
+def test_a_missing_generation_config_exits_3(run_copy: Path, stage: Run) -> None:
+    (run_copy / "generation_config.json").unlink()
+    for number in (2, 3):
+        expect(stage(number, "--output_dir", run_copy), 3, "generation_config.json", "stage 1")
+
+
 def test_overrides_say_what_differs() -> None:
-    config, lines = make_config().override({"num_inference_steps": 30, "seed": 42})
+    config, lines = make_small_config().override({"num_inference_steps": 30, "seed": 42})
     assert config.num_inference_steps == 30
     assert lines == ["num_inference_steps 25 → 30"]
     with pytest.raises(BadSettingError, match="--num_inference_steps"):
-        make_config().override({"num_inference_steps": 0})
+        make_small_config().override({"num_inference_steps": 0})
+
+
+def test_a_setting_that_no_run_has_cannot_be_overridden() -> None:
+    with refusal(BadSettingError, "not a setting of a run: prompts_file, wait"):
+        make_small_config().override({"wait": True, "seed": 1, "prompts_file": "x"})
 
 
 @given(
@@ -151,75 +210,10 @@ def test_image_seeds_are_the_prompts_own_or_the_runs(
     own: list[int | None], images: int, seed: int
 ) -> None:
     prompts = tuple(PromptSettings(prompt="a", negative_prompt=None, seed=s) for s in own)
-    config = make_config(prompts=prompts, num_images_per_prompt=images, seed=seed)
+    config = make_small_config(prompts=prompts, num_images_per_prompt=images, seed=seed)
     seeds = config.image_seeds()
     assert len(seeds) == len(own) * images
     for index, value in enumerate(seeds):
         prompt, k = divmod(index, images)
         expected = own[prompt]
         assert value == (seed + index if expected is None else expected + k)
-
-
-def test_the_steps_are_given_in_one_way(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("timesteps: [999, 500]\n")
-    settings = read_run_settings(file, {})
-    assert (settings.num_inference_steps, settings.timesteps) == (None, (999, 500))
-    settings = read_run_settings(file, {"num_inference_steps": 9})
-    assert (settings.num_inference_steps, settings.timesteps) == (9, None)
-    settings = read_run_settings(None, {"sigmas": "14.5,1,0"})
-    assert (settings.num_inference_steps, settings.sigmas) == (None, (14.5, 1.0, 0.0))
-    with pytest.raises(BadSettingError, match="either num_inference_steps or timesteps"):
-        read_run_settings(None, {"num_inference_steps": 9, "timesteps": "1,2"})
-    with pytest.raises(BadSettingError, match="--timesteps 'x'"):
-        read_run_settings(None, {"timesteps": "999,x"})
-
-
-def test_scheduler_options_belong_to_their_scheduler(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("scheduler: dpmpp_2m\nscheduler_options: {solver_order: 3}\n")
-    added = read_run_settings(file, {"scheduler_options": {"use_karras_sigmas": True}})
-    assert added.scheduler_options == {"solver_order": 3, "use_karras_sigmas": True}
-    other = read_run_settings(file, {"scheduler": "euler"})
-    assert other.scheduler_options == {}
-    config, lines = make_config(scheduler="lms", scheduler_options={"a": 1}).override(
-        {"scheduler": "heun"}
-    )
-    assert config.scheduler_options == {}
-    assert lines == ["scheduler lms → heun", "scheduler_options {'a': 1} → {}"]
-
-
-def test_scheduler_options_on_the_command_line() -> None:
-    parsed = parse_scheduler_options(["use_karras_sigmas=true", "solver-order=3", "kind=a=b"])
-    assert parsed == {"use_karras_sigmas": True, "solver_order": 3, "kind": "a=b"}
-    for bad in ("x", "=1", "x=[1"):
-        with pytest.raises(BadSettingError, match="--scheduler_option"):
-            parse_scheduler_options([bad])
-
-
-def test_second_prompts_are_one_for_all_or_one_for_each() -> None:
-    def seconds(**settings: object) -> list[str | None]:
-        config = resolve(RunSettings(**settings), native_size=128, size_factor=8)
-        return [prompt.prompt_2 for prompt in config.prompts]
-
-    assert seconds(prompt=["a", "b"]) == [None, None]
-    assert seconds(prompt=["a", "b"], prompt_2="c") == ["c", "c"]
-    assert seconds(prompt=["a", "b"], prompt_2=["c", "d"]) == ["c", "d"]
-    with pytest.raises(BadSettingError, match="--prompt_2 is given 2 times for 3 prompts"):
-        seconds(prompt=["a", "b", "c"], prompt_2=["c", "d"])
-    with pytest.raises(BadSettingError, match="needs a negative_prompt"):
-        seconds(negative_prompt=None, negative_prompt_2="x")
-
-
-@pytest.mark.parametrize(
-    ("text", "file", "token"),
-    [
-        ("a/cat.safetensors", "a/cat.safetensors", "cat"),
-        ("a/cat.safetensors:<kitty>", "a/cat.safetensors", "<kitty>"),
-        ("C:/a/cat.safetensors", "C:/a/cat.safetensors", "cat"),
-    ],
-)
-def test_an_embedding_has_a_file_and_a_token(text: str, file: str, token: str) -> None:
-    (embedding,) = RunSettings(embeddings=text).embeddings
-    assert (embedding.file, embedding.token) == (file, token)
-    assert RunSettings(embeddings=[embedding.model_dump()]).embeddings == (embedding,)

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 from common.runs.preloaded import PreloadedStage
 from tests.conftest import DEMO, RUN_ALL, STAGES, Run
-from tools import run_all
 
 SCRIPT = """
 import json, sys, time
-from common import report
+from common.compute import clock
 modules = [name for name in ("with_a_sign", "chunk_that_is_not") if name in sys.modules]
-stage = report.StageReport(1)
+stage = clock.StageReport(1)
 print(json.dumps([sys.argv, modules, stage.wall_seconds(), __name__, sys.stdin.read()]))
 sys.exit(7)
 """
@@ -68,38 +67,6 @@ def test_a_library_that_cannot_be_imported_is_left_to_the_stage(
     assert process is not None and process.wait() == 7
     heard = capfd.readouterr()
     assert json.loads(heard.out)[1] == [] and heard.err == ""
-
-
-def test_without_another_process_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise BlockingIOError("no more processes")
-
-    monkeypatch.setattr(run_all, "PreloadedStage", refuse)
-    monkeypatch.setattr(run_all, "SECONDS_OF_A_FRESH_STAGE", 0)
-    commands = [[sys.executable, "-c", "import time; time.sleep(0.5)"] for _ in range(2)]
-    assert run_all.run_in_turn(commands, {"-c": []}) == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "jax_in_2", "jax_in_3"),
-    [
-        ({}, True, False),
-        ({"dtype": "bfloat16"}, False, False),
-        ({"unet_dtype": "float32", "dtype": "bfloat16"}, True, False),
-        ({"backend": "jax", "dtype": "bfloat16"}, True, True),
-        ({"backend": "torch"}, False, False),
-    ],
-)
-def test_what_is_imported_ahead(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], jax_in_2: bool, jax_in_3: bool
-) -> None:
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    libraries = run_all.libraries_of(given)
-    assert libraries is not None
-    found = {Path(script).name: modules for script, modules in libraries.items()}
-    assert ("common.compute.jax_start" in found["stage2_unet.py"]) == jax_in_2
-    assert ("common.compute.jax_start" in found["stage3_vae_decoder.py"]) == jax_in_3
-    assert run_all.libraries_of(given | {"repeat": "3"}) is None
 
 
 def test_a_turn_that_comes_at_once_imports_nothing_ahead(

@@ -1,15 +1,14 @@
 """Which stages a change makes stale: of every setting, of every file of a checkpoint, of packages.
 
-The tables below say what must be so; the recipes are those of the stages themselves, one chained
-to the next. A field of the settings that has no row here fails, and so does a row without a field.
+The tables of `staleness_table.py` say what must be so; the recipes are those of the stages
+themselves, one chained to the next. A field of the settings that has no row there fails, and so
+does a row without a field.
 """
 
 import hashlib
 import inspect
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,386 +17,45 @@ import pytest
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 
-from common.errors import BadSettingError, StageError
-from common.files import artifacts
-from common.files.artifacts import Artifact, Recipe, TensorLayout
-from common.models.checkpoint import SUPPORTED_CLASSES, WITHOUT_WEIGHTS, open_checkpoint
-from common.runs.flags import given_settings
-from common.runs.generation import (
-    GenerationConfig,
-    LoraFile,
-    PromptSettings,
-    RunOptions,
-    RunSettings,
-    SamplingSettings,
-    TokenFile,
-    read_run_options,
-    resolve,
+from common import declared
+from common.compute.options import RunOptions, read_run_options
+from common.errors import BadInputFileError, BadSettingError, StageError
+from common.files import artifacts, recipe
+from common.files.artifacts import Artifact, TensorLayout
+from common.files.recipe import Recipe, difference
+from common.files.stage_table import DENOISE, EMBEDDINGS_FILE, LATENTS_FILE, STAGES
+from common.models.component_table import COMPONENTS as ROWS
+from common.models.component_table import loaded_for
+from common.models.find import open_checkpoint
+from common.runs import recipes
+from common.runs.flags import Given
+from common.runs.generation import GenerationConfig, RunSettings, resolve
+from common.runs.jobs import latent_shape
+from common.runs.setting_groups import SHARED
+from tests.conftest import DEMO, Run, file_contents
+from tests.refusals import EMBEDDINGS, call, expect, refusal, save_with_header
+from tests.runs.staleness_places import change_file, change_json, lay_out
+from tests.runs.staleness_table import (
+    AS_BEFORE,
+    BASE,
+    COMPONENTS,
+    EVERYTHING,
+    LATENTS,
+    NOTHING,
+    PICTURES,
+    RUN_OPTIONS,
+    TABLE,
+    VERSIONS,
+    WITHIN,
+    Case,
 )
-from stages import stage1_text_encoder, stage2_unet, stage3_vae_decoder
-from tests.conftest import DEMO
-
-NOTHING: frozenset[int] = frozenset()
-PICTURES = frozenset({3})
-LATENTS = frozenset({2, 3})
-EVERYTHING = frozenset({1, 2, 3})
-STAGES = {1: stage1_text_encoder, 2: stage2_unet, 3: stage3_vae_decoder}
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-REPOSITORY = "someone/checkpoint"
-PROMPT = {"prompt": "a large red star", "negative_prompt": "blurry"}
-# Those of a run, and those of the settings within its settings. Paths are in the folder `places`.
-BASE: dict[type[BaseModel], dict[str, Any]] = {
-    GenerationConfig: {"prompts": [PROMPT], "height": 128, "width": 128},
-    RunSettings: {},
-    PromptSettings: PROMPT,
-    TokenFile: {"file": "red.safetensors", "token": "red"},
-    LoraFile: {"file": "lora_unet.safetensors", "scale": 1.0},
-}
-# Where settings within settings stand in a run's.
-WITHIN = {PromptSettings: "prompts", TokenFile: "embeddings", LoraFile: "loras"}
-AS_BEFORE: Any = object()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A change of one field, and the stages that it must make stale."""
-
-    of: Any  # the value before; AS_BEFORE is that of BASE, or the default
-    to: Any  # the value after
-    stale: frozenset[int]
-    said: str  # what the first stale stage says has changed; the field's name where empty
-    beside: Mapping[str, Any] = field(default_factory=dict)  # other fields, before and after
-
-
-def case(
-    to: Any, stale: frozenset[int], said: str = "", *, of: Any = AS_BEFORE, **beside: Any
-) -> Case:
-    return Case(of=of, to=to, stale=stale, said=said, beside=beside)
-
-
-UNET_LORA, TEXT_LORA = {"file": "lora_unet.safetensors"}, {"file": "lora_text.safetensors"}
-SINGLE_FILE = {"model_id": "single.safetensors", "single_file_config": "models/demo"}
-BY_TIMESTEPS = {"num_inference_steps": None}
-NEGATIVE_SIZES = {"negative_original_size": (64, 64), "negative_target_size": (64, 64)}
-
-GENERATION: dict[str, list[Case]] = {
-    # A checkpoint counts by its content, wherever it is and whatever it is called.
-    "model_id": [
-        case("same", NOTHING),
-        case("other", EVERYTHING, "weights of text_encoder changed"),
-        case("other_scheduler", LATENTS, "weights of scheduler changed"),
-        case("other_vae", PICTURES, "weights of vae changed"),
-        case(REPOSITORY, NOTHING),
-        case("single_renamed.safetensors", NOTHING, **SINGLE_FILE),
-        case(
-            "single_other.safetensors",
-            EVERYTHING,
-            "weights of text_encoder changed",
-            **SINGLE_FILE,
-        ),
-    ],
-    "revision": [
-        case("main", NOTHING, model_id=REPOSITORY),
-        case("retagged", NOTHING, model_id=REPOSITORY),
-        case("other", EVERYTHING, "weights of text_encoder changed", model_id=REPOSITORY),
-    ],
-    "variant": [
-        case("fp16", EVERYTHING, "weights of text_encoder changed", model_id="variants"),
-        case("again", NOTHING, model_id="variants"),
-    ],
-    "single_file_config": [
-        case("same", NOTHING, **SINGLE_FILE),
-        case("other", EVERYTHING, "weights of tokenizer changed", **SINGLE_FILE),
-        case("other_scheduler", LATENTS, "weights of scheduler changed", **SINGLE_FILE),
-        case("other_vae", PICTURES, "weights of vae changed", **SINGLE_FILE),
-    ],
-    "unet": [
-        case("models/demo/unet", NOTHING),
-        case("same", NOTHING),
-        case(REPOSITORY, NOTHING),
-        case(f"models/demo/unet/{WEIGHTS}", NOTHING),
-        case("other", LATENTS, "weights of unet changed"),
-        case("other/unet", LATENTS, "weights of unet changed"),
-        case(f"other/unet/{WEIGHTS}", LATENTS, "weights of unet changed"),
-    ],
-    "vae": [
-        case("models/demo/vae", NOTHING),
-        case("same", NOTHING),
-        case(f"models/demo/vae/{WEIGHTS}", NOTHING),
-        case("other", PICTURES, "weights of vae changed"),
-        case(f"other/vae/{WEIGHTS}", PICTURES, "weights of vae changed"),
-        # Four pixels a latent cell in place of eight: the latents get another shape.
-        case("vae_of_factor_4", LATENTS, "vae"),
-    ],
-    "num_images_per_prompt": [case(2, LATENTS)],
-    "clip_skip": [case(1, EVERYTHING)],
-    "long_prompts": [case("chunk", EVERYTHING)],
-    "prompt_weighting": [case("compel", EVERYTHING)],
-    "embeddings": [
-        case([{"file": "red.safetensors", "token": "red"}], EVERYTHING),
-    ],
-    "loras": [
-        case([UNET_LORA], LATENTS, "unet_loras"),
-        case([TEXT_LORA], EVERYTHING, "text_encoder_loras"),
-        case([{"file": "lora_both.safetensors"}], EVERYTHING, "text_encoder_loras"),
-        case([TEXT_LORA, UNET_LORA], LATENTS, "unet_loras", of=[TEXT_LORA]),
-    ],
-    # Size conditions count by what the UNet is told in the end.
-    "original_size": [
-        case((256, 256), LATENTS, "time_ids"),
-        case((128, 128), NOTHING),
-    ],
-    "target_size": [
-        case((256, 256), LATENTS, "time_ids"),
-        case((128, 128), NOTHING),
-    ],
-    "crops_coords_top_left": [case((8, 0), LATENTS, "time_ids")],
-    "negative_original_size": [
-        case((64, 64), LATENTS, "negative_time_ids", negative_target_size=(64, 64)),
-        case((64, 64), NOTHING),
-    ],
-    "negative_target_size": [
-        case((64, 64), LATENTS, "negative_time_ids", negative_original_size=(64, 64)),
-        case((64, 64), NOTHING),
-    ],
-    "negative_crops_coords_top_left": [
-        case((8, 0), LATENTS, "negative_time_ids", **NEGATIVE_SIZES),
-        case((8, 0), NOTHING),
-    ],
-    "num_inference_steps": [case(26, LATENTS)],
-    "timesteps": [case((999, 400), LATENTS, of=(999, 500), **BY_TIMESTEPS)],
-    "sigmas": [case((14.0, 0.5, 0.0), LATENTS, of=(14.0, 1.0, 0.0), **BY_TIMESTEPS)],
-    "guidance_scale": [case(5.0, LATENTS)],
-    "guidance_rescale": [case(0.7, LATENTS)],
-    "guidance_start": [case(0.25, LATENTS)],
-    "guidance_end": [case(0.75, LATENTS)],
-    "seed": [
-        case(43, LATENTS, "seeds"),
-        case(43, NOTHING, prompts=[PROMPT | {"seed": 7}]),
-    ],
-    "scheduler": [
-        case("ddim", LATENTS),
-        case("euler", NOTHING),
-        case("EulerDiscreteScheduler", NOTHING),
-        case("euler_karras", LATENTS, "scheduler_options"),
-    ],
-    "scheduler_options": [
-        case({"use_karras_sigmas": True}, LATENTS),
-        case({"use_karras_sigmas": True}, NOTHING, scheduler="euler_karras"),
-    ],
-    "eta": [case(0.5, LATENTS, scheduler="ddim")],
-    "text_encoder_dtype": [case("bfloat16", EVERYTHING)],
-    "unet_dtype": [
-        case("bfloat16", LATENTS),
-        case("float32", NOTHING),
-    ],
-    "vae_dtype": [
-        case("bfloat16", PICTURES),
-        case("float32", NOTHING),
-    ],
-    "tile": [
-        case(True, PICTURES, height=256),
-        case(True, NOTHING),  # all of it is in one tile
-    ],
-    "image_format": [case("webp", PICTURES)],
-    "prompts": [case([PROMPT, PROMPT | {"prompt": "a ring"}], EVERYTHING)],
-    "height": [case(256, LATENTS)],
-    "width": [case(256, LATENTS)],
-}
-# Of the settings as they are asked for, those that are gone once they are resolved.
-ASKED: dict[str, list[Case]] = {
-    "prompt": [case(("a green ring",), EVERYTHING, "prompts")],
-    "prompts_file": [
-        case(Path("prompts.txt"), EVERYTHING, "prompts"),
-        case(Path("prompts.txt"), NOTHING, prompt=("a green ring",)),
-    ],
-    "prompt_2": [case(("a green ring",), EVERYTHING, "prompts_2")],
-    "negative_prompt": [
-        case("ugly", EVERYTHING, "negative_prompts"),
-        case(None, EVERYTHING, "negative_prompts"),
-    ],
-    "negative_prompt_2": [case("ugly", EVERYTHING, "negative_prompts_2")],
-    "height": [case(256, LATENTS), case(128, NOTHING)],
-    "width": [case(256, LATENTS), case(128, NOTHING)],
-}
-TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
-    GenerationConfig: GENERATION,
-    RunSettings: ASKED,
-    PromptSettings: {
-        "prompt": [
-            case("a green ring", EVERYTHING, "prompts"),
-            case(
-                "a large red star on a blue background, dark",
-                EVERYTHING,
-                "prompts",
-                of="a large red star on a blue background, light",
-            ),
-        ],
-        "prompt_2": [case("a green ring", EVERYTHING, "prompts_2")],
-        "negative_prompt": [
-            case("ugly", EVERYTHING, "negative_prompts"),
-            case("", EVERYTHING, "negative_prompts"),
-            case(None, EVERYTHING, "negative_prompts"),
-        ],
-        "negative_prompt_2": [case("ugly", EVERYTHING, "negative_prompts_2")],
-        "seed": [
-            case(7, LATENTS, "seeds"),
-            case(42, NOTHING),  # the run's own
-        ],
-    },
-    TokenFile: {
-        "file": [
-            case("red_copy.safetensors", NOTHING),
-            case("blue.safetensors", EVERYTHING, "embeddings"),
-        ],
-        "token": [case("<red>", EVERYTHING, "embeddings")],
-    },
-    LoraFile: {
-        "file": [
-            case("lora_unet_copy.safetensors", NOTHING),
-            case("lora_unet_other.safetensors", LATENTS, "unet_loras"),
-            case(
-                "lora_text_other.safetensors",
-                EVERYTHING,
-                "text_encoder_loras",
-                of="lora_text.safetensors",
-            ),
-        ],
-        "scale": [
-            case(0.5, LATENTS, "unet_loras"),
-            case(0.5, EVERYTHING, "text_encoder_loras", file="lora_text.safetensors"),
-        ],
-    },
-}
-# How a stage computes: another value, and why stage 2 runs again although its latents are fresh.
-RUN_OPTIONS: dict[str, tuple[Any, str | None]] = {
-    "backend": ("torch", None),
-    "mesh": ("single", None),
-    "batch_size": (1, None),
-    "steps_per_call": (3, None),
-    "warmup_steps": (1, None),
-    "warmup": (True, None),
-    "operations": ("torchax", None),
-    "distributed": ("localhost:1234,2,0", None),
-    "repeat": (2, "it is to be repeated"),
-    "profile": (True, "it is to be profiled"),
-    "profile_dir": (Path("traces"), "it is to be profiled"),
-    "profile_steps": ("5:8", "it is to be profiled"),
-    "save_trajectory": (5, f"{artifacts.TRAJECTORY_FILE} is not there"),
-    "checkpoint_every": (5, None),
-    "no_verify": (True, None),
-}
-# The packages whose arithmetic a stage's result depends on; LoRAs and weighted prompts have more.
-VERSIONS: dict[str, list[tuple[dict[str, Any], frozenset[int]]]] = {
-    **{name: [({}, EVERYTHING)] for name in ("torch", "transformers", "diffusers", "tokenizers")},
-    **{name: [({}, LATENTS)] for name in ("torchax", "jax", "jaxlib", "scipy", "torchsde")},
-    "pillow": [({}, PICTURES)],
-    "peft": [
-        ({}, NOTHING),
-        ({"loras": [UNET_LORA]}, LATENTS),
-        ({"loras": [TEXT_LORA]}, EVERYTHING),
-    ],
-    "compel": [({}, NOTHING), ({"prompt_weighting": "compel"}, EVERYTHING)],
-}
-COMPONENTS = {
-    **dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), EVERYTHING),
-    **dict.fromkeys(("unet", "scheduler"), LATENTS),
-    "vae": PICTURES,
-}
-# Changes of the demo checkpoint's JSON files that mean something.
-JSON_CHANGES: dict[str, dict[str, Any]] = {
-    "model_index.json": {"force_zeros_for_empty_prompt": False},
-    "scheduler/scheduler_config.json": {"beta_end": 0.013},
-    "text_encoder/config.json": {"hidden_act": "quick_gelu"},
-    "text_encoder_2/config.json": {"hidden_act": "quick_gelu"},
-    "tokenizer/tokenizer_config.json": {"model_max_length": 70},
-    "tokenizer_2/tokenizer_config.json": {"model_max_length": 70},
-    "unet/config.json": {"norm_eps": 1e-4},
-    "vae/config.json": {"scaling_factor": 0.5},
-}
-
-
-# --- the checkpoints and files that the tables name -----------------------------------------------
-
-
-def change_last_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def change_json(path: Path, changes: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_file(checkpoint: Path, name: str) -> None:
-    """Change what one file of a copy of the demo checkpoint means."""
-    if name in JSON_CHANGES:
-        change_json(checkpoint / name, JSON_CHANGES[name])
-    elif name.endswith("tokenizer.json"):
-        vocabulary = json.loads((checkpoint / name).read_text())
-        vocabulary["model"]["continuing_subword_prefix"] = "#"
-        (checkpoint / name).write_text(json.dumps(vocabulary))
-    else:
-        change_last_byte(checkpoint / name)
-
-
-def save_lora(path: Path, *layers: str, value: float) -> None:
-    save_file(
-        {f"{layer}.lora_A.weight": np.full((1, 2), value, "float32") for layer in layers}, path
-    )
-
-
-def put_into_hub(hub: Path, content: Path, commit: str, *revisions: str) -> None:
-    """Lay a folder into the hub's cache, as a download of these revisions would."""
-    root = hub / f"models--{REPOSITORY.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True, exist_ok=True)
-    for revision in revisions:
-        (root / "refs" / revision).write_text(commit)
-    shutil.copytree(content, root / "snapshots" / commit)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the tables name by a relative path."""
     root = tmp_path_factory.mktemp("places")
-    names = sorted(str(p.relative_to(DEMO)) for p in DEMO.rglob("*") if p.is_file())
-    for name in ("same", "other", "other_scheduler", "other_vae", "variants"):
-        shutil.copytree(DEMO, root / name)
-    for name in names:
-        change_file(root / "other", name)
-    change_file(root / "other_scheduler", "scheduler/scheduler_config.json")
-    change_file(root / "other_vae", "vae/config.json")
-    for path in (root / "variants").rglob("*.safetensors"):
-        for variant in ("fp16", "again"):
-            shutil.copy(path, path.with_name(f"{path.stem}.{variant}.safetensors"))
-    for path in (root / "variants").rglob("*.fp16.safetensors"):
-        change_last_byte(path)
-
-    shutil.copytree(DEMO / "vae", root / "vae_of_factor_4")
-    vae = json.loads((DEMO / "vae" / "config.json").read_text())
-    vae |= {
-        name: vae[name][:3] for name in ("block_out_channels", "down_block_types", "up_block_types")
-    }
-    (root / "vae_of_factor_4" / "config.json").write_text(json.dumps(vae))
-
-    for name, value in (("single", 1), ("single_renamed", 1), ("single_other", 2)):
-        save_file({"weights": np.full(4, value, "float32")}, root / f"{name}.safetensors")
-    for name, value in (("red", 1), ("red_copy", 1), ("blue", 2)):
-        save_file({"emb": np.full((1, 4), value, "float32")}, root / f"{name}.safetensors")
-    unet, text = "unet.mid_block.to_q", "text_encoder.layers.0.q_proj"
-    save_lora(root / "lora_unet.safetensors", unet, value=1)
-    save_lora(root / "lora_unet_copy.safetensors", unet, value=1)
-    save_lora(root / "lora_unet_other.safetensors", unet, value=2)
-    save_lora(root / "lora_text.safetensors", text, value=1)
-    save_lora(root / "lora_text_other.safetensors", text, value=2)
-    save_lora(root / "lora_both.safetensors", unet, text, value=1)
-    (root / "prompts.txt").write_text("a green ring\n")
-
-    put_into_hub(root / "hub", root / "same", "a" * 40, "main")
-    put_into_hub(root / "hub", root / "same", "b" * 40, "retagged")
-    put_into_hub(root / "hub", root / "other", "c" * 40, "other")
+    lay_out(root)
     return root
 
 
@@ -421,7 +79,7 @@ def config_of(model: type[BaseModel], values: dict[str, Any]) -> GenerationConfi
     """A run's settings in which those of one model have the values."""
     if model is RunSettings:
         settings = RunSettings.model_validate(values)
-        checkpoint = open_checkpoint(settings, stage1_text_encoder.COMPONENTS)
+        checkpoint = open_checkpoint(settings, loaded_for(declared.EMBEDDINGS))
         return resolve(
             settings,
             native_size=checkpoint.native_size,
@@ -456,21 +114,18 @@ def recipes_of(
             path=Path(name), header=header, data_sha256=checksum(recipe), tensors=tensors
         )
 
-    first = stage1_text_encoder.make_recipe(
-        config, open_checkpoint(config, stage1_text_encoder.COMPONENTS)
+    first = recipes.embeddings_recipe(
+        config, open_checkpoint(config, loaded_for(declared.EMBEDDINGS))
     )
-    checkpoint = open_checkpoint(config, stage2_unet.COMPONENTS)
-    second = stage2_unet.make_recipe(
-        config,
-        checkpoint,
-        made(artifacts.EMBEDDINGS_FILE, first, {}),
-        used_on_cpu(config.unet_dtype),
+    checkpoint = open_checkpoint(config, loaded_for(declared.LATENTS))
+    second = recipes.latents_recipe(
+        config, checkpoint, made(EMBEDDINGS_FILE, first, {}), used_on_cpu(config.unet_dtype)
     )
-    shape = (len(config.image_seeds()), *stage2_unet.latent_shape(config, checkpoint))
-    third = stage3_vae_decoder.make_recipe(
+    shape = (len(config.image_seeds()), *latent_shape(config, checkpoint))
+    third = recipes.pictures_recipe(
         config,
-        open_checkpoint(config, stage3_vae_decoder.COMPONENTS),
-        made(artifacts.LATENTS_FILE, second, {"latents": TensorLayout("F32", shape)}),
+        open_checkpoint(config, loaded_for(declared.PICTURES)),
+        made(LATENTS_FILE, second, {"latents": TensorLayout("F32", shape)}),
         used_on_cpu(config.vae_dtype),
     )
     return {1: first, 2: second, 3: third}
@@ -486,10 +141,10 @@ def stale_stages(before: dict[int, Recipe], after: dict[int, Recipe]) -> set[int
 
 def check_what_is_said(before: Recipe, after: Recipe, said: str) -> None:
     """The difference of two recipes names what changed, and an old and a new value that differ."""
-    words = artifacts.difference(before, after)
+    words = difference(before, after)
     assert words is not None and said in words
     if "→" in words:
-        assert artifacts.difference(after, before) != words, f"{words}: both values look the same"
+        assert difference(after, before) != words, f"{words}: both values look the same"
 
 
 # --- every setting -------------------------------------------------------------------------------
@@ -497,7 +152,9 @@ def check_what_is_said(before: Recipe, after: Recipe, said: str) -> None:
 
 def fields_of(model: type[BaseModel]) -> list[str]:
     """The fields that need a row."""
-    shared = SamplingSettings.model_fields if model is RunSettings else {}
+    shared = (
+        {name for group in SHARED for name in group.model_fields} if model is RunSettings else set()
+    )
     return [name for name in model.model_fields if name not in shared]
 
 
@@ -576,13 +233,13 @@ def fresh_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
     """A folder with latents, and the recipe that they were made by."""
     import torch
 
-    recipe = recipes_of(base_config())[2]
+    made = recipes_of(base_config())[2]
     folder = tmp_path_factory.mktemp("fresh")
     provenance = {"unet_dtype_asked": "auto"}
     artifacts.save_tensors(
-        folder / artifacts.LATENTS_FILE, {"latents": torch.zeros(1, 4, 16, 16)}, recipe, provenance
+        folder / LATENTS_FILE, {"latents": torch.zeros(1, 4, 16, 16)}, made, provenance
     )
-    return folder, recipe
+    return folder, made
 
 
 @pytest.mark.parametrize("name", RunOptions.model_fields)
@@ -595,30 +252,31 @@ def test_how_a_stage_computes_makes_nothing_stale(
     options = read_run_options({name: value})
     assert getattr(options, name) != getattr(RunOptions(), name)
 
-    assert given_settings({name: value}) == {}
+    assert Given(DENOISE, {name: value}).settings() == {}
     with pytest.raises(BadSettingError, match=name):
         base_config().override({name: value})
 
-    folder, recipe = fresh_run
-    assert stage2_unet.why_stale(folder, recipe, RunOptions()) is None
-    assert stage2_unet.why_stale(folder, recipe, options) == why
-    assert artifacts.why_stale(folder / artifacts.LATENTS_FILE, recipe) is None
+    folder, made = fresh_run
+    assert recipes.why_latents_stale(folder, made, RunOptions()) is None
+    assert recipes.why_latents_stale(folder, made, options) == why
+    assert artifacts.why_stale(folder / LATENTS_FILE, made) is None
 
 
 def test_no_recipe_is_told_how_a_stage_computes() -> None:
-    for stage, module in STAGES.items():
-        kinds = [p.annotation for p in inspect.signature(module.make_recipe).parameters.values()]
+    for make in (recipes.embeddings_recipe, recipes.latents_recipe, recipes.pictures_recipe):
+        kinds = [p.annotation for p in inspect.signature(make).parameters.values()]
         assert GenerationConfig in kinds and RunOptions not in kinds
-        settings = recipes_of(base_config())[stage].settings
-        assert not settings.keys() & RunOptions.model_fields.keys()
+    for stage in STAGES:
+        for settings in recipes_of(base_config())[stage.number].settings.values():
+            assert not settings.keys() & RunOptions.model_fields.keys()
 
 
 def test_a_trajectory_has_a_recipe_of_its_own() -> None:
     latents = recipes_of(base_config())[2]
-    every_5, every_6 = (artifacts.recipe_of_trajectory(latents, every) for every in (5, 6))
-    assert artifacts.difference(every_5, every_6) == "save_trajectory 5 → 6"
+    every_5, every_6 = (recipe.recipe_of_trajectory(latents, every) for every in (5, 6))
+    assert difference(every_5, every_6) == "save_trajectory 5 → 6"
     for trajectory in (every_5, every_6):
-        assert artifacts.recipe_of_its_latents(trajectory) == latents
+        assert recipe.recipe_of_its_latents(trajectory) == latents
 
 
 @pytest.mark.parametrize(
@@ -629,9 +287,9 @@ def test_an_auto_dtype_is_what_it_was_when_the_latents_were_made(
     asked: str, said: str | None, fresh_run: tuple[Path, Recipe]
 ) -> None:
     folder, made = fresh_run
-    file = folder / artifacts.LATENTS_FILE
-    config = base_config(unet_dtype=stage2_unet.expected_dtype(asked, file))
-    assert artifacts.difference(made, recipes_of(config)[2]) == said
+    file = folder / LATENTS_FILE
+    config = base_config(unet_dtype=recipes.expected_unet_dtype(asked, file))
+    assert difference(made, recipes_of(config)[2]) == said
 
 
 # --- packages and files --------------------------------------------------------------------------
@@ -649,32 +307,32 @@ def settings_of_versions() -> list[Any]:
 def test_another_version_makes_stale_what_the_package_computed(
     package: str, settings: dict[str, Any], stale: frozenset[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, version = base_config(**settings), artifacts.version
+    config, version = base_config(**settings), recipe.version
     before = recipes_of(config)
     monkeypatch.setattr(
-        artifacts, "version", lambda name: "0.0.1" if name == package else version(name)
+        recipe, "version", lambda name: "0.0.1" if name == package else version(name)
     )
     after = recipes_of(config)
     assert stale_stages(before, after) == stale
     if stale:
         stage = min(stale)
         said = f"{package} {version(package)} → 0.0.1"
-        assert artifacts.difference(before[stage], after[stage]) == said
+        assert difference(before[stage], after[stage]) == said
 
 
 def test_the_table_knows_every_package_that_recipes_name() -> None:
     found: set[str] = set()
     for rows in VERSIONS.values():
         for settings, _ in rows:
-            for recipe in recipes_of(base_config(**settings)).values():
-                found |= recipe.versions.keys()
+            for made in recipes_of(base_config(**settings)).values():
+                found |= made.versions.keys()
     assert found == VERSIONS.keys()
 
 
 def test_the_table_knows_every_component() -> None:
-    assert COMPONENTS.keys() == SUPPORTED_CLASSES.keys() | set(WITHOUT_WEIGHTS)
-    recipes = recipes_of(base_config()).values()
-    assert COMPONENTS.keys() == set[str]().union(*(recipe.weights for recipe in recipes))
+    assert COMPONENTS.keys() == {row.name for row in ROWS if row.loaded_for is not None}
+    made = recipes_of(base_config()).values()
+    assert COMPONENTS.keys() == set[str]().union(*(one.weights for one in made))
 
 
 def demo_files() -> list[str]:
@@ -702,7 +360,7 @@ def test_a_file_of_the_checkpoint_makes_stale_what_was_made_with_it(
         said = {"model_index.json": "force_zeros_for_empty_prompt true → false"}.get(
             name, f"weights of {name.split('/')[0]} changed"
         )
-        assert artifacts.difference(before[min(stale)], after[min(stale)]) == said
+        assert difference(before[min(stale)], after[min(stale)]) == said
 
 
 def test_what_no_stage_reads_of_a_checkpoint_makes_nothing_stale(demo_copy: Path) -> None:
@@ -725,12 +383,12 @@ def test_the_same_numbers_made_anew_leave_the_later_stages_fresh(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another version that computes the same: what was made of it needs no second making."""
-    config, version = base_config(), artifacts.version
-    before = recipes_of(config, lambda recipe: str(recipe.stage))
+    config, version = base_config(), recipe.version
+    before = recipes_of(config, lambda made: str(made.stage))
     monkeypatch.setattr(
-        artifacts, "version", lambda name: "0.0.1" if name == "tokenizers" else version(name)
+        recipe, "version", lambda name: "0.0.1" if name == "tokenizers" else version(name)
     )
-    assert stale_stages(before, recipes_of(config, lambda recipe: str(recipe.stage))) == {1}
+    assert stale_stages(before, recipes_of(config, lambda made: str(made.stage))) == {1}
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
@@ -740,17 +398,17 @@ def test_an_adapter_that_changes_a_text_encoder_makes_everything_stale(
     """transformers reads an adapter that stands in a text encoder's folder."""
     import torch
 
-    from common.models.weights import load_text_pipeline
+    from common.models.text_pipeline import load_text_pipeline
 
     def state() -> tuple[dict[int, Recipe], torch.Tensor]:
         config = base_config(model_id=str(demo_copy))
-        checkpoint = open_checkpoint(config, stage1_text_encoder.COMPONENTS)
+        checkpoint = open_checkpoint(config, loaded_for(declared.EMBEDDINGS))
         encoder = getattr(load_text_pipeline(checkpoint, torch.float32), name)
         with torch.no_grad():
             states = encoder(torch.arange(77)[None], output_hidden_states=True).hidden_states
         return recipes_of(config), states[-1]
 
-    recipes, plain = state()
+    without, plain = state()
     folder = demo_copy / name
     width = json.loads((folder / "config.json").read_text())["hidden_size"]
     random, tensors = np.random.default_rng(0), {}
@@ -773,4 +431,24 @@ def test_an_adapter_that_changes_a_text_encoder_makes_everything_stale(
         assert "adapter" in str(error)
         return  # refused, which does as well
     expected = NOTHING if torch.equal(plain, changed) else EVERYTHING
-    assert stale_stages(recipes, with_adapter) == expected
+    assert stale_stages(without, with_adapter) == expected
+
+
+# --- what does not belong together --------------------------------------------------------------
+
+
+def test_embeddings_of_another_stage(run_dir: Path) -> None:
+    path = run_dir / EMBEDDINGS_FILE
+    save_with_header(path, EMBEDDINGS, 2, {}, {})
+    with refusal(BadInputFileError, f"{path} says that stage 2 made it", "make it again: python"):
+        call(2, "--output_dir", run_dir)
+
+
+def test_embeddings_of_other_prompts_exit_3(run_copy: Path, stage: Run) -> None:
+    path = run_copy / "generation_config.json"
+    config = json.loads(path.read_text())
+    config["prompts"][0]["prompt"] = "a green ring"
+    path.write_text(json.dumps(config))
+    before = file_contents(run_copy)
+    expect(stage(2, "--output_dir", run_copy), 3, EMBEDDINGS_FILE, "other prompts")
+    assert file_contents(run_copy) == before

@@ -6,32 +6,21 @@ from pathlib import Path
 import pytest
 
 from common.errors import BadInputFileError, BadSettingError
-from common.runs.sweep import StageRun, parse_sweep, read_sweep, run_sweep
+from common.runs.sweep import CellRun, parse_sweep, read_sweep, run_sweep
 from tests.conftest import Run
-
-TAKES = {
-    "prompt": [1],
-    "scheduler": [1, 2],
-    "num_inference_steps": [1, 2],
-    "seed": [1, 2],
-    "vae_dtype": [1, 3],
-    "model_id": [1, 2, 3],
-    "mesh": [2, 3],
-    "output_dir": [1, 2, 3],
-}
 
 
 def ran(tmp_path: Path, text: str, failing: str = "") -> tuple[list[tuple[int, str]], int]:
     """Stage and folder of each stage that ran, and the exit code."""
     runs: list[tuple[int, str]] = []
 
-    def run(needed: StageRun) -> tuple[int, str]:
+    def run(needed: CellRun) -> tuple[int, str]:
         folder = needed.folder.relative_to(tmp_path).as_posix()
-        runs.append((needed.stage, folder))
+        runs.append((needed.stage.number, folder))
         fails = bool(failing) and failing in folder
         return (4, "not finite") if fails else (0, "")
 
-    code = run_sweep(tmp_path, parse_sweep(text, TAKES, {}), TAKES, run, lambda _: None)
+    code = run_sweep(tmp_path, parse_sweep(text, {}), run, lambda _: None)
     return runs, code
 
 
@@ -80,13 +69,13 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_swept(text: str, said: str) -> None:
     with pytest.raises(BadSettingError, match=said):
-        parse_sweep(text, TAKES, {})
+        parse_sweep(text, {})
     with pytest.raises(BadSettingError, match="scheduler is given twice"):
-        parse_sweep("--scheduler=euler,ddim", TAKES, {"scheduler": "euler"})
+        parse_sweep("--scheduler=euler,ddim", {"scheduler": "euler"})
 
 
 def test_folders_are_told_apart_and_stay_below_the_run(tmp_path: Path) -> None:
-    sweep = parse_sweep("prompt=../x,.._x,a/b", TAKES, {})
+    sweep = parse_sweep("prompt=../x,.._x,a/b", {})
     folders = [cell.folder for cell in sweep.cells]
     assert len(set(folders)) == 3
     assert all(folder.count("/") == 1 for folder in folders)

@@ -7,33 +7,30 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from common.errors import BadSettingError, NotFiniteError
-from common.sampling.denoiser import prepare_noise
-from common.sampling.sampler import SCHEDULERS, Sampler, make_scheduler
+from common.sampling.noise import prepare_noise
+from common.sampling.sampler import Sampler, make_scheduler
 from common.sampling.scheduler_tables import BUCKET, NotLinearError, make_tables
+from common.sampling.schedulers import SCHEDULERS
+from tests.refusals import refusal
+from tests.tiny_checkpoints import SCHEDULER
 
-SDXL_SETTINGS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
+SDXL_SETTINGS = SCHEDULER | {"timestep_spacing": "leading"}
 SHAPE = (4, 8, 8)
+
+
 # float32 rounding; the schedulers themselves compute in float32.
 ROUNDING = 2e-5
 
 
 def build(name: str, *, steps: int = 12, eta: float = 0.0, **changes: object) -> Sampler:
-    class_name, implied = SCHEDULERS[name]
-    scheduler = make_scheduler(SDXL_SETTINGS, class_name, {**implied, **changes})
+    row = SCHEDULERS[name]
+    scheduler = make_scheduler(SDXL_SETTINGS, row.class_name, {**row.options, **changes})
     return Sampler(scheduler, num_inference_steps=steps, eta=eta)
 
 
@@ -44,11 +41,11 @@ def nonlinear_model(x: torch.Tensor, timestep: float) -> torch.Tensor:
 
 def run_diffusers(name: str, seed: int, steps: int, eta: float, **changes: Any) -> torch.Tensor:
     """The reference: diffusers' own loop, with its own noises."""
-    class_name, implied = SCHEDULERS[name]
-    options = {**implied, **changes}
-    if class_name == "DPMSolverSDEScheduler":
+    row = SCHEDULERS[name]
+    options = {**row.options, **changes}
+    if row.class_name == "DPMSolverSDEScheduler":
         options["noise_sampler_seed"] = [seed]
-    scheduler = getattr(diffusers, class_name).from_config(SDXL_SETTINGS, **options)
+    scheduler = getattr(diffusers, row.class_name).from_config(SDXL_SETTINGS, **options)
     generator = torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(steps)
     x = torch.randn(1, *SHAPE, generator=generator) * scheduler.init_noise_sigma
@@ -211,28 +208,9 @@ def test_coefficients_that_are_not_finite_are_said() -> None:
 def test_what_diffusers_refuses_is_one_sentence(
     name: str, arguments: dict[str, Any], words: str
 ) -> None:
-    sampler = Sampler(make_scheduler(SDXL_SETTINGS, SCHEDULERS[name][0], {}), **arguments)
+    sampler = Sampler(make_scheduler(SDXL_SETTINGS, SCHEDULERS[name].class_name, {}), **arguments)
     with pytest.raises(BadSettingError, match=words):
         make_tables(sampler)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("EulerDiscreteScheduler", {"use_karas_sigmas": True}, "did you mean 'use_karras_sigmas'"),
-        ("EulerDiscreteScheduler", {"prediction_type": "v"}, None),
-        ("DPMSolverSDEScheduler", {"noise_sampler_seed": 3}, "use --seed"),
-        ("NoSuchScheduler", {}, "no scheduler NoSuchScheduler"),
-        ("LMSDiscreteScheduler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "Only one"),
-        ("DDIMScheduler", {"beta_schedule": "cubic"}, "cubic"),
-    ],
-)
-def test_a_bad_scheduler_setting_is_one_sentence(
-    name: str, options: dict[str, Any], words: str | None
-) -> None:
-    with pytest.raises(BadSettingError, match=words):
-        scheduler = make_scheduler(SDXL_SETTINGS, name, options)
-        make_tables(Sampler(scheduler, num_inference_steps=5))
 
 
 def test_timesteps_and_sigmas_can_be_given() -> None:
@@ -251,3 +229,17 @@ def test_probing_leaves_the_libraries_as_they_were() -> None:
         before = dict(vars(module))
         make_tables(sampler)
         assert vars(module) == before
+
+
+class Wasteful(EulerAncestralDiscreteScheduler):
+    """A scheduler that draws two noises in a step."""
+
+    def step(self, *args: Any, generator: Any = None, **options: Any) -> Any:
+        for _ in range(2):
+            randn_tensor(args[0].shape, generator=generator)
+        return super().step(*args, generator=generator, **options)
+
+
+def test_a_scheduler_that_draws_too_many_noises() -> None:
+    with refusal(BadSettingError, "Wasteful draws more noises than it has evaluations"):
+        make_tables(Sampler(Wasteful(), num_inference_steps=4))

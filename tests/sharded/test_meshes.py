@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.compute.devices import Devices
-from common.compute.jax_start import usable_cores
+from common.compute.platforms import usable_cores
 from common.compute.sharding import ActivationLayout
 from common.runs.generation import GenerationConfig
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
@@ -49,11 +49,11 @@ def check_equal(ours: Ours, config: GenerationConfig, single: Single) -> None:
 
 def test_the_cores_of_a_cpu_take_images_then_halves(single: Single) -> None:
     """What `auto` is without an accelerator."""
-    ours = Ours(single.config.model_id, mesh="auto", settings={"num_images_per_prompt": 8})
+    ours = Ours(single.config.model_id, mesh="auto")
+    check_equal(ours, single.config, single)
     sizes = dict(ours.denoiser.mesh.shape)
     assert sizes["rows"] == sizes["tensor"] == 1
     assert sizes["data"] == max(d for d in (1, 2, 4, 8) if d <= usable_cores())
-    check_equal(ours, single.config, single)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -80,11 +80,11 @@ def test_a_size_that_rows_do_not_divide_says_so(
     model = save_sdxl(tmp_path / "model")
     config = make_config(model, height=96, width=64, num_inference_steps=2)  # 12 rows, then 6
     expected = Ours(model, mesh="single").denoise(config)
-    ours = Ours(model, mesh="rows=8", settings={"height": 96, "width": 64})
+    latents = Ours(model, mesh="rows=8").denoise(config)
     said = capsys.readouterr().err
     assert "rows=8 does not divide the rows of every level of the model (12, 6)" in said
     assert "the mesh is rows=2, and 6 device(s) stay idle" in said
-    assert relative_difference(ours.denoise(config), expected) < 1e-4
+    assert relative_difference(latents, expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,22 @@ def test_weights_that_do_not_fit_are_split(
     small = Devices(jax.devices(), True, memory_bytes=100_000)
     monkeypatch.setattr(Devices, "present", lambda: small)
     ours = Ours(single.config.model_id, mesh=mesh)
+    latents = ours.denoise(single.config)
     said = f"weights do not fit on every device: each step gathers them over {axis}"
     assert said in capsys.readouterr().out
     parameters = ours.denoiser.parameters
     whole = sum(array.nbytes for array in parameters.values())
     held = sum(array.addressable_shards[0].data.nbytes for array in parameters.values())
     assert held < 1.2 * whole / share + 50_000  # what divides by no axis stays whole
-    assert relative_difference(ours.denoise(single.config), single.latents) < 1e-4
+    assert relative_difference(latents, single.latents) < 1e-4
 
 
 def test_weights_are_split_by_tensor_alone(tmp_path: Path) -> None:
     model = save_sdxl(tmp_path / "model")
     for mesh, split in (("tensor=4", True), ("cfg=2,rows=4", False)):
-        parameters = Ours(model, mesh=mesh).denoiser.parameters
+        ours = Ours(model, mesh=mesh)
+        ours.denoise(make_config(model, height=64, width=64, num_inference_steps=1))
+        parameters = ours.denoiser.parameters
         whole = {name for name, array in parameters.items() if array.is_fully_replicated}
         assert (len(whole) < len(parameters)) == split
         for name, array in parameters.items():

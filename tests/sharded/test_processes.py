@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from common.files.artifacts import LATENTS_FILE
+from common.files.stage_table import LATENTS_FILE
 from tests.conftest import STAGES, Run, file_contents
 from tests.in_process import pixel_difference, relative_difference
 

@@ -10,9 +10,11 @@ import pytest
 
 from common.files.artifacts import HEADER_KEY
 from common.runs.sweep import Cell, Sweep, write_sweep
-from tests.conftest import Run
+from tests.conftest import PROJECT_DIR, Run, run_script
+from tests.refusals import expect
 from tools.report_page import write_page
 
+REPORT_PAGE = PROJECT_DIR / "tools" / "report_page.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
 FLAGS = [
@@ -121,3 +123,13 @@ def test_prompts_and_seeds_become_a_grid(finished_run: Path, tmp_path: Path) -> 
     assert '<th scope="row">42</th>' in page and '<th scope="row">43</th>' in page
     report = json.loads((finished_run / "stage2_report.json").read_text())
     assert f"{report['wall_seconds']:.2f} s by {report['backend']} on cpu" in page
+
+
+def test_no_run_directory_is_one_sentence(tmp_path: Path) -> None:
+    expect(run_script(REPORT_PAGE, tmp_path / "nothing"), 3, "nothing is no folder")
+
+
+def test_a_page_of_a_folder_without_a_run_is_not_made(tmp_path: Path) -> None:
+    result = run_script(REPORT_PAGE, tmp_path)
+    assert result.returncode == 3 and "holds no run" in result.stderr
+    assert not list(tmp_path.iterdir())

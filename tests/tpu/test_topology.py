@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 
 from common.compute import tpu_compiler
+from common.compute.chips import CHIPS
+from common.compute.clock import StageReport
 from common.compute.devices import Devices
-from common.compute.tpu_estimate import CHIPS, estimate, memory_of, parse, shapes_in
+from common.compute.options import RunOptions
+from common.compute.tpu_estimate import estimate, memory_of, parse, shapes_in
 from common.files.contracts import empty_embeddings
-from common.files.report import StageReport
-from common.runs.generation import RunOptions
+from common.files.stage_table import DENOISE
+from common.runs import topology
+from common.runs.flags import Given
+from common.runs.jobs import denoising_job, make_sampler
+from common.sampling.loading import UNetToLoad, load_jax_denoiser
 from common.sampling.scheduler_tables import make_tables
-from stages import stage2_unet
 from tests.conftest import PROJECT_DIR, Run
 
 pytestmark = [
@@ -117,18 +122,15 @@ def test_eight_images_need_no_collective(stage: Run, reduced_sdxl: Path, tmp_pat
 def test_weights_that_do_not_fit_are_gathered_in_every_step(reduced_sdxl: Path) -> None:
     """Not before the loop, where they would be whole for all of it."""
     tpu_compiler.prepare_environment()
-    given = {"model_id": str(reduced_sdxl)}
-    config, checkpoint = tpu_compiler.read_settings(None, given, "unet_dtype", ("unet",))
+    config, checkpoint = topology.read_settings(Given(DENOISE, {"model_id": str(reduced_sdxl)}))
     devices = Devices.described(tpu_compiler.devices_of("v6e:2x4"), memory_bytes=1_000_000)
-    denoiser = stage2_unet.load_jax_denoiser(
-        config, checkpoint, "bfloat16", RunOptions(), StageReport(2), devices
-    )
-    sampler = stage2_unet.make_sampler(config, checkpoint)
+    sampler = make_sampler(config, checkpoint)
     embeddings = empty_embeddings(1, checkpoint.config("unet"))
-    stage2_unet.start_group(
-        *(config, checkpoint, embeddings, denoiser, sampler, make_tables(sampler)), np.arange(1)
-    )
-    compiled = denoiser.lower(guided=True).compile()
+    job = denoising_job(config, checkpoint, embeddings, sampler)
+    unet = UNetToLoad(checkpoint=checkpoint, loras=(), dtype="bfloat16")
+    denoiser = load_jax_denoiser(unet, job, RunOptions(), StageReport(2), devices, {})
+    denoiser.start(job, np.arange(1), make_tables(sampler))
+    compiled = denoiser.lower(denoiser.plan.fullest()).compile()
     once, step = estimate(compiled.as_text(), CHIPS["v6e"])
     whole = sum(2 * math.prod(array.shape) for array in denoiser.parameters.values())
     assert step.collective_bytes["all-gather"] > 0.5 * whole

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
+from tests.conftest import DEMO
 from tools.demo import train
 from tools.demo.drawn_shapes import random_scene, vocabulary_words, write_caption
 
@@ -35,7 +36,7 @@ def test_no_caption_is_longer_than_the_short_context(tokenizer: CLIPTokenizer) -
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["C", "Z"])))
 def test_any_text_has_tokens_and_none_is_unknown(text: str) -> None:
-    folder = Path(__file__).parents[3] / "models" / "demo" / "tokenizer"
+    folder = DEMO / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id

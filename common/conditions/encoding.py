@@ -1,0 +1,67 @@
+"""What stage 1 checks before prompts are encoded, and measures when they are."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from common.compute.clock import StageReport
+from common.compute.options import RunOptions
+from common.conditions.prompt_settings import ResolvedPrompts
+from common.conditions.prompts import encode_prompts
+from common.errors import BadSettingError
+from common.files.report import Profile
+from common.models.checkpoint import Checkpoint
+from common.models.component_table import text_encoders
+
+
+def check_prompt_options(config: ResolvedPrompts, checkpoint: Checkpoint) -> None:
+    """Raise `BadSettingError` where an option asks for what the text encoders do not have."""
+    encoders = checkpoint.listed(text_encoders())
+    for name in ("prompt_2", "negative_prompt_2"):
+        if len(encoders) < 2 and any(
+            getattr(prompt, name) is not None for prompt in config.prompts
+        ):
+            raise BadSettingError(
+                f"--{name} is for checkpoints with two text encoders; {checkpoint.model_id} has one"
+            )
+    if config.clip_skip is not None and config.prompt_weighting is not None:
+        raise BadSettingError("--clip_skip and --prompt_weighting do not go together: give one")
+    # diffusers reads SDXL's states from one layer earlier than the others'.
+    layers = min(int(checkpoint.config(name)["num_hidden_layers"]) for name in encoders)
+    most = layers - (checkpoint.pipeline_class == "StableDiffusionXLPipeline")
+    if config.clip_skip is not None and config.clip_skip > most:
+        raise BadSettingError(
+            f"--clip_skip {config.clip_skip} is more than the text encoders of "
+            f"{checkpoint.model_id} have: at most {most}"
+        )
+
+
+def measure_encoding(
+    pipeline: Any,
+    config: ResolvedPrompts,
+    options: RunOptions,
+    report: StageReport,
+    folder: Path,
+) -> Profile | None:
+    """Encode again, as often as `--repeat` and `--profile` ask for.
+
+    Args:
+        folder: of the profile's trace.
+    """
+    for _ in range(options.repeat):
+        with report.part("repeats"):
+            began = time.perf_counter()
+            encode_prompts(pipeline, config)
+            report.repeats.append(time.perf_counter() - began)
+    if not options.profile:
+        return None
+    from common.compute.torch_profiler import TorchProfiler
+
+    encoders = {name: getattr(pipeline, name, None) for name in text_encoders()}
+    modules = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+    profiler = TorchProfiler(folder / "encode.pt.trace.json.gz", None, report, modules)
+    profiler.start()
+    with profiler.step(0):
+        encode_prompts(pipeline, config)
+    profiler.stop()
+    return profiler.result()

@@ -1,0 +1,158 @@
+"""Prompts, and how they are encoded."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from common.declared import EMBEDDINGS, LATENTS, MODEL, PROMPTS, Dtype, Settings, Text, setting
+from common.models.model_settings import TokenFile
+
+MOST_IMAGES_PER_PROMPT = 10_000  # so that a wrong number is refused before it takes memory
+
+
+class PromptSettings(BaseModel):
+    """One prompt of a run. `negative_prompt` None means what diffusers does with `None`.
+
+    Those for the second text encoder are those for the first where they are None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Text
+    prompt_2: Text | None = None
+    negative_prompt: Text | None
+    negative_prompt_2: Text | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _second_negative_needs_the_first(self) -> Self:
+        if self.negative_prompt_2 is not None and self.negative_prompt is None:
+            raise ValueError("negative_prompt_2 needs a negative_prompt, as diffusers reads them")
+        return self
+
+
+class AskedPrompts(Settings):
+    """Prompts as they are asked for. Recipes hold those of each prompt, as resolved."""
+
+    prompt: tuple[Text, ...] = setting(
+        ("a large red star on a blue background",),
+        "What to draw; give it again for more.",
+        metavar="TEXT",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        many=True,
+        shown="",
+    )
+    prompt_2: tuple[Text, ...] | None = setting(  # one for all prompts, or one for each
+        None,
+        "For the second encoder.",
+        metavar="TEXT",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        many=True,
+        shown="the prompt",
+    )
+    prompts_file: Path | None = setting(
+        None,
+        "One prompt a line, or JSONL.",
+        metavar="FILE",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        kind=Path,
+        shown="",
+    )
+    negative_prompt: Text | None = setting(
+        "blurry, low quality, distorted, deformed",
+        "What not to draw.",
+        metavar="TEXT",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        shown="blurry, low …",
+        none_flag=("no_negative_prompt", 'No negative at all, unlike "".'),
+    )
+    negative_prompt_2: Text | None = setting(
+        None,
+        "The same for the negative prompt.",
+        metavar="TEXT",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        shown="",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        lists = ("prompt", "prompt_2", "embeddings", "loras")
+        single = {name: [values[name]] for name in lists if isinstance(values.get(name), str)}
+        return {**values, **single}
+
+
+class PromptOptions(Settings):
+    """How many pictures each prompt has, and how prompts are encoded."""
+
+    num_images_per_prompt: int = setting(
+        1,
+        "Pictures of each prompt.",
+        metavar="N",
+        group=PROMPTS,
+        shapes=(LATENTS,),
+        ge=1,
+        le=MOST_IMAGES_PER_PROMPT,
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Layers of the encoders to leave out.",
+        metavar="N",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        shown="",
+        ge=1,
+    )
+    long_prompts: Literal["cut", "chunk"] = setting(
+        "cut", "Over 77 tokens: cut, chunk.", metavar="HOW", group=PROMPTS, shapes=(EMBEDDINGS,)
+    )
+    prompt_weighting: Literal["compel"] | None = setting(  # the library whose syntax prompts are in
+        None,
+        "Weights in prompts: compel.",
+        metavar="HOW",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        shown="",
+    )
+    embeddings: tuple[TokenFile, ...] = setting(
+        (),
+        "Textual inversion; or FILE:TOKEN.",
+        metavar="FILE",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        many=True,
+        flag="embedding",
+        shown="",
+    )
+    text_encoder_dtype: Dtype = setting(
+        "float32", "float32, bfloat16.", metavar="DTYPE", group=MODEL, shapes=(EMBEDDINGS,)
+    )
+
+
+class ResolvedPrompts(PromptOptions):
+    """The prompts of a run, resolved, and how they are encoded."""
+
+    prompts: tuple[PromptSettings, ...] = Field(min_length=1)
+
+    def prompt_texts(self) -> dict[str, Any]:
+        """The prompts' texts as recipes hold them: for each kind those of all prompts."""
+        return {
+            "prompts": [prompt.prompt for prompt in self.prompts],
+            "prompts_2": [prompt.prompt_2 for prompt in self.prompts],
+            "negative_prompts": [prompt.negative_prompt for prompt in self.prompts],
+            "negative_prompts_2": [prompt.negative_prompt_2 for prompt in self.prompts],
+        }

@@ -1,0 +1,69 @@
+"""The stages: the script of each, what it reads and what it makes. Nothing else counts them."""
+
+from dataclasses import dataclass
+
+from common.declared import EMBEDDINGS, LATENTS, PICTURES
+
+EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
+LATENTS_FILE = "stage2_latents.safetensors"
+TRAJECTORY_FILE = "stage2_trajectory.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A row of the table."""
+
+    number: int
+    script: str  # in stages/
+    makes: str  # the artifact that settings shape
+    reads: str | None  # the file of the stage before
+    writes: tuple[str, ...]  # files that other stages read
+    dtype: str  # the setting that its `--dtype` stands for
+
+    @property
+    def name(self) -> str:
+        """As users count them."""
+        return f"stage {self.number}"
+
+    @property
+    def command(self) -> str:
+        """How it is called."""
+        return f"python stages/{self.script}"
+
+
+ENCODE = Stage(
+    number=1,
+    script="stage1_text_encoder.py",
+    makes=EMBEDDINGS,
+    reads=None,
+    writes=(EMBEDDINGS_FILE,),
+    dtype="text_encoder_dtype",
+)
+DENOISE = Stage(
+    number=2,
+    script="stage2_unet.py",
+    makes=LATENTS,
+    reads=EMBEDDINGS_FILE,
+    writes=(LATENTS_FILE, TRAJECTORY_FILE),
+    dtype="unet_dtype",
+)
+DECODE = Stage(
+    number=3,
+    script="stage3_vae_decoder.py",
+    makes=PICTURES,
+    reads=LATENTS_FILE,
+    writes=(),
+    dtype="vae_dtype",
+)
+STAGES = (ENCODE, DENOISE, DECODE)  # in the order of a run
+FIRST, LAST = STAGES[0], STAGES[-1]  # the first one settles all settings
+
+
+def maker_of(artifact: str) -> Stage:
+    """The stage that makes an artifact."""
+    return next(stage for stage in STAGES if stage.makes == artifact)
+
+
+def numbered(number: int) -> Stage:
+    """A stage by its number."""
+    return next(stage for stage in STAGES if stage.number == number)

@@ -1,0 +1,134 @@
+"""diffusers' pipeline with the text parts alone, and what is taught to it."""
+
+import inspect
+import json
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from common.declared import EMBEDDINGS
+from common.models.checkpoint import Checkpoint
+from common.models.component_table import COMPONENTS, component, loaded_for, text_encoders
+from common.models.lora import fuse_into_text_encoders, lora_settings
+from common.models.model_settings import LoraFile, TokenFile
+from common.models.textual_inversion import embedding_settings, load_embedding
+from common.models.weights import check_complete, reading, refuse_missing
+
+if TYPE_CHECKING:
+    import torch
+
+Loaded = TypeVar("Loaded")
+
+
+class KeepsModels(Protocol):
+    """What keeps models from one run of a process to the next, as `compute.kept.Kept` does."""
+
+    def model(self, key: Hashable, load: Callable[[], Loaded]) -> Loaded: ...
+
+
+def open_text_pipeline(
+    kept: KeepsModels,
+    checkpoint: Checkpoint,
+    dtype: str,
+    loras: Sequence[LoraFile],
+    embeddings: Sequence[TokenFile],
+) -> Any:
+    """The text pipeline with LoRAs fused and textual inversions taught; kept by their content.
+
+    Args:
+        dtype: of the text encoders, such as "float32".
+    """
+
+    def load() -> Any:
+        import torch
+
+        pipeline = load_text_pipeline(checkpoint, getattr(torch, dtype))
+        fuse_into_text_encoders(pipeline, loras, checkpoint.config("unet"))
+        for embedding in embeddings:
+            load_embedding(pipeline, embedding)
+        return pipeline
+
+    of_loras = lora_settings(loras, text_encoders())
+    content = {
+        "pipeline": checkpoint.pipeline_class,
+        "force_zeros_for_empty_prompt": checkpoint.index().get("force_zeros_for_empty_prompt"),
+        "weights": checkpoint.fingerprints_for(EMBEDDINGS),
+        "dtype": dtype,
+        "loras": of_loras,
+        "unet": checkpoint.config("unet") if of_loras else None,  # by which some layouts are read
+        "embeddings": embedding_settings(embeddings),
+    }
+    return kept.model(("text pipeline", json.dumps(content, sort_keys=True)), load)
+
+
+def import_text_classes(checkpoint: Checkpoint) -> None:
+    """Import what `load_text_pipeline` needs, which takes longer than small weights do."""
+    import diffusers
+    import transformers
+
+    getattr(diffusers, checkpoint.pipeline_class)
+    for name in checkpoint.components_for(EMBEDDINGS):
+        getattr(transformers, checkpoint.index()[name][1])
+
+
+def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    """diffusers' own pipeline with the text parts alone, for its `encode_prompt`."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
+    options = _without_others(pipeline_class, checkpoint)
+    if checkpoint.file is None:
+        parts = {
+            name: _load_part(checkpoint, name, dtype)
+            for name in checkpoint.components_for(EMBEDDINGS)
+        }
+        return pipeline_class(**options, **parts)
+    with reading(checkpoint.source("text_encoder")):
+        pipeline = pipeline_class.from_single_file(
+            str(checkpoint.file),
+            config=str(checkpoint.folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+            **options,
+        )
+        for name in checkpoint.components_for(EMBEDDINGS):
+            check_complete(getattr(pipeline, name))
+    return pipeline
+
+
+def _without_others(pipeline_class: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a pipeline is told so that it does without all parts but the text's."""
+    takes = inspect.signature(pipeline_class.__init__).parameters
+    own = loaded_for(EMBEDDINGS)
+    options: dict[str, Any] = {
+        row.name: None for row in COMPONENTS if row.name in takes and row.name not in own
+    }
+    if checkpoint.pipeline_class == "StableDiffusionXLPipeline":
+        forced = checkpoint.index().get("force_zeros_for_empty_prompt", True)
+        return options | {"force_zeros_for_empty_prompt": forced, "add_watermarker": False}
+    return options | {"requires_safety_checker": False}
+
+
+def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
+    """A tokenizer or text encoder from its folder."""
+    import transformers
+
+    source = checkpoint.source(name)
+    with reading(source):
+        part_class = getattr(transformers, checkpoint.index()[name][1])
+        if not component(name).has_weights:
+            return part_class.from_pretrained(source.folder, local_files_only=True)
+        part, found = part_class.from_pretrained(
+            source.folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=source.variant,
+            dtype=dtype,
+            # Named, so that no config can have another one fetched.
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        refuse_missing(sorted(found["missing_keys"]))
+    return part

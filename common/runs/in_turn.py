@@ -1,0 +1,211 @@
+"""All stages of a run, one after the other, each as a process of its own."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common.compute.backends import BACKENDS, expected_backend
+from common.compute.options import RunOptions
+from common.errors import BadSettingError
+from common.files import artifacts
+from common.files.picture_files import picture_names
+from common.files.stage_table import (
+    DECODE,
+    DENOISE,
+    FIRST,
+    LAST,
+    LATENTS_FILE,
+    STAGES,
+    Stage,
+    numbered,
+)
+from common.models.model_settings import PROJECT_DIR
+from common.runs.flags import Flag, all_flags
+from common.runs.generation import read_generation_config
+from common.runs.preloaded import PreloadedStage
+from common.stopping import STOP_SIGNALS
+
+SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
+
+
+def script_of(stage: Stage) -> str:
+    """A stage's script."""
+    return str(PROJECT_DIR / "stages" / stage.script)
+
+
+def flags_of_a_run() -> list[Flag]:
+    """The flags that a run of all stages takes."""
+    return [flag for flag in all_flags() if not flag.declared.alone]
+
+
+def arguments_for(
+    stage: Stage, given: Mapping[str, Any], *, first: bool
+) -> tuple[list[str], set[str]]:
+    """The flags among those given that a stage knows, as arguments, and their names.
+
+    Args:
+        first: whether the stage is the first to run, so that its input may be elsewhere.
+    """
+    arguments, names = [], set()
+    for name in (p.name for f in all_flags() if f.is_of(stage) for p in f.parameters()):
+        if name not in given or (name == "input_dir" and not first):
+            continue
+        names.add(name)
+        value = given[name]
+        if value is True:
+            arguments.append(f"--{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            arguments += [f"--{name}={item}" for item in values]
+    return arguments, names
+
+
+def plan(
+    given: Mapping[str, Any],
+    *,
+    from_stage: int = FIRST.number,
+    to_stage: int = LAST.number,
+    force: bool = False,
+) -> list[list[str]]:
+    """The command of each stage to run, for the flags that were given.
+
+    Raises:
+        BadSettingError: stages out of order, or a flag that no stage to run knows.
+    """
+    given = dict(given)
+    if not FIRST.number <= from_stage <= to_stage <= LAST.number:
+        raise BadSettingError(
+            f"--from_stage {from_stage} --to_stage {to_stage}: stages are {FIRST.number} to "
+            f"{LAST.number}, in this order"
+        )
+    for_all: set[str] = set()
+    if "dtype" in given:
+        # To all stages: settings of the run, so that each stage finds its own.
+        dtype, dtypes = given.pop("dtype"), [stage.dtype for stage in STAGES]
+        for_all = set(dtypes) - given.keys()
+        given = dict.fromkeys(dtypes, dtype) | given
+    if "input_dir" in given:
+        given.setdefault("output_dir", given["input_dir"])
+    commands, known = [], set()
+    for number in range(from_stage, to_stage + 1):
+        arguments, names = arguments_for(numbered(number), given, first=number == from_stage)
+        known |= names
+        skipping = [] if force else ["--skip_fresh"]
+        commands.append([sys.executable, script_of(numbered(number)), *arguments, *skipping])
+    unused = given.keys() - known - for_all
+    if unused:
+        flags = ", ".join(f"--{name}" for name in sorted(unused))
+        raise BadSettingError(f"{flags}: no stage from {from_stage} to {to_stage} takes it")
+    return commands
+
+
+def libraries_of(given: Mapping[str, Any]) -> dict[str, list[str]] | None:
+    """Script → modules that its stage imports, as far as flags tell it, in their order.
+
+    None where no stage is to import beside another one: libraries are to be heard, or times are
+    measured.
+    """
+    if given.keys() & {"debug", "repeat", "profile", "profile_dir", "profile_steps"}:
+        return None
+    dtype = given.get("unet_dtype") or given.get("dtype") or "auto"
+    torch_on_cpus = {DENOISE: dtype not in ("auto", "float32"), DECODE: True}
+    name = given.get("backend")
+    options = RunOptions(backend=name) if name in BACKENDS else RunOptions()
+    return {
+        script_of(stage): [*expected_backend(options, torch_on_cpus=to_torch).libraries]
+        for stage, to_torch in torch_on_cpus.items()
+    }
+
+
+def run_in_turn(commands: list[list[str]], libraries: dict[str, list[str]] | None) -> int:
+    """Run stages one after the other. Returns the exit code of the first that failed, or 0.
+
+    Args:
+        libraries: what each stage's script imports while the one before it runs; None: nothing.
+    """
+    ahead: PreloadedStage | None = None
+
+    def prepare(command: list[str]) -> None:
+        nonlocal ahead
+        assert libraries is not None
+        ahead = PreloadedStage(command[1], libraries[command[1]])
+
+    for command, following in zip(commands, [*commands[1:], None], strict=True):
+        process = ahead.begin(command[2:]) if ahead is not None else None
+        ahead = None
+        meanwhile = None
+        if libraries is not None and following is not None:
+            meanwhile = partial(prepare, following)
+        process = process or subprocess.Popen(command, text=True)
+        code = wait_for_stage(process, meanwhile=meanwhile)
+        if code != 0:
+            if ahead is not None:
+                ahead.give_up()
+            return code
+    return 0
+
+
+def run_stage_and_listen(command: list[str]) -> tuple[int, str]:
+    """Run one stage; what it says of an error is kept. Returns its exit code and the error."""
+    heard: list[str] = []
+
+    def listen(line: str) -> None:
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("error: "):
+            heard.append(line.removeprefix("error: ").strip())
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    code = wait_for_stage(process, listen)
+    return code, heard[-1] if heard else ""
+
+
+def wait_for_stage(
+    process: "subprocess.Popen[str]",
+    listen: Callable[[str], None] | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> int:
+    """Wait for a stage. Returns its exit code, or that of a signal to stop.
+
+    Args:
+        listen: is given each line of the stage's messages, which otherwise go to the terminal.
+        meanwhile: called when the stage has more to do than to see that its outputs are fresh.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        # Ctrl-C reaches the stage from the terminal by itself.
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        if listen is not None and process.stderr is not None:
+            for line in process.stderr:
+                listen(line)
+        try:
+            code = process.wait(timeout=SECONDS_OF_A_FRESH_STAGE)
+        except subprocess.TimeoutExpired:
+            if meanwhile is not None and not received:
+                with suppress(OSError):  # without another process the run only takes longer
+                    meanwhile()
+            code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received and code == 0:
+        return STOP_SIGNALS[received[0]][1]
+    return 128 - code if code < 0 else code
+
+
+def picture_path(run_dir: Path, source_dir: Path, image_format: str | None) -> Path:
+    """The picture, or the grid of several, of the latents in `source_dir`."""
+    latents = artifacts.inspect(source_dir / LATENTS_FILE, verify=False).tensors["latents"]
+    chosen: Any = image_format or read_generation_config(source_dir).image_format
+    names, grid = picture_names(latents.shape[0], chosen)
+    return run_dir / (grid or names[0])

@@ -1,0 +1,94 @@
+"""What a run asks stage 2 to compute: its sampler, its images, what the UNet is told of them."""
+
+from typing import TYPE_CHECKING, Any
+
+from common.conditions.guidance_scale import is_told_guidance
+from common.conditions.sizes import has_own_negative
+from common.conditions.table import conditions_of
+from common.messages import warn
+from common.models.checkpoint import Checkpoint
+from common.runs.generation import GenerationConfig
+from common.runs.recipes import scheduler_of
+from common.sampling.sampler import Sampler, as_pipeline_reads_it, make_scheduler
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.sampling.job import DenoisingJob
+
+
+def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
+    """The scheduler that the settings ask for, with the checkpoint's own settings.
+
+    Raises:
+        BadSettingError: diffusers refuses its settings or its steps.
+    """
+    class_name, options = scheduler_of(config, checkpoint)
+    settings = checkpoint.config("scheduler")
+    if checkpoint.pipeline_class == "StableDiffusionPipeline":
+        settings = as_pipeline_reads_it(settings, class_name)
+    scheduler = make_scheduler(settings, class_name, options)
+    sampler = Sampler(scheduler, **config.steps(), eta=config.eta)
+    if config.eta > 0 and not sampler.takes_eta:
+        warn(f"--eta {config.eta} has no effect: {class_name} takes none")
+    sampler.restart()
+    return sampler
+
+
+def denoising_job(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    embeddings: "dict[str, torch.Tensor]",
+    sampler: Sampler,
+) -> "DenoisingJob":
+    """All images of a run.
+
+    Args:
+        embeddings: stage 1's tensors, a row for each prompt.
+    """
+    from common.compute.groups import prompt_indices
+    from common.sampling.guidance import guidance_of
+    from common.sampling.job import DenoisingJob
+
+    unet_config = checkpoint.config("unet")
+    return DenoisingJob(
+        embeddings=embeddings,
+        prompt_of=prompt_indices(len(config.prompts), config.num_images_per_prompt),
+        seeds=config.image_seeds(),
+        latent_shape=latent_shape(config, checkpoint),
+        sampler=sampler,
+        guidance=guidance_of(config, unet_config),
+        conditions=conditions_of(config, unet_config),
+    )
+
+
+def latent_shape(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """One image's latents, [C, h, w]."""
+    factor, channels = checkpoint.vae_scale_factor, checkpoint.config("unet")["in_channels"]
+    return channels, config.height // factor, config.width // factor
+
+
+def warn_of_idle_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
+    """Say which settings change nothing, as diffusers leaves them without a word."""
+    partial = (config.negative_original_size is None) != (config.negative_target_size is None)
+    if partial or (
+        config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)
+    ):
+        warn(
+            "the negative size conditions have no effect: they need both --negative_original_size "
+            "and --negative_target_size"
+        )
+    interval = (config.guidance_rescale, config.guidance_start, config.guidance_end)
+    if is_told_guidance(checkpoint.config("unet")) and interval != (0, 0, 1):
+        warn(
+            "--guidance_rescale, --guidance_start and --guidance_end have no effect: this UNet is "
+            "told the guidance scale and computes no unconditional half"
+        )
+
+
+def packages_to_spare(config: GenerationConfig, checkpoint: Checkpoint) -> list[str]:
+    """What diffusers need not import to denoise with these settings."""
+    class_name, options = scheduler_of(config, checkpoint)
+    settings: dict[str, Any] = {**checkpoint.config("scheduler"), **options}
+    needs_scipy = class_name == "LMSDiscreteScheduler" or settings.get("use_beta_sigmas")
+    return [] if config.loras else ["peft", "transformers", *([] if needs_scipy else ["scipy"])]

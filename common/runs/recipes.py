@@ -1,0 +1,241 @@
+"""All that determines what each stage makes, and why an output must be made anew.
+
+Settings get into a recipe by their declarations; those that count by what they come to (a file's
+content, the seeds of all images, a scheduler's class) are settled here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.compute.options import RunOptions
+from common.conditions.sizes import recorded_sizes
+from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
+from common.errors import BadInputFileError
+from common.files import artifacts, picture_files
+from common.files.artifacts import Artifact, Header
+from common.files.contracts import trajectory_misfit
+from common.files.recipe import (
+    Recipe,
+    difference,
+    package_versions,
+    recipe_of_its_latents,
+    recipe_of_trajectory,
+)
+from common.files.report import read_report
+from common.files.run_files import GENERATION_CONFIG_FILE
+from common.files.stage_table import DECODE, DENOISE, EMBEDDINGS_FILE, ENCODE, TRAJECTORY_FILE
+from common.messages import warn
+from common.models.checkpoint import Checkpoint
+from common.models.component_table import text_encoders
+from common.models.lora import lora_settings
+from common.models.textual_inversion import embedding_settings
+from common.runs.generation import GenerationConfig, RunSettings
+from common.sampling.schedulers import scheduler_choice
+from common.vae.vae_settings import in_tiles
+
+
+def recorded(config: GenerationConfig, artifact: str) -> dict[str, Any]:
+    """The settings that shape an artifact and are recorded as they stand."""
+    return {
+        name: getattr(config, name)
+        for name, declared in declarations(RunSettings)
+        if declared.recorded and artifact in declared.makes
+    }
+
+
+def embeddings_settings(config: GenerationConfig) -> dict[str, Any]:
+    """Those of the embeddings' settings that need no file to be read."""
+    return {**config.prompt_texts(), **recorded(config, EMBEDDINGS)}
+
+
+def embeddings_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> Recipe:
+    """All that determines the embeddings."""
+    loras = lora_settings(config.loras, text_encoders())
+    own = {
+        **embeddings_settings(config),
+        "text_encoder_loras": loras,
+        "embeddings": embedding_settings(config.embeddings),
+        "pipeline": checkpoint.pipeline_class,
+        "force_zeros_for_empty_prompt": checkpoint.index().get("force_zeros_for_empty_prompt"),
+    }
+    return Recipe(
+        stage=ENCODE.number,
+        settings={EMBEDDINGS: own},
+        inputs={},
+        weights=checkpoint.fingerprints_for(EMBEDDINGS),
+        versions=package_versions(
+            *("torch", "transformers", "diffusers", "tokenizers"),
+            *(["peft"] if loras else []),
+            *(["compel"] if config.prompt_weighting else []),
+        ),
+    )
+
+
+def latents_recipe(
+    config: GenerationConfig, checkpoint: Checkpoint, embeddings: Artifact, unet_dtype: str
+) -> Recipe:
+    """All that determines the latents."""
+    upstream = {EMBEDDINGS: embeddings_settings(config)}
+    if embeddings.header is not None:
+        upstream = embeddings.header.recipe.settings
+    scheduler, scheduler_options = scheduler_of(config, checkpoint)
+    loras = lora_settings(config.loras, ("unet",))
+    own = {
+        **recorded(config, LATENTS),
+        "unet_loras": loras,
+        "vae_scale_factor": checkpoint.vae_scale_factor,
+        **recorded_sizes(config, checkpoint.config("unet"), config.model_id),
+        "seeds": config.image_seeds(),
+        "scheduler": scheduler,
+        "scheduler_options": scheduler_options,
+        "unet_dtype": unet_dtype,
+    }
+    return Recipe(
+        stage=DENOISE.number,
+        settings={**upstream, LATENTS: own},
+        inputs={EMBEDDINGS_FILE: embeddings.data_sha256},
+        weights=checkpoint.fingerprints_for(LATENTS),
+        versions=package_versions(
+            *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
+            *(["peft"] if loras else []),
+        ),
+    )
+
+
+def pictures_recipe(
+    config: GenerationConfig, checkpoint: Checkpoint, latents: Artifact, vae_dtype: str
+) -> Recipe:
+    """All that determines the pictures, what is written into them included."""
+    upstream = latents.header.recipe.settings if latents.header is not None else {}
+    own = {
+        **recorded(config, PICTURES),
+        "vae_dtype": vae_dtype,
+        "tile": in_tiles(config.tile, checkpoint, latents.tensors["latents"].shape),
+    }
+    return Recipe(
+        stage=DECODE.number,
+        settings={**upstream, PICTURES: own},
+        inputs={latents.path.name: latents.data_sha256},
+        weights=checkpoint.fingerprints_for(PICTURES),
+        versions=package_versions("torch", "torchax", "jax", "jaxlib", "diffusers", "pillow"),
+    )
+
+
+def trajectory_pictures_recipe(pictures: Recipe, trajectory: Artifact) -> Recipe:
+    """All that determines a trajectory's pictures, by that of the run's pictures."""
+    inputs = {TRAJECTORY_FILE: trajectory.data_sha256}
+    return pictures.model_copy(update={"inputs": inputs})
+
+
+def scheduler_of(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """diffusers' class of the scheduler, and its settings besides the checkpoint's own."""
+    own = checkpoint.config("scheduler")["_class_name"]
+    return scheduler_choice(config.scheduler, config.scheduler_options, own)
+
+
+# --- a dtype that is left open stands for what it gave -------------------------------------------
+
+
+def expected_unet_dtype(asked: str, latents_file: Path) -> str:
+    """The dtype to expect of fresh latents: `auto` stands for what it gave when they were made."""
+    if asked == "auto" and latents_file.exists():
+        try:
+            header = artifacts.inspect(latents_file, verify=False).header
+        except BadInputFileError:
+            return asked
+        if header is not None and header.provenance.get("unet_dtype_asked") == "auto":
+            return str(header.recipe.settings.get(LATENTS, {}).get("unet_dtype", asked))
+    return asked
+
+
+def expected_vae_dtype(asked: str, run_dir: Path) -> str:
+    """The dtype to expect of fresh pictures: `auto` stands for what it gave when they were made."""
+    report = read_report(run_dir, DECODE.number)
+    if asked == "auto" and report is not None and report.dtype_asked == "auto":
+        return report.dtype
+    return asked
+
+
+# --- what does not belong together, and what is stale --------------------------------------------
+
+
+def prompts_misfit(header: Header | None, config: GenerationConfig) -> str | None:
+    """Say where the embeddings were made from other prompts than the run's settings name."""
+    if header is None:
+        return None
+    if header.recipe.stage != ENCODE.number:
+        return f"says that stage {header.recipe.stage} made it"
+    made = header.recipe.settings.get(EMBEDDINGS, {})
+    for name, wanted in embeddings_settings(config).items():
+        if made.get(name) != wanted:
+            return (
+                f"was made with other {name} ({str(made.get(name))[:60]}) than "
+                f"{GENERATION_CONFIG_FILE} names ({str(wanted)[:60]})"
+            )
+    return None
+
+
+def find_trajectory(source_dir: Path, latents: Artifact, *, verify: bool) -> Artifact | None:
+    """The trajectory that belongs to the latents, where stage 2 saved one."""
+    path = source_dir / TRAJECTORY_FILE
+    if not path.exists():
+        return None
+    trajectory = artifacts.inspect(path, verify=verify)
+    artifacts.refuse_misfit(trajectory, trajectory_misfit(trajectory.tensors, latents.tensors))
+    if trajectory.header is not None and latents.header is not None:
+        own = recipe_of_its_latents(trajectory.header.recipe)
+        if other := difference(own, latents.header.recipe):
+            warn(f"{path} is not decoded: it is of other latents ({other})")
+            return None
+    return trajectory
+
+
+def why_latents_stale(run_dir: Path, recipe: Recipe, options: RunOptions) -> str | None:
+    """Say why stage 2 has to run, or None where all that is asked of it is there and fresh."""
+    verify = not options.no_verify
+    latents_file, trajectory_file = (run_dir / name for name in DENOISE.writes)
+    stale = artifacts.why_stale(latents_file, recipe, verify=verify)
+    if stale is None and options.save_trajectory is not None:
+        wanted = recipe_of_trajectory(recipe, options.save_trajectory)
+        stale = artifacts.why_stale(trajectory_file, wanted, verify=verify)
+    return stale or options.why_measure()
+
+
+def why_pictures_stale(
+    run_dir: Path, names: Sequence[str], recipe: Recipe, trajectory: Artifact | None
+) -> str | None:
+    """Say why the pictures must be made anew, or None where all of them are fresh and whole."""
+    if trajectory is not None:
+        wanted = trajectory_pictures_recipe(recipe, trajectory)
+        for name in (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION):
+            if _why_picture_stale(run_dir / name, wanted) is not None:
+                return f"{name} is not there or of another trajectory"
+    reasons = (_why_picture_stale(run_dir / name, recipe) for name in names)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_picture_stale(path: Path, recipe: Recipe) -> str | None:
+    if not path.exists():
+        return f"{path.name} is not there"
+    try:
+        record = picture_files.read_picture_record(path)
+    except BadInputFileError:
+        return f"{path.name} is of an older format"
+    if record is None:
+        return f"{path.name} is damaged or not of ours"
+    if record.get("fingerprint") != recipe.fingerprint():
+        known = _difference_from_report(path.parent, recipe)
+        return known or f"{path.name} was made with other settings"
+    return None
+
+
+def _difference_from_report(run_dir: Path, recipe: Recipe) -> str | None:
+    """What the last report of stage 3 tells of the pictures' recipe, compared in words."""
+    report = read_report(run_dir, DECODE.number)
+    if report is None or not report.recipe:
+        return None
+    try:
+        return difference(Recipe(**report.recipe), recipe)
+    except ValueError:
+        return None  # of an older format

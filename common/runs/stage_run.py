@@ -1,0 +1,282 @@
+"""The frame in which every stage runs: settings, lock, freshness, backend, progress, report.
+
+A stage's script tells what it computes; what the scripts share is here, once. `run_script` is one
+run in a process of its own, `ResidentStage` the same story for many runs in one process.
+"""
+
+import os
+import runpy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from common.compute.backends import Backend, refuse_unknown_options, start_backend
+from common.compute.clock import StageReport
+from common.compute.kept import Kept
+from common.compute.sharding import parse_mesh
+from common.files import artifacts
+from common.files.artifacts import Artifact
+from common.files.kept_progress import Progress, remove_progress
+from common.files.recipe import Recipe
+from common.files.report import Profile
+from common.files.run_lock import RunLock
+from common.files.stage_table import Stage
+from common.messages import say, warn
+from common.models.checkpoint import Checkpoint
+from common.models.component_table import loaded_for
+from common.models.find import open_checkpoint
+from common.models.hub import OFFLINE
+from common.models.library_imports import quiet_libraries, spare_imports
+from common.models.model_settings import PROJECT_DIR
+from common.process import run_command
+from common.runs.flags import Given, command_of
+from common.runs.generation import (
+    GenerationConfig,
+    read_generation_config,
+    read_run_settings,
+    resolve,
+    write_generation_config,
+)
+from common.runs.words import say_times, say_why
+from common.stopping import StopRequest, finishing_first
+
+DEVICE_FACTS = ("backend", "mesh", "platform", "device", "devices")
+
+
+class StageRun:
+    """One run of one stage."""
+
+    def __init__(
+        self, stage: Stage, given: Given, kept: Kept, stop: StopRequest | None = None
+    ) -> None:
+        """
+        Args:
+            kept: by the process from one run to the next.
+            stop: of a process that does many runs and hears signals itself; None for a process
+                that does this run alone.
+        """
+        self.stage, self.given, self.kept, self._stop = stage, given, kept, stop
+        self.is_alone = stop is None
+        self.report = StageReport(stage.number, since_process_began=self.is_alone)
+        self.run_dir, self.source_dir = given.run_dir, given.source_dir
+        self.overrides: list[str] = []  # of the run's settings by flags, in words
+        self.progress: Progress | None = None
+        self._stale: str | None = None
+
+    def __enter__(self) -> Self:
+        self.report.phase("settings")
+        self.options = self.given.options
+        wait, writes = self.given.flags.wait, self.options.writes()
+        self.lock = RunLock.of_stage(self.run_dir, wait=wait, writes=writes)
+        if self.given.flags.offline:
+            os.environ[OFFLINE] = "1"  # read by the hub's library when it is imported
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.lock.release()
+
+    # --- 1. settings ---
+
+    def settle_settings(self) -> tuple[GenerationConfig, Checkpoint]:
+        """Decide every setting of the run: defaults < config file < flags."""
+        settings = read_run_settings(self.given.flags.config, self.given.settings())
+        checkpoint = open_checkpoint(settings, loaded_for(self.stage.makes))
+        config = resolve(
+            settings,
+            native_size=checkpoint.native_size,
+            size_factor=checkpoint.vae_scale_factor,
+        )
+        return config, checkpoint
+
+    def read_settings(self) -> tuple[GenerationConfig, Checkpoint]:
+        """The run's settings, and what the flags override for this run of this stage."""
+        self.given.refuse_topology_flags()
+        parse_mesh(self.options.mesh)
+        refuse_unknown_options(self.options)
+        self.lock.acquire(make_folder=False)
+        config = read_generation_config(self.source_dir)
+        config, self.overrides = config.override(self.given.settings())
+        return config, open_checkpoint(config, loaded_for(self.stage.makes))
+
+    # --- 2. input and freshness ---
+
+    def inspect_input(self) -> Artifact:
+        """The file of the stage before, whole, not yet loaded."""
+        assert self.stage.reads is not None
+        return artifacts.inspect(
+            self.source_dir / self.stage.reads, verify=not self.options.no_verify
+        )
+
+    def is_fresh(self, stale: str | None, path: Path) -> bool:
+        """Whether nothing is to be done, which is said; the lock is taken where there is.
+
+        Args:
+            stale: why the output must be made anew, if it must.
+            path: of the output.
+        """
+        if self.given.flags.skip_fresh and stale is None:
+            say(f"{self.stage.name}: fresh ({path})")
+            return True
+        self._stale = stale if self.given.flags.skip_fresh else None
+        self.lock.acquire()
+        return False
+
+    def begin(self, doing: str) -> None:
+        """Say what is done, and why."""
+        say(f"{self.stage.name}: {doing}")
+        say_why(self._stale, self.overrides)
+
+    # --- 3. backend ---
+
+    def import_libraries(self, *spared: str) -> None:
+        """Get ready to import diffusers and transformers.
+
+        Args:
+            spared: packages that they need not import, in a process that does this run alone.
+        """
+        self.report.phase("imports")
+        if not self.given.flags.debug:
+            quiet_libraries()
+        if spared and self.is_alone:
+            spare_imports(*spared)
+
+    def start_backend(self, *, torch_on_cpus: bool) -> Backend:
+        """Start the backend that is asked for, as `backends.start_backend` decides it."""
+        self.report.phase("imports")
+        if not self.given.flags.debug:
+            quiet_libraries()
+        return start_backend(self.options, torch_on_cpus=torch_on_cpus)
+
+    # --- 4. computing ---
+
+    def keep_progress(self, recipe: Recipe, devices: dict[str, Any], **facts: Any) -> None:
+        """Keep what is done, so that a stopped run goes on from there.
+
+        Nothing is kept where the run is measured, or one of several.
+
+        Args:
+            recipe: of what the stage makes.
+            devices: what the report says of them.
+            facts: what else must be the same for a run to go on from another's progress.
+        """
+        import torch
+
+        if self.options.distributed is not None or self.options.why_measure() is not None:
+            return
+        self.progress = Progress(
+            self.run_dir,
+            self.stage.number,
+            {
+                "fingerprint": recipe.fingerprint(),
+                "batch_size": self.options.batch_size,
+                "operations": self.options.operations,
+                "save_trajectory": self.options.save_trajectory,
+                **{name: devices.get(name) for name in DEVICE_FACTS},
+                # Sums are split over a CPU's threads.
+                "threads": torch.get_num_threads() if devices["platform"] == "cpu" else None,
+                **facts,
+            },
+        )
+
+    @contextmanager
+    def finishing_first(self, *, keeps: bool) -> Iterator[StopRequest | None]:
+        """Within the block a signal to stop waits for what runs, if that is kept."""
+        if not keeps:
+            yield None
+            return
+        with finishing_first() if self._stop is None else nullcontext(self._stop) as stop:
+            yield stop
+
+    def load_input(self, artifact: Artifact) -> dict[str, Any]:
+        """An inspected file's tensors."""
+        return artifacts.load_tensors(artifact, warn)
+
+    @property
+    def profile_folder(self) -> Path:
+        """Where a trace is written."""
+        return self.options.profile_folder(self.run_dir, self.stage.number)
+
+    def refuse_steps_to_profile(self, evaluations: int) -> None:
+        """Raise `BadSettingError` where steps are to be profiled that the run does not have."""
+        if self.options.profile:
+            self.options.profiled_steps(evaluations)
+
+    # --- 5. writing ---
+
+    def settings_written(self, config: GenerationConfig) -> None:
+        """Let the settings stand beside what was made by them; what was kept has served."""
+        if self.stage.reads is None or self.run_dir.resolve() != self.source_dir.resolve():
+            write_generation_config(self.run_dir, config)
+        remove_progress(self.run_dir, self.stage.number)
+
+    def finish(self, path: Path, *, profile: Profile | None = None, **facts: Any) -> None:
+        """Write the report, and say where the time went.
+
+        Args:
+            path: of what was written.
+            facts: fields of `Report` that the clock does not collect.
+        """
+        self.report.write(self.run_dir, profile=profile, **facts)
+        say_times(self.report, path, profile)
+
+
+Story = Callable[[StageRun], None]
+
+
+def run_script(stage: Stage, story: Story) -> NoReturn:
+    """Run a stage's script, as a process of its own."""
+
+    def run(given: Given) -> None:
+        with StageRun(stage, given, Kept()) as stage_run:
+            story(stage_run)
+
+    run_command(command_of(stage, run, story.__doc__ or ""))
+
+
+class ResidentStage:
+    """A stage that stays: its models and programs serve many runs, whatever each asks for.
+
+    A run gives the bits that a process of its own gives. Scripts do not need this.
+    """
+
+    def __init__(self, stage: Stage, kept: Kept | None = None) -> None:
+        """`kept` may be shared by stages of one process."""
+        self.stage, self.kept = stage, kept or Kept()
+        self.stop = StopRequest()  # set its number to stop what runs when it is kept
+        story = runpy.run_path(str(PROJECT_DIR / "stages" / stage.script))["main"]
+
+        def run(given: Given) -> None:
+            with StageRun(stage, given, self.kept, self.stop) as stage_run:
+                story(stage_run)
+
+        self.command = command_of(stage, run, story.__doc__ or "")
+
+    def open(self, *arguments: str) -> None:
+        """Get ready for runs: import the libraries, start the backend that the flags ask for."""
+        quiet_libraries()
+        for module in ("torch", "diffusers"):
+            import_module(module)
+        if self.stage.reads is not None:
+            with self.command.make_context(self.stage.name, list(arguments)) as context:
+                start_backend(Given(self.stage, context.params).options, torch_on_cpus=True)
+
+    def run(self, *arguments: str) -> None:
+        """Do one run, by the flags of the stage's script.
+
+        Raises:
+            StageError: as the script would end, with its exit code.
+            TyperException: flags that the script does not take.
+        """
+        self.command.main([*arguments], prog_name=self.stage.name, standalone_mode=False)
+
+    def close(self) -> None:
+        """Let go of models and programs."""
+        self.kept.clear()

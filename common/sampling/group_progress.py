@@ -1,0 +1,92 @@
+"""One group's part of the progress that is kept."""
+
+from typing import TYPE_CHECKING, Any
+
+from common.files.kept_progress import Progress
+from common.messages import say
+from common.stopping import StoppedError, StopRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from common.sampling.denoiser import Denoiser
+
+
+class GroupProgress:
+    """One group's part of the progress that is kept; keeps nothing where there is none."""
+
+    def __init__(
+        self,
+        progress: Progress | None,
+        stop: StopRequest | None,
+        every: int | None,
+        number: int,
+        bar: Any,
+    ) -> None:
+        """
+        Args:
+            every: steps between two saves; None goes by time.
+            number: of the group, from 0.
+        """
+        self.progress, self.stop, self.every = progress, stop, every
+        self.number, self.bar = number, bar
+
+    def finished(self) -> "dict[str, torch.Tensor] | None":
+        """What an earlier run kept of this group, all of it done."""
+        return None if self.progress is None else self.progress.read_group(self.number)
+
+    def resume(self, denoiser: "Denoiser") -> None:
+        """Go on where an earlier run was stopped within this group."""
+        kept = None
+        if self.progress is not None:
+            self.progress.count_from_now()
+        if self.progress is not None and denoiser.can_resume:
+            kept = self.progress.read_steps(self.number)
+        if kept is not None:
+            denoiser.resume(kept)
+            self.bar.update(denoiser.done)
+            say(f"  goes on after step {denoiser.done} of {denoiser.evaluations}")
+        self.shown = denoiser.done
+
+    def pause_after(self, evaluations: int) -> range:
+        """The steps after which progress is kept whatever the time."""
+        every = self.every if self.progress is not None else None
+        return range(every, evaluations, every) if every is not None else range(0)
+
+    def wants_pause(self) -> bool:
+        """Whether progress is to be kept as soon as what runs is done."""
+        if self.stop is not None and self.stop.number is not None:
+            return True
+        return self.progress is not None and self.every is None and self.progress.is_due()
+
+    def after_a_range(self, denoiser: "Denoiser") -> None:
+        """Show what is done, keep it where it is time, and stop where that is asked for."""
+        self.bar.update(denoiser.done - self.shown)
+        self.shown = denoiser.done
+        if not denoiser.is_idle:
+            return
+        # Once: what comes from here on stops the next range.
+        number = None if self.stop is None else self.stop.number
+        due = denoiser.done < denoiser.evaluations and (
+            self.wants_pause() or denoiser.done in self.pause_after(denoiser.evaluations)
+        )
+        keeps = self.progress is not None and denoiser.can_resume
+        if keeps and (number is not None or due):
+            assert self.progress is not None
+            with denoiser.report.part("writing"):
+                self.progress.save_steps(self.number, denoiser.state_to_keep())
+        if number is not None and (keeps or denoiser.done < denoiser.evaluations):
+            steps = f"step {denoiser.done} of {denoiser.evaluations}"
+            said = f"after {steps}, which are kept: the same command goes on from there"
+            if not keeps:
+                said = f"after {steps}: the same command begins these images again"
+            raise StoppedError(number, said)
+
+    def keep_finished(self, arrays: "dict[str, np.ndarray]") -> None:
+        """Keep what the group gave until all groups are done."""
+        import torch
+
+        if self.progress is not None:
+            tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+            self.progress.save_group(self.number, tensors)

@@ -1,0 +1,73 @@
+"""Guidance as a value: which predictions a step needs, and how they are combined."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.conditions.base import CONDITIONAL, UNCONDITIONAL
+from common.conditions.guidance_scale import is_told_guidance
+from common.sampling.sampling_settings import SamplingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6), under diffusers' names."""
+
+    scale: float
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def predictions(self, step: int, evaluations: int) -> tuple[str, ...]:
+        """What a model evaluation predicts of each image.
+
+        Like diffusers' `ClassifierFreeGuidance`, int(start·T) ≤ i < int(end·T) are guided, with T
+        the number of model evaluations; none at a scale of 1 or less, as in diffusers' pipelines.
+        """
+        guided = range(int(self.start * evaluations), int(self.end * evaluations))
+        return (UNCONDITIONAL, CONDITIONAL) if self.scale > 1 and step in guided else (CONDITIONAL,)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """What `combine` is told: arguments of a program, so that no value is compiled in."""
+        return {
+            "guidance_scale": np.asarray(self.scale, np.float32),
+            "guidance_rescale": np.asarray(self.rescale, np.float32),
+        }
+
+    @staticmethod
+    def combine(predicted: Mapping[str, Any], weights: Mapping[str, Any], arrays: Any) -> Any:
+        """The predictions as one, [B, C, h, w].
+
+        Rescaling is Lin et al. 2023, sec. 3.4 (diffusers' `rescale_noise_cfg`).
+
+        Args:
+            predicted: each [B, C, h, w] float32, by its name.
+            weights: as `weights` has them, in the backend's arrays.
+            arrays: the backend's functions on arrays: `torch`, or `jax.numpy`.
+        """
+        positive = predicted[CONDITIONAL]
+        if UNCONDITIONAL not in predicted:
+            return positive
+        negative = predicted[UNCONDITIONAL]
+        scale, rescale = weights["guidance_scale"], weights["guidance_rescale"]
+        guided = negative + scale * (positive - negative)
+        axes = tuple(range(1, guided.ndim))
+        ratio = arrays.std(positive, axis=axes, keepdims=True) / arrays.std(
+            guided, axis=axes, keepdims=True
+        )
+        rescaled = rescale * guided * ratio + (1 - rescale) * guided
+        return arrays.where(rescale > 0, rescaled, guided)
+
+
+def guidance_of(config: SamplingSettings, unet_config: Mapping[str, Any]) -> Guidance:
+    """The guidance of a run; a UNet that is told the scale computes no unconditional prediction."""
+    if is_told_guidance(unet_config):
+        return Guidance(scale=1.0)
+    return Guidance(
+        scale=config.guidance_scale,
+        rescale=config.guidance_rescale,
+        start=config.guidance_start,
+        end=config.guidance_end,
+    )

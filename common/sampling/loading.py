@@ -1,0 +1,180 @@
+"""Load a UNet to denoise with: by PyTorch, or for the devices of a mesh that suits the images."""
+
+from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from common import messages
+from common.compute import sharding
+from common.compute.backends import BACKENDS, JaxBackend, TorchBackend
+from common.compute.clock import StageReport
+from common.compute.kept import Kept
+from common.compute.options import RunOptions
+from common.models.checkpoint import Checkpoint
+from common.models.lora import fuse_into_unet, lora_settings
+from common.models.model_settings import LoraFile
+from common.models.weights import load_model, with_weights
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from common.compute.devices import Devices, ModelOnDevices
+    from common.models.weights import Weights
+    from common.sampling.denoiser import Denoiser
+    from common.sampling.jax_denoiser import JaxDenoiser, Programs
+    from common.sampling.job import DenoisingJob
+    from common.sampling.torch_denoiser import TorchDenoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetToLoad:
+    """A UNet, and what is added to its weights."""
+
+    checkpoint: Checkpoint
+    loras: tuple[LoraFile, ...]
+    dtype: str  # that it computes in
+
+    def key(self, backend: str, *more: Any) -> tuple[Any, ...]:
+        """What tells the loaded UNet from others: its content, not where it was found."""
+        added = tuple((lora["sha256"], lora["scale"]) for lora in self.added())
+        own = self.checkpoint.weights_fingerprint("unet")
+        return "unet", backend, own, added, self.dtype, *more
+
+    def added(self) -> list[dict[str, Any]]:
+        """The LoRAs that change a UNet, by their content."""
+        return lora_settings(self.loras, ("unet",))
+
+    def load(self, **how: bool) -> "tuple[Any, Weights]":
+        """diffusers' module without weights, and its weights, the LoRAs fused into them."""
+        import torch
+
+        fuse = partial(fuse_into_unet, loras=self.loras) if self.loras else None
+        return load_model(self.checkpoint, "unet", getattr(torch, self.dtype), change=fuse, **how)
+
+
+def open_denoiser(
+    kept: Kept,
+    backend: str,
+    unet: UNetToLoad,
+    job: "DenoisingJob",
+    options: RunOptions,
+    report: StageReport,
+) -> "Denoiser":
+    """A denoiser for one run, of what is kept or else of what is loaded now.
+
+    Args:
+        backend: that has started, by its name.
+
+    Raises:
+        BadSettingError: `--mesh` asks for more devices than there are.
+        BadInputFileError: the weights cannot be loaded.
+    """
+    opener = resolve_name(BACKENDS[backend].denoiser_opener)
+    denoiser: Denoiser = opener(kept, unet, job, options, report)
+    return denoiser
+
+
+def open_torch_denoiser(
+    kept: Kept, unet: UNetToLoad, job: "DenoisingJob", options: RunOptions, report: StageReport
+) -> "TorchDenoiser":
+    """`open_denoiser` of PyTorch's backend."""
+    from common.sampling.torch_denoiser import TorchDenoiser
+
+    module = kept.model(unet.key(TorchBackend.name), partial(load_torch_unet, unet, report))
+    return TorchDenoiser(module, options, report)
+
+
+def load_torch_unet(unet: UNetToLoad, report: StageReport) -> Any:
+    """diffusers' module with its weights."""
+    with report.part("checkpoint_read"):
+        module, weights = unet.load()
+        return with_weights(module, report.watch_memory(weights))
+
+
+def open_jax_denoiser(
+    kept: Kept, unet: UNetToLoad, job: "DenoisingJob", options: RunOptions, report: StageReport
+) -> "JaxDenoiser":
+    """`open_denoiser` of jax's backend."""
+    from common.compute.devices import Devices
+    from common.compute.programs import compiled_in
+    from common.sampling.jax_denoiser import JaxDenoiser
+
+    devices = Devices.present()
+    mesh = settle_mesh(unet, job, options, devices)
+    loaded = kept.model(
+        unet.key(JaxBackend.name, mesh, options.operations),
+        partial(load_unet_on_devices, unet, mesh, devices, options.operations, report),
+    )
+    programs = kept.programs(compiled_in(loaded.module, mesh, options.operations))
+    _say_mesh(loaded)
+    return JaxDenoiser(loaded, options, report, programs)
+
+
+def load_jax_denoiser(
+    unet: UNetToLoad,
+    job: "DenoisingJob",
+    options: RunOptions,
+    report: StageReport,
+    devices: "Devices",
+    programs: "Programs",
+) -> "JaxDenoiser":
+    """The UNet as jax compiles it, of which nothing is kept; also for devices that are not there.
+
+    Args:
+        programs: as `JaxDenoiser` takes them.
+    """
+    from common.sampling.jax_denoiser import JaxDenoiser
+
+    mesh = settle_mesh(unet, job, options, devices)
+    loaded = load_unet_on_devices(unet, mesh, devices, options.operations, report)
+    _say_mesh(loaded)
+    return JaxDenoiser(loaded, options, report, programs)
+
+
+def load_unet_on_devices(
+    unet: UNetToLoad, mesh: "Mesh", devices: "Devices", operations: str, report: StageReport
+) -> "ModelOnDevices":
+    """diffusers' module for its code, its weights on the devices of a mesh."""
+    from common.compute.devices import ModelOnDevices
+    from common.compute.fast_ops import arrange_weight
+
+    with report.part("checkpoint_read"):
+        module, weights = unet.load(by_config=not devices.are_there)
+    size = sum(p.numel() for p in module.parameters()) * module.dtype.itemsize
+    spread = sharding.axis_to_spread(mesh, size, devices.memory_bytes)
+    if spread is not None:
+        messages.say(f"  weights do not fit on every device: each step gathers them over {spread}")
+    with report.part("host_to_device"):
+        parameters = devices.put_weights(
+            report.watch_memory(weights),
+            lambda name, shape: sharding.split_weight(mesh, name, shape, spread),
+            arrange=partial(arrange_weight, operations=operations, platform=devices.platform),
+        )
+    return ModelOnDevices(
+        module=module, parameters=parameters, mesh=mesh, devices=devices, operations=operations
+    )
+
+
+def _say_mesh(unet: "ModelOnDevices") -> None:
+    if unet.mesh.size > 1:
+        messages.say(
+            f"  mesh {sharding.name_of(unet.mesh)}, {unet.mesh.size} devices; weights: "
+            f"{sharding.say_weights(unet.parameters)}"
+        )
+
+
+def settle_mesh(
+    unet: UNetToLoad, job: "DenoisingJob", options: RunOptions, devices: "Devices"
+) -> "Mesh":
+    """The mesh that is asked for, or that is best for the images asked for."""
+    levels = len(unet.checkpoint.config("unet")["block_out_channels"])
+    choice = devices.choose_mesh(
+        sharding.parse_mesh(options.mesh),
+        images=min(len(job.seeds), options.batch_size),
+        predictions=job.most_predictions(),
+        rows_of_levels=sharding.rows_of_levels(job.latent_shape[1], levels),
+    )
+    for note in choice.notes:
+        messages.warn(note)
+    return sharding.make_mesh(choice.sizes, devices.devices)

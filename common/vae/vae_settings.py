@@ -1,0 +1,41 @@
+"""How latents become pictures, and in which files these are kept."""
+
+from collections.abc import Sequence
+
+from common.declared import FILES, MODEL, PICTURES, DeviceDtype, Settings, setting
+from common.files.picture_files import ImageFormat
+from common.models.checkpoint import Checkpoint
+
+
+class VaeSettings(Settings):
+    """The VAE's dtype, tiles, and the pictures' format."""
+
+    vae_dtype: DeviceDtype = setting(  # float32 where the VAE says `force_upcast`, else as the UNet
+        "auto",
+        "float32, bfloat16, auto.",
+        metavar="DTYPE",
+        group=MODEL,
+        shapes=(PICTURES,),
+        recorded=False,
+    )
+    # Recipes hold whether anything is cut.
+    tile: bool = setting(
+        False,
+        "Decode large pictures in tiles.",
+        metavar=" ",
+        group=MODEL,
+        shapes=(PICTURES,),
+        recorded=False,
+        shown="",
+    )
+    image_format: ImageFormat = setting(
+        "png", "png, webp, jpg.", metavar="FORMAT", group=FILES, shapes=(PICTURES,)
+    )
+
+
+def in_tiles(tile: bool, checkpoint: Checkpoint, shape: Sequence[int]) -> bool:
+    """Whether latents [B, C, h, w] are cut: they are to be, and are larger than diffusers' tile."""
+    sample_size = checkpoint.config("vae").get("sample_size", 32)
+    if isinstance(sample_size, list):
+        sample_size = sample_size[0]
+    return tile and max(shape[2:]) > sample_size // checkpoint.vae_scale_factor

@@ -1,0 +1,96 @@
+"""Prompts to embeddings: chunks of whole words, and each prompt the same in any company.
+
+tests/parity has them beside diffusers' own pipeline and compel.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.conditions.prompts import (
+    cut_prompts,
+    embeddings_names,
+    encode_prompts,
+    room_of,
+    split_at_words,
+    token_counts,
+)
+from common.files.kept_progress import Progress
+from common.models.find import open_checkpoint
+from common.models.text_pipeline import load_text_pipeline
+from common.stopping import StoppedError, StopRequest
+from tests.configs import make_config
+from tests.conftest import DEMO
+from tests.refusals import refusal
+
+LONG = " ".join(["red"] * 75) + " green blue"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """The demo checkpoint's text parts."""
+    checkpoint = open_checkpoint(make_config(DEMO), ["tokenizer", "text_encoder"])
+    return load_text_pipeline(checkpoint, torch.float32)
+
+
+@given(st.text(alphabet="ab \n", min_size=1), st.integers(1, 8))
+def test_a_text_is_split_between_words_into_as_few_pieces_as_hold_it(text: str, room: int) -> None:
+    pieces = split_at_words(text, len, room)
+    assert " ".join(pieces).split() == text.split()
+    for piece in pieces:
+        assert len(piece) <= room or len(piece.split()) <= 1
+    for first, second in pairwise(pieces):
+        assert len(f"{first} {second.split()[0]}") > room
+
+
+def test_tokens_are_counted_without_start_and_end(pipeline: Any) -> None:
+    count = token_counts(pipeline)
+    assert (count(""), count("red"), count("a red star")) == (0, 1, 3)
+    assert room_of(pipeline) == 75
+
+
+def test_what_is_cut_off_is_said_once(pipeline: Any) -> None:
+    config = make_config(DEMO, prompts=[{"prompt": LONG, "negative_prompt": "blurry"}] * 2)
+    (line,) = cut_prompts(pipeline, config)
+    assert line.startswith("the prompt 'red red") and "has 77 tokens, over the 75" in line
+    assert "cut off: 'green blue'" in line and "--long_prompts chunk" in line
+    assert cut_prompts(pipeline, config.model_copy(update={"long_prompts": "chunk"})) == []
+
+
+def test_a_prompt_has_the_same_bits_in_any_company(pipeline: Any) -> None:
+    together = encode_prompts(pipeline, make_config(DEMO, batch=3))
+    assert tuple(together) == embeddings_names(pipeline)
+    for index in range(3):
+        prompts = make_config(DEMO, batch=3).prompts[index : index + 1]
+        alone = encode_prompts(pipeline, make_config(DEMO, prompts=prompts))
+        for name, tensor in together.items():
+            assert torch.equal(tensor[index : index + 1], alone[name]), name
+
+
+def test_chunks_fill_up_to_the_longest_prompt(pipeline: Any) -> None:
+    prompts = [{"prompt": text, "negative_prompt": "blurry"} for text in (LONG, "a red star")]
+    config = make_config(DEMO, prompts=prompts, long_prompts="chunk")
+    chunked = encode_prompts(pipeline, config)
+    assert chunked["prompt_embeds"].shape == (2, 2 * 77, 160)
+    cut = encode_prompts(pipeline, config.model_copy(update={"long_prompts": "cut"}))
+    assert torch.equal(chunked["prompt_embeds"][1, :77], cut["prompt_embeds"][1])
+    assert torch.equal(chunked["pooled_prompt_embeds"][1], cut["pooled_prompt_embeds"][1])
+
+
+def test_an_encoding_that_is_stopped_goes_on_with_the_same_bits(
+    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, stop = make_config(DEMO, batch=3), StopRequest()
+    expected = encode_prompts(pipeline, config)
+    stop.number = 2
+    with refusal(StoppedError, "interrupted after 1 of 3 prompts, which are kept"):
+        encode_prompts(pipeline, config, Progress(tmp_path, 1, {}), stop)
+    found = encode_prompts(pipeline, config, Progress(tmp_path, 1, {}))
+    assert "goes on after prompt 1 of 3" in capsys.readouterr().out
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -1,0 +1,108 @@
+"""Progress is used by a run that is the same in all that matters, and by no other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.errors import UnfitEnvironmentError
+from common.files import kept_progress
+from common.files.kept_progress import Progress, progress_paths, remove_progress
+from tests.refusals import LATENTS, refusal, zeros
+
+FACTS = {"fingerprint": "abc", "batch_size": 8}
+
+TENSORS = {
+    "latents": torch.arange(8, dtype=torch.bfloat16).reshape(2, 4).T,  # not contiguous
+    "step": torch.tensor(3),
+}
+
+
+def same(found: dict[str, torch.Tensor] | None, expected: dict[str, torch.Tensor]) -> bool:
+    return (
+        found is not None
+        and found.keys() == expected.keys()
+        and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        and all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
+    )
+
+
+def test_what_is_kept_reads_back_in_another_process_of_the_same_run(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, 2, FACTS)
+    progress.save_steps(1, TENSORS)
+    again = Progress(tmp_path, 2, dict(reversed(FACTS.items())))
+    assert same(again.read_steps(1), TENSORS)
+    assert again.read_steps(0) is None
+    again.save_group(1, TENSORS)
+    assert same(progress.read_group(1), TENSORS)
+    assert progress.read_group(0) is None
+    assert progress.read_steps(1) is None, "a finished group has no steps any more"
+
+
+@pytest.mark.parametrize(
+    ("stage", "facts"),
+    [(2, FACTS | {"fingerprint": "abd"}), (2, FACTS | {"mesh": None}), (3, FACTS)],
+)
+def test_another_run_does_not_go_on_from_it(
+    tmp_path: Path, stage: int, facts: dict[str, object]
+) -> None:
+    progress = Progress(tmp_path, 2, FACTS)
+    progress.save_group(0, TENSORS)
+    progress.save_steps(1, TENSORS)
+    other = Progress(tmp_path, stage, facts)
+    assert other.read_group(0) is None and other.read_steps(1) is None
+
+
+def test_what_is_damaged_or_strange_is_not_used(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, 2, FACTS)
+    progress.save_steps(0, TENSORS)
+    _, file = progress_paths(tmp_path, 2)
+    content = file.read_bytes()
+    for position in range(0, len(content), 11):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x04
+        file.write_bytes(bytes(damaged))
+        assert progress.read_steps(0) is None
+    file.write_bytes(content[:-1])
+    assert progress.read_steps(0) is None
+    file.write_bytes(content)
+    assert same(progress.read_steps(0), TENSORS)
+    tensors = load_file(file)
+    for metadata in (None, {kept_progress.KEY: "no JSON"}, {kept_progress.KEY: "{}"}):
+        save_file(tensors, file, metadata=metadata)
+        assert progress.read_steps(0) is None
+
+
+def test_it_is_due_when_the_seconds_have_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(kept_progress.time, "monotonic", lambda: now[0])
+    progress = Progress(tmp_path, 2, FACTS)
+    assert not progress.is_due()
+    now[0] += kept_progress.SECONDS_BETWEEN_SAVES
+    assert progress.is_due()
+    progress.save_steps(0, TENSORS)
+    assert not progress.is_due()
+
+
+def test_nothing_is_left_when_the_output_is_written(tmp_path: Path) -> None:
+    for stage in (2, 3):
+        progress = Progress(tmp_path, stage, FACTS)
+        progress.save_group(0, TENSORS)
+        progress.save_steps(1, TENSORS)
+    remove_progress(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "stage3_progress",
+        "stage3_progress.safetensors",
+    }
+    remove_progress(tmp_path, 3)
+    remove_progress(tmp_path, 3)  # there is nothing any more
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_that_cannot_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "stage2_progress").write_text("")
+    with refusal(UnfitEnvironmentError, "stage2_progress", "cannot be written", "--output_dir"):
+        Progress(tmp_path, 2, {}).save_group(0, zeros(LATENTS))

@@ -1,0 +1,73 @@
+"""All stages of a run in turn: which of them run, and what each imports ahead."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.files.stage_table import LATENTS_FILE
+from common.runs import in_turn
+from tests.conftest import DEMO, Run, file_contents
+from tests.printed import ran
+
+
+def test_without_another_process_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(in_turn, "PreloadedStage", refuse)
+    monkeypatch.setattr(in_turn, "SECONDS_OF_A_FRESH_STAGE", 0)
+    commands = [[sys.executable, "-c", "import time; time.sleep(0.5)"] for _ in range(2)]
+    assert in_turn.run_in_turn(commands, {"-c": []}) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "jax_in_2", "jax_in_3"),
+    [
+        ({}, True, False),
+        ({"dtype": "bfloat16"}, False, False),
+        ({"unet_dtype": "float32", "dtype": "bfloat16"}, True, False),
+        ({"backend": "jax", "dtype": "bfloat16"}, True, True),
+        ({"backend": "torch"}, False, False),
+    ],
+)
+def test_what_is_imported_ahead(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], jax_in_2: bool, jax_in_3: bool
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    libraries = in_turn.libraries_of(given)
+    assert libraries is not None
+    found = {Path(script).name: modules for script, modules in libraries.items()}
+    assert ("common.compute.jax_start" in found["stage2_unet.py"]) == jax_in_2
+    assert ("common.compute.jax_start" in found["stage3_vae_decoder.py"]) == jax_in_3
+    assert in_turn.libraries_of(given | {"repeat": "3"}) is None
+
+
+def test_only_what_changed_runs_again(run_copy: Path, run_all: Run, tmp_path: Path) -> None:
+    base = ["--output_dir", run_copy, "--num_inference_steps", 4, "--num_images_per_prompt", 2]
+    before = file_contents(run_copy)
+    assert ran(run_all(*base)) == []
+    assert file_contents(run_copy) == before
+    moved = shutil.copytree(DEMO, tmp_path / "moved")
+    assert ran(run_all(*base, "--model_id", moved)) == []
+    assert ran(run_all(*base, "--image_format", "webp")) == [3]
+    assert not list(run_copy.glob("*.png"))
+    result = run_all(*base, "--image_format", "webp", "--seed", 7)
+    assert ran(result) == [2, 3]
+    assert "seeds [42, 43] → [7, 8]" in result.stdout
+    assert ran(run_all(*base, "--prompt", "a small green ring", "--force")) == [1, 2, 3]
+
+
+def test_a_damaged_output_is_made_again(run_copy: Path, run_all: Run) -> None:
+    base = ["--output_dir", run_copy, "--num_inference_steps", 4, "--num_images_per_prompt", 2]
+    expected = load_file(run_copy / LATENTS_FILE)["latents"].clone()  # the file is mapped, then cut
+    content = (run_copy / LATENTS_FILE).read_bytes()
+    (run_copy / LATENTS_FILE).write_bytes(content[:-8])
+    (run_copy / "output_image_0001.png").write_bytes(b"")
+    result = run_all(*base)
+    assert ran(result) == [2, 3]
+    assert "stage2_latents.safetensors is damaged" in result.stdout
+    assert torch.equal(load_file(run_copy / LATENTS_FILE)["latents"], expected)

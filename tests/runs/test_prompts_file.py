@@ -1,0 +1,111 @@
+"""The prompts of a run, from flags or from a file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from common.declared import EMBEDDINGS, LATENTS
+from common.errors import BadSettingError
+from common.files.stage_table import LATENTS_FILE
+from common.runs.generation import RunSettings, resolve
+from common.runs.prompts_file import read_prompts_file
+from tests.conftest import Run, file_contents
+from tests.printed import header_of, ran
+from tests.refusals import DEEP, expect, refusal
+
+
+def test_null_and_absent_and_empty_negative_prompts_stay_distinct(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "a"},
+        {"prompt": "b", "negative_prompt": None},
+        {"prompt": "c", "negative_prompt": "", "seed": 5},
+    ]
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    prompts = read_prompts_file(file, RunSettings(negative_prompt="default"))
+    assert [p.negative_prompt for p in prompts] == ["default", None, ""]
+    assert [p.seed for p in prompts] == [None, None, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.txt", "\n \n", "no prompt"),
+        ("p.jsonl", "{", "line 1 is not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n[1]', "line 2"),
+        ("p.jsonl", '{"prompt": "a", "sed": 1}', "did you mean 'seed'"),
+        ("p.jsonl", '{"negative_prompt": "a"}', "prompt is missing"),
+    ],
+)
+def test_a_bad_prompts_file_names_the_line(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(BadSettingError, match=words):
+        read_prompts_file(file, RunSettings())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a"', "is not JSON: Expecting"),
+        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
+        (DEEP, "is not JSON: it is nested too deeply"),
+        ("[1]", "is not a JSON object"),
+        ('{"prompt": null}', ": prompt None: input should be a valid string"),
+        ('{"prompt": "a", "seed": -1}', ": seed -1: input should be greater than or equal to 0"),
+        ('{"prompt": "a", "negative_prompt": null, "negative_prompt_2": "b"}',
+         ": negative_prompt_2 needs a negative_prompt"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_of_a_prompts_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n\n' + text + "\n")
+    with refusal(BadSettingError, f"{file}, line 3{'' if words[0] == ':' else ' '}{words}"):
+        read_prompts_file(file, RunSettings())
+
+
+def test_an_empty_prompts_file_exits_2(run_copy: Path, stage: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n")
+    before = file_contents(run_copy)
+    result = stage(1, "--prompts_file", tmp_path / "prompts.txt", "--output_dir", run_copy)
+    expect(result, 2, "prompts.txt", "no prompt")
+    assert file_contents(run_copy) == before
+
+
+def test_second_prompts_are_one_for_all_or_one_for_each() -> None:
+    def seconds(**settings: object) -> list[str | None]:
+        config = resolve(RunSettings(**settings), native_size=128, size_factor=8)
+        return [prompt.prompt_2 for prompt in config.prompts]
+
+    assert seconds(prompt=["a", "b"]) == [None, None]
+    assert seconds(prompt=["a", "b"], prompt_2="c") == ["c", "c"]
+    assert seconds(prompt=["a", "b"], prompt_2=["c", "d"]) == ["c", "d"]
+    with pytest.raises(BadSettingError, match="--prompt_2 is given 2 times for 3 prompts"):
+        seconds(prompt=["a", "b", "c"], prompt_2=["c", "d"])
+    with pytest.raises(BadSettingError, match="needs a negative_prompt"):
+        seconds(negative_prompt=None, negative_prompt_2="x")
+
+
+def test_prompts_from_a_file_with_their_own_seeds(tmp_path: Path, run_all: Run) -> None:
+    lines = [
+        {"prompt": "a small green ring on a white background", "seed": 5},
+        {"prompt": "a black cross", "negative_prompt": None},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run_dir = tmp_path / "run"
+    result = run_all(
+        *("--prompts_file", tmp_path / "p.jsonl", "--output_dir", run_dir),
+        *("--num_inference_steps", 2, "--num_images_per_prompt", 2),
+    )
+    assert ran(result) == [1, 2, 3]
+    settings = header_of(run_dir / LATENTS_FILE)["recipe"]["settings"]
+    assert settings[LATENTS]["seeds"] == [5, 6, 44, 45]
+    assert settings[EMBEDDINGS]["negative_prompts"][1] is None
+    assert len(list(run_dir.glob("output_image_*.png"))) == 4
+    embeddings = load_file(run_dir / "stage1_embeddings.safetensors")
+    assert not embeddings["negative_prompt_embeds"][1].any()
+    assert embeddings["negative_prompt_embeds"][0].any()

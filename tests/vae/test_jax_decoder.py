@@ -1,0 +1,69 @@
+"""The compiled decoding gives diffusers' pictures, on one device and on several."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.compute.clock import StageReport
+from common.compute.devices import Devices
+from common.compute.options import RunOptions
+from common.models.checkpoint import Checkpoint
+from common.vae import decoder, jax_decoder
+from common.vae.jax_decoder import JaxDecoder, Programs
+from common.vae.loading import load_jax_decoder
+from tests.vae.tiny_vae import (
+    decode_by_diffusers,
+    largest_difference,
+    random_latents,
+    save_vae,
+    to_load,
+)
+
+LATENTS = random_latents(2, 4, 6, 4)
+
+
+def load(
+    checkpoint: Checkpoint, mesh: str, programs: Programs, dtype: str = "float32"
+) -> JaxDecoder:
+    vae, options = to_load(checkpoint, dtype=dtype), RunOptions(mesh=mesh)
+    report, devices = StageReport(3), Devices.present()
+    return load_jax_decoder(vae, LATENTS.shape, options, report, devices, programs)
+
+
+@pytest.mark.parametrize("mesh", ["single", "data=2,rows=2"])
+def test_pictures_are_those_of_diffusers(checkpoint: Checkpoint, mesh: str) -> None:
+    ours = load(checkpoint, mesh, {})
+    pixels, finite = ours.decode(LATENTS)
+    assert finite and pixels.dtype == np.uint8
+    assert largest_difference(pixels, decode_by_diffusers(checkpoint, LATENTS)) <= 1
+    facts = ours.facts()
+    assert (facts["mesh"], facts["devices"]) == (mesh, 1 if mesh == "single" else 4)
+
+
+def test_programs_serve_other_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What one run compiled the next one calls, with its own weights and report."""
+    programs: Programs = {}
+    first = load(checkpoint, "single", programs)
+    first.decode(LATENTS, warm_up=True)
+    assert [each.name for each in first.report.programs.each] == ["decode_whole"]
+    other = save_vae(tmp_path, seed=1)
+    second = load(other, "single", programs)
+    pixels, _ = second.decode(LATENTS, warm_up=True)
+    assert second.report.programs.each == []
+    assert {"run", "warm_up"} <= second.report.parts().keys()
+    assert not second.report.parts().keys() & {"trace", "compile"}
+    assert largest_difference(pixels, decode_by_diffusers(other, LATENTS)) <= 1
+    assert largest_difference(pixels, decode_by_diffusers(checkpoint, LATENTS)) > 10
+
+
+def test_a_program_rounds_as_the_host_does() -> None:
+    images = np.random.default_rng(2).normal(size=(2, 3, 16, 8)).astype(np.float32)
+    expected, finite = decoder.to_pixels(images)
+    pixels, also = jax.jit(jax_decoder.to_pixels)(images)
+    np.testing.assert_array_equal(pixels, expected)
+    assert bool(also) and finite
+    images[0, 0, 0, 0] = np.nan
+    assert not jax.jit(jax_decoder.to_pixels)(jnp.asarray(images))[1]

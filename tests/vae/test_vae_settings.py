@@ -1,0 +1,35 @@
+"""What is declared of decoding, and what its values may be."""
+
+from typing import Any, get_args
+
+import pytest
+
+from common.declared import PICTURES, declarations, validate
+from common.errors import BadSettingError
+from common.files.picture_files import ImageFormat
+from common.vae.vae_settings import VaeSettings
+
+
+def test_its_settings_shape_pictures_alone() -> None:
+    found = dict(declarations(VaeSettings))
+    assert found.keys() == {"vae_dtype", "tile", "image_format"}
+    assert all(declared.makes == (PICTURES,) for declared in found.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"vae_dtype": "float16"}, "--vae_dtype 'float16'"),
+        ({"tile": "perhaps"}, "--tile 'perhaps'"),
+        ({"image_format": "gif"}, "--image_format 'gif'"),
+        ({"tiles": True}, "did you mean 'tile'"),
+    ],
+)
+def test_a_bad_value_is_named(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadSettingError, match=words):
+        validate(VaeSettings, values, "flags")
+
+
+def test_every_format_of_pictures_can_be_asked_for() -> None:
+    for name in get_args(ImageFormat):
+        assert VaeSettings(image_format=name).image_format == name
