@@ -27,7 +27,11 @@ class Guidance:
         the number of model evaluations; none at a scale of 1 or less, as in diffusers' pipelines.
         """
         guided = range(int(self.start * evaluations), int(self.end * evaluations))
-        return (UNCONDITIONAL, CONDITIONAL) if self.scale > 1 and step in guided else (CONDITIONAL,)
+        return self.most_predictions() if step in guided else (CONDITIONAL,)
+
+    def most_predictions(self) -> tuple[str, ...]:
+        """Those of a guided step: what a mesh is chosen for."""
+        return (UNCONDITIONAL, CONDITIONAL) if self.scale > 1 else (CONDITIONAL,)
 
     def weights(self) -> dict[str, np.ndarray]:
         """What `combine` is told: arguments of a program, so that no value is compiled in."""

@@ -109,7 +109,7 @@ class JaxDenoiser(Denoiser):
         self.spread = spread_weights(unet)
         self.loops_on_device = self.platform != "cpu" or options.steps_per_call is not None
         self.programs = programs
-        self.used: dict[Any, CompiledProgram] = {}  # in this run
+        self.used: dict[StepProgram, CompiledProgram] = {}  # in this run, whose groups are alike
 
     def _put(self, told: Conditions) -> None:
         self.told = {
@@ -189,7 +189,7 @@ class JaxDenoiser(Denoiser):
                 self.programs[key] = compile_program(
                     lowered, self._program_name(program), self.report
                 )
-            self.used[key] = self.programs[key]
+            self.used[program] = self.programs[key]
 
     def _program_key(self, program: StepProgram) -> Any:
         """Everything about a group that is compiled in."""
@@ -197,7 +197,8 @@ class JaxDenoiser(Denoiser):
         conditions = tuple(condition.compiled_in() for condition in self.conditions)
         size = None if self.tables is None else len(self.tables.timesteps)
         asked = self.loops_on_device, len(self.seeds), self.latent_shape, size
-        return program, type(self.guidance), conditions, shapes, asked, tuple(self.spread.items())
+        spread = frozenset(self.spread.items())  # their order is a file's
+        return program, type(self.guidance), conditions, shapes, asked, spread
 
     def _program_name(self, program: StepProgram) -> str:
         return f"{'predict' if self.tables is None else 'denoise'}_{program.kind}"
@@ -258,8 +259,8 @@ class JaxDenoiser(Denoiser):
     def _prepare(
         self, parameters: Parameters, arguments: dict[str, Any]
     ) -> tuple[Parameters, dict[str, Array]]:
-        prompt_embeds = arguments["conditions"]["prompt_embeds"]
-        return prepare_model(self.unet, parameters, prompt_embeds, self.operations)
+        attended = unet_call(self.conditions, arguments["conditions"])["encoder_hidden_states"]
+        return prepare_model(self.unet, parameters, attended, self.operations)
 
     def _one_step(self, predict: Callable[..., Array]) -> Callable[..., Any]:
         """One step. The program returns the state, and the next step as something to wait for."""
@@ -313,11 +314,11 @@ class JaxDenoiser(Denoiser):
         self, model_input: torch.Tensor, timestep: float, program: StepProgram
     ) -> torch.Tensor:
         arguments = self._predict_arguments(model_input.numpy(), timestep, program)
-        output = self.used[self._program_key(program)](*arguments)
+        output = self.used[program](*arguments)
         return torch.from_numpy(fetch(output).copy())
 
     def _start_steps(self, state: State, steps: range, program: StepProgram) -> tuple[State, Array]:
-        compiled, arguments = self.used[self._program_key(program)], self._arguments(program)
+        compiled, arguments = self.used[program], self._arguments(program)
         latents, history, step = state
         current = latents, history
         if self.loops_on_device:
@@ -332,7 +333,7 @@ class JaxDenoiser(Denoiser):
         jax.block_until_ready(done)
 
     def flops(self, program: StepProgram) -> float:
-        return (self.used[self._program_key(program)].flops or 0.0) * self.mesh.size
+        return (self.used[program].flops or 0.0) * self.mesh.size
 
     def facts(self) -> dict[str, Any]:
         return device_facts(self.mesh, self.dtype)

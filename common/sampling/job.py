@@ -28,7 +28,3 @@ class DenoisingJob:
         """Some images, by their indices, as far as conditions need them."""
         rows = {name: tensor[self.prompt_of[chosen]] for name, tensor in self.embeddings.items()}
         return ImagesOfGroup(embeddings=rows, dtype=dtype)
-
-    def most_predictions(self) -> int:
-        """The most that a step predicts of an image: what a mesh is chosen for."""
-        return 2 if self.guidance.scale > 1 else 1

@@ -172,7 +172,7 @@ def settle_mesh(
     choice = devices.choose_mesh(
         sharding.parse_mesh(options.mesh),
         images=min(len(job.seeds), options.batch_size),
-        predictions=job.most_predictions(),
+        predictions=len(job.guidance.most_predictions()),
         rows_of_levels=sharding.rows_of_levels(job.latent_shape[1], levels),
     )
     for note in choice.notes:

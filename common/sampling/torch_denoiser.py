@@ -105,16 +105,14 @@ class TorchDenoiser(Denoiser):
         self, model_input: torch.Tensor, timestep: torch.Tensor, program: StepProgram
     ) -> torch.Tensor:
         """One model evaluation with guidance, as `jax_denoiser.predict`. [B, C, h, w] float32."""
-        told, predictions = self.told[program], program.predictions
+        call, predictions = unet_call(self.conditions, self.told[program]), program.predictions
         if program not in self.projected:
-            prompt_embeds = told["prompt_embeds"]
+            attended = call["encoder_hidden_states"]
             projections = prompt_projections(self.unet)
-            self.projected[program] = {n: m(prompt_embeds) for n, m in projections.items()}
+            self.projected[program] = {n: m(attended) for n, m in projections.items()}
         repeated = model_input.repeat_interleave(len(predictions), 0)  # [N, C, h, w]
         with bypassed(self.unet, self.projected[program]):
-            output = self.unet(
-                repeated.to(self.dtype), timestep, **unet_call(self.conditions, told)
-            )[0].float()
+            output = self.unet(repeated.to(self.dtype), timestep, **call)[0].float()
         by_prediction = output.unflatten(0, (-1, len(predictions))).unbind(1)
         predicted = dict(zip(predictions, by_prediction, strict=True))
         combined: torch.Tensor = self.guidance.combine(predicted, self.weights, torch)
