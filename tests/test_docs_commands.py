@@ -162,8 +162,8 @@ def test_commands_run_as_written(name: str, tree_of_a_reader: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pages_with(slow=True))
 def test_slow_commands_run_as_written(name: str, tree_of_a_reader: Path) -> None:
-    """With the others of their page, which may make what they read."""
-    run_in(tree_of_a_reader, TO_RUN[name])
+    """On the run that the README makes, and with the others of their page."""
+    run_in(tree_of_a_reader, [TO_RUN[README][0], *TO_RUN[name]])
 
 
 def test_there_are_commands() -> None:

@@ -120,15 +120,15 @@ def test_the_devices_of_a_cpu_share_one_copy() -> None:
 LOAD = """
 import sys, threading, time
 import torch
-from common.models.checkpoint import open_checkpoint
+from common.models.find import open_checkpoint
 from common.models.weights import load_model
 from common.runs.generation import RunSettings
-from common import jax_setup, sharding
+from common.compute import jax_start, sharding
+from common.compute.clock import StageReport, own_memory
 from common.compute.devices import Devices
 from common.compute.fast_ops import arrange_weight
-from common.files.report import StageReport, own_memory
 
-jax_setup.set_up_jax()
+jax_start.set_up_jax()
 devices = Devices.present()
 mesh = sharding.make_mesh(sharding.SINGLE, devices.devices)
 checkpoint = open_checkpoint(RunSettings(model_id=sys.argv[1], unet=sys.argv[2]), ["unet"])
