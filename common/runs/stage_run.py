@@ -150,9 +150,7 @@ class StageRun:
 
     def start_backend(self, *, torch_on_cpus: bool) -> Backend:
         """Start the backend that is asked for, as `backends.start_backend` decides it."""
-        self.report.phase("imports")
-        if not self.given.flags.debug:
-            quiet_libraries()
+        self.import_libraries()
         return start_backend(self.options, torch_on_cpus=torch_on_cpus)
 
     # --- 4. computing ---
