@@ -4,14 +4,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Tests' own processes compile without LLVM's longer passes, which take a third of their time;
+# stages that are started as users start them (`run_script`) compile as users' do.
+COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a process of the tests' own: how many virtual devices it has."""
+    return f"--xla_force_host_platform_device_count={devices} {COMPILE_FAST}"
+
+
+os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from filelock import FileLock
 
 from common.files import stage_table
 
@@ -45,6 +56,16 @@ def stage() -> Run:
 
 
 @pytest.fixture(scope="session")
+def quick_stage() -> Iterator[Run]:
+    """As `stage`, in one process for all that ask, which has imported the libraries by then."""
+    from tests.own_process import StageProcess
+
+    process = StageProcess()
+    yield process.run
+    process.close()
+
+
+@pytest.fixture(scope="session")
 def run_all() -> Run:
     """Run all stages, without the set-up that `run_all.sh` does first."""
     return lambda *arguments, **options: run_script(RUN_ALL, *arguments, **options)
@@ -52,12 +73,21 @@ def run_all() -> Run:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, run_all: Run) -> Path:
-    """A run directory of the demo checkpoint, two images; never changed by a test."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    result = run_all(
-        *("--output_dir", folder, "--num_inference_steps", 4, "--num_images_per_prompt", 2)
-    )
-    assert result.returncode == 0, result.stderr
+    """A run directory of the demo checkpoint, two images; never changed by a test.
+
+    Made once for all of pytest's processes. What the run said is in `said` beside it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, said = shared / "finished" / "run", shared / "finished" / "said"
+    with FileLock(shared / "finished.lock"):
+        if not said.exists():
+            result = run_all(
+                *("--output_dir", folder, "--num_inference_steps", 4, "--num_images_per_prompt", 2)
+            )
+            assert result.returncode == 0, result.stderr
+            said.write_text(result.stdout + result.stderr)
     return folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import PROJECT_DIR
+from tests.conftest import PROJECT_DIR, xla_flags
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -25,6 +25,24 @@ for number, *flags in json.loads(sys.argv[1]):
         code, error = run_in_process(residents[number].command, flags, numbered(number).name)
     ended.append([code, error or "", said.getvalue()])
 print(json.dumps(ended))
+"""
+# Runs that come as lines, each with nothing of those before it but what is imported.
+ONE_BY_ONE = """
+import contextlib, io, json, os, sys
+from common.files.stage_table import STAGES
+from common.process import run_in_process
+from common.runs.stage_run import ResidentStage
+
+stages = {stage.number: stage for stage in STAGES}
+for line in sys.stdin:
+    number, *flags = json.loads(line)
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        stage = ResidentStage(stages[number])
+        code, error = run_in_process(stage.command, flags, f"python stages/{stages[number].script}")
+    if error is not None:
+        complained.write(f"error: {error}\\n")
+    print(json.dumps([code, said.getvalue(), complained.getvalue()]), flush=True)
 """
 # What help pages and docs/settings.md say, and what `--sweep` takes.
 PAGES = """
@@ -68,6 +86,33 @@ class Pages:
         return [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
+class StageProcess:
+    """A process that runs stages as they are asked for, so that libraries are imported once."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", ONE_BY_ONE],
+            cwd=PROJECT_DIR,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, number: int, *flags: object) -> "subprocess.CompletedProcess[str]":
+        """One stage's run, as `conftest.run_script` returns it."""
+        given, asked = self._process.stdin, self._process.stdout
+        assert given is not None and asked is not None
+        arguments = [number, *map(str, flags)]
+        given.write(json.dumps(arguments) + "\n")
+        given.flush()
+        return subprocess.CompletedProcess(arguments, *json.loads(asked.readline()))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 def import_from(folder: Path, module: str) -> str:
     """A statement for `first` that imports a test's own module."""
     return f"sys.path.insert(0, {str(folder)!r}); import {module}"
@@ -96,7 +141,7 @@ def _run(program: str, tree: Path, first: str, given: str = "", devices: int = 1
     """What a program says in its last line."""
     environment = os.environ | {
         "PYTHONPATH": str(tree),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     result = subprocess.run(
         [sys.executable, "-c", program.format(first=first), given],

@@ -1,4 +1,7 @@
-"""What docs/extending.md promises: each of its changes is applied to a copy and tried."""
+"""What docs/extending.md promises: each of its changes is applied to a copy and tried.
+
+That they apply, and look as the code does, is seen at each run; that they work, by the slow tests.
+"""
 
 import json
 import os
@@ -108,6 +111,7 @@ def test_every_block_of_the_page_is_tried_and_looks_as_the_code_does(tmp_path: P
             assert result.returncode == 0, f"{title}: {result.stdout}"
 
 
+@pytest.mark.slow
 @of_section(SETTING)
 def test_a_setting(extended: Extended) -> None:
     pages = extended.pages()
@@ -143,6 +147,7 @@ def test_a_setting(extended: Extended) -> None:
     assert not np.allclose(latents_of(extended.run_dir), latents_of(again), atol=1e-2)
 
 
+@pytest.mark.slow
 @of_section(SCHEDULER)
 def test_a_scheduler(extended: Extended) -> None:
     name, class_name = "dpmpp_2m_exponential", "DPMSolverMultistepScheduler"
@@ -163,6 +168,7 @@ def test_a_scheduler(extended: Extended) -> None:
     assert "Sampler: DPM++ 2M Exponential," in picture_of(extended.run_dir)[1]
 
 
+@pytest.mark.slow
 @of_section(COMPONENT)
 def test_a_component(extended: Extended) -> None:
     assert extended.pages().stages_with("tiny_vae") == dict.fromkeys(
@@ -205,6 +211,7 @@ def test_a_component(extended: Extended) -> None:
     assert np.abs(whole[0] - whole[1]).max() <= 1  # by the VAE itself
 
 
+@pytest.mark.slow
 @of_section(TENSOR)
 def test_a_tensor(extended: Extended) -> None:
     checkpoint = Path(shutil.copytree(DEMO, extended.folder / "checkpoint"))
@@ -240,6 +247,7 @@ def test_a_tensor(extended: Extended) -> None:
     assert "torch.Size([2, 24])" in result.stdout
 
 
+@pytest.mark.slow
 @of_section(CONDITION)
 def test_a_condition(extended: Extended) -> None:
     """Both backends, and one over several devices, tell the UNet the same; so it is by class."""
@@ -278,6 +286,7 @@ def test_a_condition(extended: Extended) -> None:
     assert np.abs(found["jax 2"] - found["jax 0"]).max() > 1e-2
 
 
+@pytest.mark.slow
 @of_section(BACKEND)
 def test_a_backend(extended: Extended) -> None:
     text = "jax, torch (on the CPU), channels_last, or auto. \\[auto]"

@@ -64,9 +64,9 @@ CONDITIONS.append(MidBlockShift)
 """
 
 
-def run_with_it(folder: Path, runs: list[list[Any]], devices: int = 1) -> str:
+def run_with_it(folder: Path, runs: list[list[Any]]) -> str:
     """Run stages by their flags in a process that imports the condition. Returns what they say."""
-    ended = run_stages(runs, first=import_from(folder, "new_condition"), devices=devices)
+    ended = run_stages(runs, first=import_from(folder, "new_condition"), devices=8)
     assert not [each.error for each in ended if each.code]
     return "".join(each.said for each in ended)
 
@@ -97,11 +97,10 @@ class Shifted:
                 denoise("again", *torch, "--mid_block_shift", 0),
                 denoise("again", *torch, "--skip_fresh"),
                 denoise("jax", *jax, "--skip_fresh"),
-                [3, "--output_dir", folder / "jax"],
+                [3, "--output_dir", folder / "jax", "--backend", "torch"],
+                denoise("mesh", *jax, "--mesh", "data=2,cfg=2,rows=2"),
             ],
         )
-        mesh = ("--mesh", "data=2,cfg=2,rows=2")
-        run_with_it(folder, [denoise("mesh", *jax, *mesh)], devices=8)
 
     def latents(self, name: str) -> np.ndarray:
         return np.asarray(load_file(self.folder / name / LATENTS_FILE)["latents"])

@@ -119,9 +119,9 @@ def test_stage_3_and_stage_1_trace_their_modules(
     assert all(after[name].equal(tensor) for name, tensor in before.items())
 
 
-def test_steps_beyond_the_run_are_an_error(run_copy: Path, stage: Run) -> None:
+def test_steps_beyond_the_run_are_an_error(run_copy: Path, quick_stage: Run) -> None:
     for steps, said in (("2:9", "the run has 4 steps, 0 to 3"), ("5", "as 5:8"), ("3:3", "5:8")):
-        result = stage(2, "--output_dir", run_copy, "--profile_steps", steps)
+        result = quick_stage(2, "--output_dir", run_copy, "--profile_steps", steps)
         assert result.returncode == 2
         assert "profile_steps" in result.stderr and said in result.stderr
         assert not (run_copy / "profile").exists()

@@ -24,8 +24,9 @@ from common.runs.flags import Given
 from common.runs.stage_run import StageRun
 from common.sampling.denoising import Denoised
 from common.stopping import StoppedError, StopRequest
-from tests.conftest import DEMO, PROJECT_DIR, STAGES, Run
+from tests.conftest import PROJECT_DIR, STAGES, Run
 from tests.in_process import Ours, make_config
+from tests.tiny_checkpoints import save_sdxl
 
 LATENTS = "stage2_latents.safetensors"
 
@@ -42,18 +43,23 @@ class StopAfter(StopRequest):
         return signal.SIGTERM if self.looks < 0 else None
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
 @pytest.fixture(scope="module", params=["jax", "torch"])
-def ours(request: pytest.FixtureRequest) -> Ours:
-    return Ours(DEMO, backend=request.param)
+def ours(request: pytest.FixtureRequest, model: Path) -> Ours:
+    return Ours(model, backend=request.param)
 
 
 @pytest.mark.parametrize("scheduler", ["euler_a", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("steps_per_call", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_stopped_after_any_step_gives_the_same_bits(
-    ours: Ours, scheduler: str, steps_per_call: int | None, tmp_path: Path
+    ours: Ours, model: Path, scheduler: str, steps_per_call: int | None, tmp_path: Path
 ) -> None:
     """Three images in groups of two, stopped again and again until they are done."""
-    config = make_config(DEMO, batch=3, scheduler=scheduler, num_inference_steps=5)
+    config = make_config(model, batch=3, scheduler=scheduler, num_inference_steps=5)
 
     def denoise(progress: Progress | None, stop: StopRequest | None) -> Denoised:
         changes = {"batch_size": 2, "save_trajectory": 2, "steps_per_call": steps_per_call}
@@ -83,9 +89,9 @@ def test_a_run_stopped_after_any_step_gives_the_same_bits(
 
 @pytest.mark.parametrize(("looks", "expected_stops"), [(0, 3), (1, 1)])
 def test_encoding_stopped_after_any_prompt_gives_the_same_bits(
-    ours: Ours, looks: int, expected_stops: int, tmp_path: Path
+    ours: Ours, model: Path, looks: int, expected_stops: int, tmp_path: Path
 ) -> None:
-    config = make_config(DEMO, batch=3)
+    config = make_config(model, batch=3)
     expected = encode_prompts(ours.text_pipeline, config)
     # Left by a run of other settings, from its third prompt on.
     Progress(tmp_path, 1, {"fingerprint": "2"}).save_group(
@@ -172,7 +178,7 @@ def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) ->
 
 def test_one_writer_at_a_time(run_copy: Path, stage: Run, run_all: Run) -> None:
     """A second one says who the first is, or waits for it."""
-    long = ("--num_inference_steps", "900", "--output_dir", str(run_copy))
+    long = ("--num_inference_steps", "400", "--output_dir", str(run_copy))
     first = subprocess.Popen(
         [sys.executable, str(PROJECT_DIR / "tools" / "run_all.py"), *long],
         stdout=subprocess.PIPE,

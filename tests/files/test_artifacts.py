@@ -259,20 +259,24 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
 @pytest.mark.parametrize(("number", "name"), [(2, EMBEDDINGS_FILE), (3, LATENTS_FILE)])
 def test_a_damaged_or_missing_input_exits_3(
-    run_copy: Path, stage: Run, number: int, name: str, damage: Callable[[Path], None]
+    run_copy: Path, quick_stage: Run, number: int, name: str, damage: Callable[[Path], None]
 ) -> None:
     damage(run_copy / name)
     before = file_contents(run_copy)
-    expect(stage(number, "--output_dir", run_copy), 3, name, f"stage{number - 1}_")
+    expect(quick_stage(number, "--output_dir", run_copy), 3, name, f"stage{number - 1}_")
     assert file_contents(run_copy) == before
 
 
-def test_latents_of_other_embeddings_exit_3(run_copy: Path, stage: Run) -> None:
+def test_latents_of_other_embeddings_exit_3(run_copy: Path, quick_stage: Run) -> None:
     """A new prompt was encoded, but not denoised: its old picture must not pass for it."""
-    assert stage(1, "--output_dir", run_copy, "--prompt", "a green ring").returncode == 0
+    assert quick_stage(1, "--output_dir", run_copy, "--prompt", "a green ring").returncode == 0
     before = file_contents(run_copy)
     expect(
-        stage(3, "--output_dir", run_copy), 3, LATENTS_FILE, EMBEDDINGS_FILE, "made from other data"
+        quick_stage(3, "--output_dir", run_copy),
+        3,
+        LATENTS_FILE,
+        EMBEDDINGS_FILE,
+        "made from other data",
     )
     assert file_contents(run_copy) == before
 

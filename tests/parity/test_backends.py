@@ -146,27 +146,29 @@ def backend_of(run_dir: Path, stage: int) -> str:
     return str(json.loads((run_dir / f"stage{stage}_report.json").read_text())["backend"])
 
 
-def test_the_stages_say_which_backend_they_used(run_copy: Path, stage: Run) -> None:
+def test_the_stages_say_which_backend_they_used(run_copy: Path, quick_stage: Run) -> None:
     """float32 by jax; 16 bits and the VAE on a CPU by PyTorch, without jax."""
     assert [backend_of(run_copy, number) for number in (1, 2, 3)] == ["torch", "jax", "torch"]
-    result = stage(2, "--output_dir", run_copy, "--dtype", "bfloat16")
+    result = quick_stage(2, "--output_dir", run_copy, "--dtype", "bfloat16")
     assert result.returncode == 0 and "mesh" not in result.stdout, result.stderr
     assert backend_of(run_copy, 2) == "torch"
-    result = stage(2, "--output_dir", run_copy, "--backend", "torch", "--mesh", "single")
+    result = quick_stage(2, "--output_dir", run_copy, "--backend", "torch", "--mesh", "single")
     assert result.returncode == 2 and "--backend torch" in result.stderr
 
 
-def test_a_backend_is_no_setting(run_copy: Path, stage: Run) -> None:
+def test_a_backend_is_no_setting(run_copy: Path, quick_stage: Run) -> None:
     """What was made by one is fresh for the other."""
     for number in (2, 3):
         for backend in ("torch", "jax"):
-            result = stage(number, "--output_dir", run_copy, "--skip_fresh", "--backend", backend)
+            result = quick_stage(
+                number, "--output_dir", run_copy, "--skip_fresh", "--backend", backend
+            )
             assert f"stage {number}: fresh" in result.stdout, result.stderr
 
 
-def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> None:
+def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, quick_stage: Run) -> None:
     flags = ("--backend", "torch", "--profile", "--repeat", 2, "--save_trajectory", 2)
-    result = stage(2, "--output_dir", run_copy, "--num_inference_steps", 6, *flags)
+    result = quick_stage(2, "--output_dir", run_copy, "--num_inference_steps", 6, *flags)
     assert result.returncode == 0, result.stderr
     report = json.loads((run_copy / "stage2_report.json").read_text())
     assert report["profile"]["steps"] == [2, 5] and len(report["repeat"]["seconds"]) == 2
@@ -174,7 +176,7 @@ def test_stage_2_by_torch_profiles_and_repeats(run_copy: Path, stage: Run) -> No
     assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm", "feed-forward"}
     assert (run_copy / "profile" / "stage2" / "denoise.pt.trace.json.gz").exists()
     assert report["programs"] is None and report["mesh"] is None
-    result = stage(3, "--output_dir", run_copy, "--backend", "torch", "--profile", "--warmup")
+    result = quick_stage(3, "--output_dir", run_copy, "--backend", "torch", "--profile", "--warmup")
     assert result.returncode == 0, result.stderr
     report = json.loads((run_copy / "stage3_report.json").read_text())
     assert set(report["profile"]["by_kind"]) >= {"resnet", "attention", "norm"}

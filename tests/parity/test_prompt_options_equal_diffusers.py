@@ -106,11 +106,11 @@ def test_clip_skip_beyond_the_layers_is_refused(
 
 
 def test_sizes_are_refused_where_the_unet_takes_none(
-    sd: tuple[Path, Any, Ours], tmp_path: Path, stage: Run
+    sd: tuple[Path, Any, Ours], tmp_path: Path, quick_stage: Run
 ) -> None:
-    result = stage(1, "--model_id", sd[0], "--output_dir", tmp_path)
+    result = quick_stage(1, "--model_id", sd[0], "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    result = stage(2, "--output_dir", tmp_path, "--original_size", "64,64")
+    result = quick_stage(2, "--output_dir", tmp_path, "--original_size", "64,64")
     assert result.returncode == 2
     assert "--original_size is for SDXL checkpoints" in result.stderr
 

@@ -105,7 +105,7 @@ def test_any_groups_give_the_images_made_alone(
 
 
 @given(height=st.integers(1, 16), width=st.integers(1, 16))
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 def test_any_size_equals_diffusers(both: Both, height: int, width: int) -> None:
     config = make_config(
         both.model, height=8 * height, width=8 * width, num_inference_steps=2, batch=1

@@ -1,37 +1,43 @@
 """Relations that hold whatever the weights: batches, ranges of steps, meshes, guidance."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from common.runs.generation import GenerationConfig
-from tests.conftest import DEMO
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
+from tests.tiny_checkpoints import save_sdxl
 
 # float32 sums in another order: far below what any picture shows.
 ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="module")
-def ours() -> Ours:
-    return Ours(DEMO)
-
-
-def batch_of_three() -> GenerationConfig:
-    return make_config(DEMO, batch=3, num_inference_steps=5)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
 
 
 @pytest.fixture(scope="module")
-def together(ours: Ours) -> tuple[np.ndarray, np.ndarray]:
-    latents = ours.denoise(batch_of_three())
+def ours(model: Path) -> Ours:
+    return Ours(model)
+
+
+def batch_of_three(model: Path) -> GenerationConfig:
+    return make_config(model, batch=3, num_inference_steps=5)
+
+
+@pytest.fixture(scope="module")
+def together(ours: Ours, model: Path) -> tuple[np.ndarray, np.ndarray]:
+    latents = ours.denoise(batch_of_three(model))
     return latents, ours.decode(latents)
 
 
 def test_an_image_of_a_batch_is_the_image_made_alone(
-    ours: Ours, together: tuple[np.ndarray, np.ndarray]
+    ours: Ours, model: Path, together: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    config = batch_of_three()
+    config = batch_of_three(model)
     for index, prompt in enumerate(config.prompts):
         alone = config.model_copy(
             update={"prompts": (prompt,), "seed": config.image_seeds()[index]}
@@ -47,22 +53,22 @@ def test_an_image_of_a_batch_is_the_image_made_alone(
     ids=["groups with padding", "two devices", "a loop on the device"],
 )
 def test_how_it_is_computed_changes_nothing(
-    options: dict[str, Any], together: tuple[np.ndarray, np.ndarray]
+    options: dict[str, Any], model: Path, together: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    other = Ours(DEMO, **options)
-    latents = other.denoise(batch_of_three())
+    other = Ours(model, **options)
+    latents = other.denoise(batch_of_three(model))
     assert relative_difference(latents, together[0]) < ROUNDING
     assert pixel_difference(other.decode(latents), together[1]) <= 1
 
 
-def test_warm_up_changes_nothing(together: tuple[np.ndarray, np.ndarray]) -> None:
-    latents = Ours(DEMO, warmup_steps=2).denoise(batch_of_three())
+def test_warm_up_changes_nothing(model: Path, together: tuple[np.ndarray, np.ndarray]) -> None:
+    latents = Ours(model, warmup_steps=2).denoise(batch_of_three(model))
     assert np.array_equal(latents, together[0])
 
 
-def test_guidance_1_ignores_the_negative_prompt_and_more_does_not(ours: Ours) -> None:
+def test_guidance_1_ignores_the_negative_prompt_and_more_does_not(ours: Ours, model: Path) -> None:
     def latents(guidance: float, negative: str | None) -> np.ndarray:
-        config = make_config(DEMO, guidance_scale=guidance, negative_prompt=negative)
+        config = make_config(model, guidance_scale=guidance, negative_prompt=negative)
         return ours.denoise(config)
 
     assert np.array_equal(latents(1.0, "blurry"), latents(1.0, None))
@@ -71,10 +77,10 @@ def test_guidance_1_ignores_the_negative_prompt_and_more_does_not(ours: Ours) ->
         assert relative_difference(three[first], three[second]) > 1e-3
 
 
-def test_torchaxs_operations_give_the_same() -> None:
+def test_torchaxs_operations_give_the_same(
+    ours: Ours, model: Path, together: tuple[np.ndarray, np.ndarray]
+) -> None:
     """`--operations torchax` tells whether one of ours is to blame."""
-    config = batch_of_three()
-    ours, theirs = Ours(DEMO), Ours(DEMO, operations="torchax")
-    latents = ours.denoise(config)
-    assert relative_difference(theirs.denoise(config), latents) < 1e-4
-    assert pixel_difference(theirs.decode(latents), ours.decode(latents)) <= 1
+    theirs, (latents, pictures) = Ours(model, operations="torchax"), together
+    assert relative_difference(theirs.denoise(batch_of_three(model)), latents) < 1e-4
+    assert pixel_difference(theirs.decode(latents), pictures) <= 1

@@ -12,20 +12,26 @@ from safetensors.torch import load_file
 from common.files.picture_files import read_picture_record
 from common.sampling.denoising import Denoised
 from common.sampling.schedulers import scheduler_choice
-from tests.conftest import DEMO, Run
+from tests.conftest import Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference
+from tests.tiny_checkpoints import save_sdxl
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def ours() -> Ours:
-    return Ours(DEMO)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
 
 
-def by_diffusers(config: Any) -> dict[int, np.ndarray]:
+@pytest.fixture(scope="module")
+def ours(model: Path) -> Ours:
+    return Ours(model)
+
+
+def by_diffusers(model: Path, config: Any) -> dict[int, np.ndarray]:
     """Number of steps → latents after them, as diffusers' callback is given them."""
-    pipeline = load_pipeline(DEMO)
+    pipeline = load_pipeline(model)
     own = type(pipeline.scheduler).__name__
     name, options = scheduler_choice(config.scheduler, config.scheduler_options, own)
     module = __import__("diffusers")
@@ -62,10 +68,15 @@ def by_diffusers(config: Any) -> dict[int, np.ndarray]:
 )
 @pytest.mark.parametrize("steps_per_call", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_trajectory_equals_diffusers(
-    ours: Ours, scheduler: str, options: dict[str, Any], every: int, steps_per_call: int | None
+    ours: Ours,
+    model: Path,
+    scheduler: str,
+    options: dict[str, Any],
+    every: int,
+    steps_per_call: int | None,
 ) -> None:
     config = make_config(
-        DEMO, batch=2, scheduler=scheduler, scheduler_options=options, num_inference_steps=STEPS
+        model, batch=2, scheduler=scheduler, scheduler_options=options, num_inference_steps=STEPS
     )
 
     def denoise(every: int | None) -> Denoised:
@@ -74,7 +85,7 @@ def test_a_trajectory_equals_diffusers(
     with_trajectory, without = denoise(every), denoise(None)
     assert with_trajectory.latents.equal(without.latents)
     assert without.trajectory is None and with_trajectory.trajectory is not None
-    expected = by_diffusers(config)
+    expected = by_diffusers(model, config)
     last = max(expected)
     assert with_trajectory.kept_after == sorted({*range(every, last + 1, every), last})
     for number, latents in zip(
@@ -84,17 +95,15 @@ def test_a_trajectory_equals_diffusers(
     assert with_trajectory.trajectory[-1].equal(with_trajectory.latents)
 
 
-def test_stage_3_shows_the_trajectory_of_its_latents(
-    run_copy: Path, stage: Run, run_all: Run
-) -> None:
-    result = stage(2, "--output_dir", run_copy, "--save_trajectory", 2)
+def test_stage_3_shows_the_trajectory_of_its_latents(run_copy: Path, quick_stage: Run) -> None:
+    result = quick_stage(2, "--output_dir", run_copy, "--save_trajectory", 2)
     assert result.returncode == 0, result.stderr
     kept = load_file(run_copy / "stage2_trajectory.safetensors")
     assert kept["steps"].tolist() == [2, 4] and kept["latents"].shape == (2, 2, 4, 16, 16)
     latents = load_file(run_copy / "stage2_latents.safetensors")["latents"]
     assert kept["latents"][-1].equal(latents)
 
-    result = stage(3, "--output_dir", run_copy, "--skip_fresh")
+    result = quick_stage(3, "--output_dir", run_copy, "--skip_fresh")
     assert result.returncode == 0, result.stderr
     strip = np.asarray(Image.open(run_copy / "output_trajectory.png"))
     assert strip.shape == (2 * 128, 2 * 128, 3)  # two images down, two steps across
@@ -107,14 +116,14 @@ def test_stage_3_shows_the_trajectory_of_its_latents(
     assert record is not None and list(record["inputs"]) == ["stage2_trajectory.safetensors"]
 
     # Fresh now; another run's trajectory is not shown, and a new run removes the old one.
-    assert "stage 3: fresh" in stage(3, "--output_dir", run_copy, "--skip_fresh").stdout
+    assert "stage 3: fresh" in quick_stage(3, "--output_dir", run_copy, "--skip_fresh").stdout
     saved = (run_copy / "stage2_trajectory.safetensors").read_bytes()
-    flags = ("--seed", 7, "--num_inference_steps", 2, "--num_images_per_prompt", 2)
-    result = run_all("--output_dir", run_copy, *flags)
-    assert result.returncode == 0, result.stderr
+    for number, flags in ((2, ("--seed", 7, "--num_inference_steps", 2)), (3, ())):
+        result = quick_stage(number, "--output_dir", run_copy, *flags)
+        assert result.returncode == 0, result.stderr
     assert not list(run_copy.glob("*trajectory*"))
     (run_copy / "stage2_trajectory.safetensors").write_bytes(saved)
-    result = stage(3, "--output_dir", run_copy)
+    result = quick_stage(3, "--output_dir", run_copy)
     assert result.returncode == 0, result.stderr
     assert "stage2_trajectory.safetensors is not decoded" in result.stderr
     assert "seeds [42, 43] → [7, 8]" in result.stderr

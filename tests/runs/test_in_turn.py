@@ -52,13 +52,18 @@ def test_only_what_changed_runs_again(run_copy: Path, run_all: Run, tmp_path: Pa
     assert ran(run_all(*base)) == []
     assert file_contents(run_copy) == before
     moved = shutil.copytree(DEMO, tmp_path / "moved")
-    assert ran(run_all(*base, "--model_id", moved)) == []
-    assert ran(run_all(*base, "--image_format", "webp")) == [3]
+    assert ran(run_all(*base, "--model_id", moved, "--image_format", "webp")) == [3]
     assert not list(run_copy.glob("*.png"))
     result = run_all(*base, "--image_format", "webp", "--seed", 7)
     assert ran(result) == [2, 3]
     assert "seeds [42, 43] → [7, 8]" in result.stdout
-    assert ran(run_all(*base, "--prompt", "a small green ring", "--force")) == [1, 2, 3]
+
+
+def test_fresh_stages_are_skipped_unless_forced(tmp_path: Path) -> None:
+    given = {"output_dir": tmp_path, "seed": 7}
+    for force in (False, True):
+        commands = in_turn.plan(given, from_stage=1, to_stage=3, force=force)
+        assert ["--skip_fresh" in command for command in commands] == [not force] * 3
 
 
 def test_a_damaged_output_is_made_again(run_copy: Path, run_all: Run) -> None:

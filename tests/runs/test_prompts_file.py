@@ -12,8 +12,8 @@ from common.files.stage_table import LATENTS_FILE
 from common.runs.generation import RunSettings, resolve
 from common.runs.prompts_file import read_prompts_file
 from tests.conftest import Run, file_contents
-from tests.printed import header_of, ran
-from tests.refusals import DEEP, expect, refusal
+from tests.printed import header_of
+from tests.refusals import DEEP, call, expect, refusal
 
 
 def test_null_and_absent_and_empty_negative_prompts_stay_distinct(tmp_path: Path) -> None:
@@ -90,18 +90,17 @@ def test_second_prompts_are_one_for_all_or_one_for_each() -> None:
         seconds(negative_prompt=None, negative_prompt_2="x")
 
 
-def test_prompts_from_a_file_with_their_own_seeds(tmp_path: Path, run_all: Run) -> None:
+def test_prompts_from_a_file_with_their_own_seeds(tmp_path: Path) -> None:
     lines = [
         {"prompt": "a small green ring on a white background", "seed": 5},
         {"prompt": "a black cross", "negative_prompt": None},
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run_dir = tmp_path / "run"
-    result = run_all(
-        *("--prompts_file", tmp_path / "p.jsonl", "--output_dir", run_dir),
-        *("--num_inference_steps", 2, "--num_images_per_prompt", 2),
-    )
-    assert ran(result) == [1, 2, 3]
+    settings = ("--num_inference_steps", 2, "--num_images_per_prompt", 2)
+    call(1, "--prompts_file", tmp_path / "p.jsonl", "--output_dir", run_dir, *settings)
+    for number in (2, 3):
+        call(number, "--output_dir", run_dir, "--backend", "torch")
     settings = header_of(run_dir / LATENTS_FILE)["recipe"]["settings"]
     assert settings[LATENTS]["seeds"] == [5, 6, 44, 45]
     assert settings[EMBEDDINGS]["negative_prompts"][1] is None

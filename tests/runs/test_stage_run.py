@@ -17,9 +17,11 @@ from tests.conftest import PROJECT_DIR, STAGES, Run
 from tests.printed import header_of
 
 
-def test_an_override_is_recorded_and_the_config_left_alone(run_copy: Path, stage: Run) -> None:
+def test_an_override_is_recorded_and_the_config_left_alone(
+    run_copy: Path, quick_stage: Run
+) -> None:
     config = (run_copy / "generation_config.json").read_bytes()
-    result = stage(2, "--output_dir", run_copy, "--num_inference_steps", 6)
+    result = quick_stage(2, "--output_dir", run_copy, "--num_inference_steps", 6)
     assert result.returncode == 0, result.stderr
     assert "num_inference_steps 4 → 6" in result.stdout
     assert (run_copy / "generation_config.json").read_bytes() == config
@@ -28,7 +30,7 @@ def test_an_override_is_recorded_and_the_config_left_alone(run_copy: Path, stage
     assert made_with["num_inference_steps"] == 6 and made_with["num_images_per_prompt"] == 2
     assert header["provenance"]["overrides"] == ["num_inference_steps 4 → 6"]
 
-    assert stage(3, "--output_dir", run_copy).returncode == 0
+    assert quick_stage(3, "--output_dir", run_copy).returncode == 0
     with Image.open(run_copy / "output_image_0001.png") as image:
         settings = json.loads(image.info["staged_diffusion"])["settings"]
         assert "Steps: 6," in image.info["parameters"]
@@ -38,12 +40,12 @@ def test_an_override_is_recorded_and_the_config_left_alone(run_copy: Path, stage
 
 
 def test_another_output_dir_becomes_a_run_of_its_own(
-    finished_run: Path, tmp_path: Path, stage: Run
+    finished_run: Path, tmp_path: Path, quick_stage: Run
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
-    result = stage(2, "--input_dir", finished_run, "--output_dir", elsewhere, "--seed", 3)
+    result = quick_stage(2, "--input_dir", finished_run, "--output_dir", elsewhere, "--seed", 3)
     assert result.returncode == 0, result.stderr
-    result = stage(3, "--output_dir", elsewhere)
+    result = quick_stage(3, "--output_dir", elsewhere)
     assert result.returncode == 0, result.stderr
     assert (elsewhere / "output_grid.png").exists()
     assert json.loads((elsewhere / "generation_config.json").read_text())["seed"] == 3

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from common.files.stage_table import LATENTS_FILE
-from tests.conftest import STAGES, Run, file_contents
+from tests.conftest import STAGES, Run, file_contents, xla_flags
 from tests.in_process import pixel_difference, relative_difference
 
 FLAGS = {2: ("--mesh", "data=2,cfg=2,rows=2"), 3: ("--mesh", "data=2,rows=4")}
@@ -32,7 +32,7 @@ def run_together(stage: int, folders: list[Path]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(4)}
     processes = [
         subprocess.Popen(
             [

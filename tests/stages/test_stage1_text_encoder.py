@@ -81,9 +81,9 @@ def test_flags_that_do_not_go_together(
     refuse_flags(run_dir, 1, arguments, words)
 
 
-def test_a_long_prompt_says_what_was_cut_off(tmp_path: Path, stage: Run) -> None:
+def test_a_long_prompt_says_what_was_cut_off(tmp_path: Path, quick_stage: Run) -> None:
     prompt = " ".join(["red"] * 75) + " green blue"
-    result = stage(1, "--prompt", prompt, "--output_dir", tmp_path / "run")
+    result = quick_stage(1, "--prompt", prompt, "--output_dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert "77 tokens" in result.stderr and "'green blue'" in result.stderr
 

@@ -17,10 +17,10 @@ COMPARE = PROJECT_DIR / "tools" / "compare_runs.py"
 
 
 def test_a_changed_scheduler_is_named_as_the_first_difference(
-    finished_run: Path, run_copy: Path, stage: Run, tmp_path: Path
+    finished_run: Path, run_copy: Path, quick_stage: Run, tmp_path: Path
 ) -> None:
     for number, flags in ((2, ("--scheduler", "ddim")), (3, ())):
-        result = stage(number, "--output_dir", run_copy, *flags)
+        result = quick_stage(number, "--output_dir", run_copy, *flags)
         assert result.returncode == 0, result.stderr
     content = as_json(COMPARE, finished_run, run_copy, "--output_dir", tmp_path / "differences")
     files = {file["name"]: file for file in content["files"]}

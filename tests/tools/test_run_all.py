@@ -44,11 +44,10 @@ def test_a_run_writes_what_the_contract_says(finished_run: Path) -> None:
     assert np.array_equal(grid, np.concatenate([first, second], 1))
 
 
-def test_a_normal_run_prints_only_our_lines(tmp_path: Path, run_all: Run) -> None:
-    result = run_all("--output_dir", tmp_path / "run", "--num_inference_steps", 2)
-    assert result.returncode == 0
-    assert result.stderr == ""
-    for line in result.stdout.splitlines():
+def test_a_normal_run_prints_only_our_lines(finished_run: Path) -> None:
+    lines = (finished_run.parent / "said").read_text().splitlines()
+    assert len(lines) > 6
+    for line in lines:
         assert line.startswith(("stage 1: ", "stage 2: ", "stage 3: ", "  ", "picture: ")), line
 
 
