@@ -10,11 +10,21 @@ docs/settings.md follow from such declarations; nothing else lists settings.
 """
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from common.errors import BadSettingError, shorten
 
@@ -37,15 +47,21 @@ def _is_unicode(text: str) -> str:
     return text
 
 
+def home_written_out(path: str) -> str:
+    """A path with its ~ replaced; another user's that is not known stays."""
+    return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises there
+
+
 def _names_a_place(text: str) -> str:
     if not text:
         raise ValueError("it is empty: leave it out, or give a name")
     if "\0" in text:
         raise ValueError("give a name without NUL characters")
-    return text
+    return home_written_out(text)
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
+Word = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
 Place = Annotated[Text, AfterValidator(_names_a_place)]  # a path or a hub id
 
 
@@ -75,6 +91,22 @@ class Settings(BaseModel):
     """A group of settings, declared in the package whose they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, also where a config file gives it for steps or a seed."""
+        assert info.field_name is not None
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("give a number or text, not true or false")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home_is_written_out(cls, value: Any) -> Any:
+        """Shells leave ~ alone in `--flag=~/file`, in config files and in quotes."""
+        return Path(home_written_out(str(value))) if isinstance(value, Path) else value
 
 
 def setting(

@@ -2,14 +2,17 @@
 
 Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, setting or input value;
 3 an input file is missing, damaged, or does not fit the others; 4 the numbers are not finite;
-5 the environment (disk, memory, device, lock); 130 interrupted; 143 terminated.
+5 the environment (disk, memory, device, lock); 130 interrupted; 143 terminated; 129
+hung up.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+MOST_NAMED = 20  # things in one sentence
 OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's own message
 
 
@@ -28,6 +31,12 @@ def first_refusal(error: "ValidationError") -> str:
 def shorten(text: str, length: int) -> str:
     """A text's beginning, where it is longer than that."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence, all of them unless they are many."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def without_controls(text: str) -> str:

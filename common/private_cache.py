@@ -15,11 +15,13 @@ NAME = "staged-diffusion"
 def folder() -> Path:
     """The project's folder in the user's cache, made where it is not there.
 
+    A relative XDG_CACHE_HOME is ignored, as the XDG base directory specification says.
+
     Raises:
         UnfitEnvironmentError: as `refuse_if_others_write`.
     """
-    cache = os.environ.get("XDG_CACHE_HOME")
-    path = (Path(cache) if cache else Path.home() / ".cache") / NAME
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    path = (Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache") / NAME
     make_private(path)
     return path
 

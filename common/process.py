@@ -1,6 +1,8 @@
 """A script's process: its exit codes, the sentence of a failure, how it ends."""
 
 import atexit
+import errno
+import io
 import os
 import sys
 import traceback
@@ -33,9 +35,7 @@ def run_command(command: TyperCommand, called: str | None = None) -> NoReturn:
     Args:
         called: how the user calls it; python and the script's name, if None.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding does not have is no reason to end.
-        getattr(stream, "reconfigure")(errors="backslashreplace")  # noqa: B009
+    open_streams()
     stop_at_once_on_signals()
     keep_to_ourselves()
     code, message = run_in_process(command, sys.argv[1:], called or f"python {sys.argv[0]}")
@@ -78,6 +78,50 @@ def _explain(error: Exception, called: str) -> tuple[int, str]:
         return 5, f"out of memory on the devices ({what}): {LESS_MEMORY}"
     said = f"{type(error).__name__}: {what} (--debug shows where)"
     return 1, f"a defect of this program: {said}"
+
+
+def open_streams() -> None:
+    """Let what is said be no reason to end: where nobody reads it, it is lost.
+
+    Streams that the parent closed (`>&-`, some daemons) lead nowhere, else the first file that is
+    opened would take their place; so do those whose reader leaves (`| head -1`) or whose disk is
+    full. A name that the terminal's encoding does not have is spelled out.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        binary = os.fdopen(number, "wb", closefd=False) if stream is None else stream.detach()
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        setattr(sys, name, _Said(binary, encoding, "backslashreplace", line_buffering=True))
+
+
+class _Said(io.TextIOWrapper):
+    """A stream that leads nowhere from the moment on that it cannot be written to."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        if error.errno != errno.EPIPE and self.fileno() != 2:
+            said = f"warning: standard output cannot be written ({error.strerror}); it is lost\n"
+            os.write(2, said.encode())
 
 
 def keep_to_ourselves() -> None:

@@ -1,21 +1,31 @@
 """Signals to stop: at once, or when what runs is done and kept."""
 
 import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from common.errors import StageError
+from common.messages import say
 from common.whole_files import remove_unfinished
 
 # Signal → what it is called, and the exit code of a process that it stopped.
 STOP_SIGNALS: dict[int, tuple[str, int]] = {
     signal.SIGINT: ("interrupted", 130),
     signal.SIGTERM: ("terminated", 143),
+    signal.SIGHUP: ("hung up", 129),
 }
+# One signal often comes twice: to a process by its group, and passed on by the one that began it.
+SECONDS_OF_ONE_SIGNAL = 1.0
+SECONDS_UNTIL_SAID = 10.0  # of what a compiler's own code does
+
+_stops_at_once = 0  # blocks that run in which a signal stops at once
 
 
 class StoppedError(StageError):
@@ -37,31 +47,89 @@ class StopRequest:
             raise StoppedError(self.number, said)
 
 
+def heard_signals() -> list[int]:
+    """The signals to stop that this process hears: a parent may have had some ignored."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def stop_at_once_on_signals() -> None:
     """End the process with a sentence when a signal to stop comes."""
-    for number in STOP_SIGNALS:
+    for number in heard_signals():
         signal.signal(number, _stop)
 
 
 @contextmanager
 def finishing_first() -> Iterator[StopRequest]:
     """Within the block, a first signal to stop is only noted; a second one stops at once."""
-    request = StopRequest()
+    request, came = StopRequest(), 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.number is not None:
+        nonlocal came
+        if _stops_at_once:
             _stop(number, frame)
-        request.number = number
+        if request.number is not None:
+            if time.monotonic() - came > SECONDS_OF_ONE_SIGNAL:
+                _stop(number, frame)
+            return
+        request.number, came = number, time.monotonic()
         below_the_bar = "\n" if sys.stderr.isatty() else ""
         said = "  stopping when what runs is done; the signal once more stops at once\n"
         os.write(2, (below_the_bar + said).encode())
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, note) for number in heard_signals()}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_at_once(doing: str) -> Iterator[None]:
+    """Within the block a signal to stop ends the process in moments.
+
+    Also while a library's own code runs that returns to Python only after minutes, as compilers do:
+    Python's handlers wait for that, so another thread hears the signal. What takes long is said.
+
+    Args:
+        doing: what is done, for a line that says how long it has been at it.
+    """
+    global _stops_at_once
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    heard, said = os.pipe()
+    os.set_blocking(said, False)
+    before = signal.set_wakeup_fd(said, warn_on_full_buffer=False)
+    arguments = heard, doing, set(heard_signals())
+    watching = threading.Thread(target=_watch, args=arguments, daemon=True)
+    watching.start()
+    _stops_at_once += 1
+    try:
+        yield
+    finally:
+        _stops_at_once -= 1
+        signal.set_wakeup_fd(before)
+        os.write(said, b"\0")
+        watching.join()
+        os.close(heard)
+        os.close(said)
+
+
+def _watch(heard: int, doing: str, signals: set[int]) -> None:
+    """Wait for a signal or the end of a block; say now and then what the block does."""
+    began, due = time.monotonic(), SECONDS_UNTIL_SAID
+    while True:
+        ready, _, _ = select.select([heard], [], [], max(0.0, began + due - time.monotonic()))
+        if not ready:
+            say(f"  {doing} for {due:.0f} s now")
+            due *= 2
+            continue
+        number = os.read(heard, 1)[0]
+        if number in signals:
+            _stop(number, None)
+        if number == 0:
+            return
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:

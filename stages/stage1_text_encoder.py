@@ -41,10 +41,10 @@ def main(run: StageRun) -> None:
     run.begin(f"encode {len(config.prompts)} prompt(s) with {config.model_id}")
 
     # 3. Load the text encoders, with what is added to them
-    run.import_libraries(*([] if config.loras else ["peft", "scipy"]))
+    run.import_libraries("peft", "scipy")
     from common.compute.backends import TORCH_FACTS
     from common.conditions.encoding import measure_encoding
-    from common.conditions.prompts import cut_prompts, encode_prompts
+    from common.conditions.prompts import encode_prompts, unread
     from common.models.text_pipeline import import_text_classes, open_text_pipeline
 
     import_text_classes(checkpoint)
@@ -55,7 +55,7 @@ def main(run: StageRun) -> None:
         )
 
     # 4. Encode, prompt by prompt; a stopped run goes on from what it kept
-    for line in cut_prompts(pipeline, config):
+    for line in unread(pipeline, config):
         warn(line)
     run.keep_progress(recipe, TORCH_FACTS)
     keeps = len(config.prompts) > 1 and run.progress is not None

@@ -25,7 +25,7 @@ from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig, check_size
-from common.runs.jobs import denoising_job, make_sampler, packages_to_spare, warn_of_idle_settings
+from common.runs.jobs import denoising_job, make_sampler, packages_to_spare, warn_of_settings
 from common.runs.outputs import save_latents
 from common.runs.recipes import (
     expected_unet_dtype,
@@ -57,7 +57,7 @@ def main(run: StageRun) -> None:
     if run.is_fresh(why_latents_stale(run.run_dir, recipe, run.options), path):
         return None
     run.begin(f"denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
-    warn_of_idle_settings(config, checkpoint)
+    warn_of_settings(config, checkpoint)
 
     # 3. Start the backend: jax, or PyTorch
     in_16_bits = config.unet_dtype not in ("auto", "float32")  # for which XLA is slow on CPUs

@@ -1,5 +1,6 @@
 """The end of a process: one sentence, the documented exit code, earlier files as they were."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_errors_have_the_documented_exit_codes() -> None:
         "UnfitEnvironmentError": 5,
         "StoppedError": 1,
     }
-    assert [StoppedError(number, "").exit_code for number in STOP_SIGNALS] == [130, 143]
+    assert [StoppedError(number, "").exit_code for number in STOP_SIGNALS] == [130, 143, 129]
 
 
 def test_a_files_own_text_cannot_break_the_line_or_steer_the_terminal() -> None:
@@ -113,3 +114,43 @@ def test_an_output_folder_that_cannot_be_written_exits_5(tmp_path: Path, stage: 
     (tmp_path / "file").write_text("")
     result = stage(1, "--output_dir", tmp_path / "file" / "below", "--model_id", DEMO)
     expect(result, 5, "--output_dir")
+
+
+SAYING = FAILING_COMMAND.format(error="SystemExit").replace(
+    "    raise SystemExit",
+    "    import sys\n    for k in range(20000): print('a line', k)\n"
+    "    print('warning', file=sys.stderr)",
+)
+
+
+@pytest.mark.parametrize(
+    "closed", [">&-", "2>&-", ">&- 2>&- <&-", "<&-", "| head -1", ">/dev/full"]
+)
+def test_a_stream_that_nobody_reads_is_no_reason_to_end(closed: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(SAYING)
+    command = f"{sys.executable} {tmp_path / 'program.py'} {closed}; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT_DIR,
+        env=os.environ | {"PYTHONPATH": str(PROJECT_DIR)},
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stderr.splitlines()
+    lost = "warning: standard output cannot be written (No space left on device); it is lost"
+    expected = [lost] if closed == ">/dev/full" else []
+    assert said == [*expected, *([] if "2>&-" in closed else ["warning"])]
+
+
+def test_closed_streams_do_not_get_the_files_that_are_opened(tmp_path: Path) -> None:
+    program = SAYING.replace("import sys\n", "import sys\n    file = open('made', 'w')\n", 1)
+    (tmp_path / "program.py").write_text(program)
+    command = f"{sys.executable} program.py >&- 2>&- <&-"
+    subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT_DIR)},
+        check=True,
+    )
+    assert (tmp_path / "made").read_text() == ""

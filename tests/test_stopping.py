@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from common.stopping import StoppedError, StopRequest
-from tests.conftest import STAGES, file_contents
+from common.stopping import StoppedError, StopRequest, stopping_at_once
+from tests.conftest import PROJECT_DIR, STAGES, file_contents
 
 # What stage 2 shows when it has begun, and when its devices are computing.
 MOMENTS = {"loading": rb"  override", "denoising": rb"[1-9]\d*/990"}
@@ -66,7 +69,11 @@ def read_or_end(terminal: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("number", "word", "code"),
-    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+    [
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGTERM, "terminated", 143),
+        (signal.SIGHUP, "hung up", 129),
+    ],
 )
 def test_a_stop_that_was_asked_for_has_its_signals_code(number: int, word: str, code: int) -> None:
     request = StopRequest()
@@ -75,3 +82,104 @@ def test_a_stop_that_was_asked_for_has_its_signals_code(number: int, word: str, 
     with pytest.raises(StoppedError) as caught:
         request.raise_if_asked("after 3 images")
     assert (str(caught.value), caught.value.exit_code) == (f"{word} after 3 images", code)
+
+
+STEPS = """
+import sys, time
+from common.stopping import finishing_first, stop_at_once_on_signals, stopping_at_once
+
+stop_at_once_on_signals()
+print("begun", flush=True)
+with finishing_first() as stop:
+    {body}
+"""
+# Python's handlers run, but what runs is to be finished first.
+STEPPING = """
+    for step in range(200):
+        time.sleep(0.01)
+        if stop.number is not None and step > 100:
+            stop.raise_if_asked("after what ran")
+"""
+# Nothing returns to Python for a minute, as in a compiler.
+COMPILING = """
+    with stopping_at_once("compiling a program"):
+        import hashlib
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+"""
+
+
+def start(body: str, **options: Any) -> "subprocess.Popen[str]":
+    """A process that does a block until it is stopped; it has begun by then."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STEPS.format(body=body)],
+        cwd=PROJECT_DIR,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_that_comes_twice_is_one(number: signal.Signals) -> None:
+    """From its group and from the process that began it, some milliseconds apart."""
+    process = start(STEPPING)
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.1)
+    _, said = process.communicate(timeout=30)
+    assert said.count("stopping when what runs is done") == 1
+    assert "StoppedError" in said and "after what ran" in said
+
+
+def test_a_signal_again_later_stops_at_once() -> None:
+    process = start(STEPPING.replace("range(200)", "range(2000)").replace("> 100", "> 1900"))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=5)
+    assert process.returncode == 143
+    ends = "error: terminated; nothing was left half written, the same command starts again\n"
+    assert said.endswith(ends)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_while_nothing_returns_to_python_ends_the_process(number: int, code: int) -> None:
+    process = start(COMPILING)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert "nothing was left half written" in said
+
+
+def test_what_compiles_for_long_says_so() -> None:
+    shorter = "    import common.stopping\n    common.stopping.SECONDS_UNTIL_SAID = 0.2\n"
+    process = start(COMPILING.replace("    with", f"{shorter}    with"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "  compiling a program for 0 s now\n"
+    process.kill()
+    process.communicate()
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
+    """As `nohup` has it; Python's own handlers are set by then."""
+    process = start(STEPPING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert said.count("stopping when what runs is done") == 1
+    assert "terminated after what ran" in said
+
+
+def test_what_stops_at_once_leaves_no_thread_and_no_open_file() -> None:
+    before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with stopping_at_once("nothing"):
+            assert threading.active_count() == before[0] + 1
+    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before

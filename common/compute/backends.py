@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from common.compute.allocator import keep_freed_memory
-from common.compute.platforms import has_only_cpus
-from common.errors import BadSettingError
+from common.compute.platforms import has_only_cpus, refuse_unfit_environment
+from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
 from common.models.weights import import_class
 
 if TYPE_CHECKING:  # options know the backends' names
@@ -80,7 +80,13 @@ class JaxBackend(Backend):
 
     @classmethod
     def start(cls, options: "RunOptions") -> Self:
-        from common.compute import jax_start, processes
+        refuse_unfit_environment()
+        try:
+            from common.compute import jax_start, processes
+        except ValueError as error:  # by which jax refuses its own variables
+            raise UnfitEnvironmentError(
+                f"jax refuses its environment ({in_one_line(error)}): mend or unset that variable"
+            ) from None
 
         jax_start.set_up_jax(options.distributed)
         return cls(jax_start.platform(), processes.is_first_process())

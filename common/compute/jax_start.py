@@ -4,12 +4,11 @@ import os
 import re
 import shlex
 from contextlib import suppress
-from pathlib import Path
 
 import jax
 import psutil
 
-from common import private_cache
+from common.compute.compile_cache import use_compile_cache
 from common.compute.platforms import has_only_cpus, usable_cores
 from common.compute.processes import join_processes
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line, shorten
@@ -75,24 +74,6 @@ def find_devices() -> None:
             f"jax finds no device ({reason}{_name_holder(reason)}): free the device, install jax "
             "for it, or run on the CPU with JAX_PLATFORMS=cpu"
         ) from None
-
-
-def use_compile_cache() -> None:
-    """Turn on jax's persistent compile cache.
-
-    Raises:
-        UnfitEnvironmentError: others can write to its folder, and so give us code to run.
-    """
-    named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if named is None:
-        folder = private_cache.folder() / "compiled"
-        private_cache.make_private(folder)
-        if not folder.is_dir():
-            return  # without a cache every run compiles
-        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    elif Path(named).is_dir():
-        private_cache.refuse_if_others_write(Path(named))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _name_holder(message: str) -> str:

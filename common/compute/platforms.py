@@ -1,9 +1,17 @@
 """What computes here, told without importing jax."""
 
 import os
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+
+from common.errors import UnfitEnvironmentError, shorten
+
+# Reads XLA_FLAGS as a program's compilation does; XLA ends the process where it cannot.
+_READ_XLA_FLAGS = "from jaxlib import _jax; _jax.CompileOptions()"
+_TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
 def has_only_cpus() -> bool:
@@ -21,6 +29,32 @@ def has_only_cpus() -> bool:
 def has_tpu_files(folder: Path) -> bool:
     """Whether a system shows what may be a TPU's chips, among its devices' files."""
     return any(folder.glob("accel*")) or (folder / "vfio").exists()
+
+
+def refuse_unfit_environment() -> None:
+    """Raise `UnfitEnvironmentError` for a variable under which jax or XLA would not compile."""
+    if os.environ.get("JAX_DISABLE_JIT", "").lower() in _TRUE:
+        raise UnfitEnvironmentError(
+            "JAX_DISABLE_JIT is set, and stages are compiled programs: unset it, or use --backend "
+            "torch"
+        )
+    if os.environ.get("XLA_FLAGS", "").strip() and "jax" not in sys.modules:
+        _refuse_xla_flags()
+
+
+def _refuse_xla_flags() -> None:
+    """Raise where XLA would end this process for a flag in XLA_FLAGS."""
+    tried = subprocess.run(
+        [sys.executable, "-c", _READ_XLA_FLAGS], capture_output=True, text=True, check=False
+    )
+    if tried.returncode != 0:
+        lines = [line.partition("] ")[2] for line in tried.stderr.splitlines() if "] " in line]
+        reason = next((line for line in lines if line), "a value does not fit its flag")
+        raise UnfitEnvironmentError(
+            f"XLA refuses XLA_FLAGS {os.environ['XLA_FLAGS'].strip()} ({shorten(reason, 200)}): "
+            "take out what this jaxlib does not know; flags of the TPU's compiler go into "
+            "LIBTPU_INIT_ARGS"
+        )
 
 
 def usable_cores() -> int:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 
 from common.compute.clock import StageReport
 from common.files.report import Program
+from common.stopping import stopping_at_once
 
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -58,11 +59,18 @@ def compiled_in(module: Any, mesh: jax.sharding.Mesh, operations: str) -> Hashab
     return (*architecture, module.dtype, mesh, operations)
 
 
-def compile_program(lowered: Any, name: str, report: StageReport) -> CompiledProgram:
-    """Compile a lowered program, and report whether it came from the persistent cache."""
+def compile_program(lower: Callable[[], Any], name: str, report: StageReport) -> CompiledProgram:
+    """Trace and compile a program, and report whether it came from the persistent cache.
+
+    Args:
+        lower: traces it.
+    """
+    with report.part("trace"), stopping_at_once(f"tracing {name}"):
+        lowered = lower()
     began, before = time.perf_counter(), _cache_hits.count
     with report.part("compile"):
-        executable = lowered.compile()
+        with stopping_at_once(f"compiling {name}"):
+            executable = lowered.compile()
         analysis = executable.cost_analysis()
         program = CompiledProgram(executable, analysis.get("flops") if analysis else None)
     from_cache = _cache_hits.count > before

@@ -20,6 +20,7 @@ from common.errors import (
     UnfitEnvironmentError,
     in_one_line,
 )
+from common.stopping import stopping_at_once
 from common.whole_files import write_text_whole
 
 if TYPE_CHECKING:
@@ -111,10 +112,12 @@ def compile_and_say(
     """
     chip = estimate_of.chip
     began = time.perf_counter()
-    lowered = lower()
+    with stopping_at_once(f"tracing {estimate_of.title}"):
+        lowered = lower()
     traced = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with stopping_at_once(f"compiling {estimate_of.title}"):
+            compiled = lowered.compile()
     except Exception as error:
         if OUT_OF_DEVICE_MEMORY not in str(error):
             raise

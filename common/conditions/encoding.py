@@ -24,8 +24,10 @@ def check_prompt_options(config: ResolvedPrompts, checkpoint: Checkpoint) -> Non
             raise BadSettingError(
                 f"--{name} is for checkpoints with two text encoders; {checkpoint.model_id} has one"
             )
-    if config.clip_skip is not None and config.prompt_weighting is not None:
-        raise BadSettingError("--clip_skip and --prompt_weighting do not go together: give one")
+    if config.clip_skip is not None and config.prompt_weighting == "compel":
+        raise BadSettingError(
+            "--clip_skip and --prompt_weighting compel do not go together: give one"
+        )
     # diffusers reads SDXL's states from one layer earlier than the others'.
     layers = min(int(checkpoint.config(name)["num_hidden_layers"]) for name in encoders)
     most = layers - (checkpoint.pipeline_class == "StableDiffusionXLPipeline")

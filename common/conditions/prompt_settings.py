@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from common.declared import EMBEDDINGS, LATENTS, MODEL, PROMPTS, Dtype, Settings, Text, setting
 from common.models.model_settings import TokenFile
@@ -11,13 +11,11 @@ from common.models.model_settings import TokenFile
 MOST_IMAGES_PER_PROMPT = 10_000  # so that a wrong number is refused before it takes memory
 
 
-class PromptSettings(BaseModel):
+class PromptSettings(Settings):
     """One prompt of a run. `negative_prompt` None means what diffusers does with `None`.
 
     Those for the second text encoder are those for the first where they are None.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Text
     prompt_2: Text | None = None
@@ -57,7 +55,7 @@ class AskedPrompts(Settings):
     )
     prompts_file: Path | None = setting(
         None,
-        "One prompt a line, or JSONL.",
+        "Prompts: text, JSONL, JSON, CSV.",
         metavar="FILE",
         group=PROMPTS,
         shapes=(EMBEDDINGS,),
@@ -119,9 +117,9 @@ class PromptOptions(Settings):
     long_prompts: Literal["cut", "chunk"] = setting(
         "cut", "Over 77 tokens: cut, chunk.", metavar="HOW", group=PROMPTS, shapes=(EMBEDDINGS,)
     )
-    prompt_weighting: Literal["compel"] | None = setting(  # the library whose syntax prompts are in
+    prompt_weighting: Literal["compel", "a1111"] | None = setting(  # whose syntax prompts are in
         None,
-        "Weights in prompts: compel.",
+        "Weights: compel, a1111.",
         metavar="HOW",
         group=PROMPTS,
         shapes=(EMBEDDINGS,),

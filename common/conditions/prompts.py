@@ -1,32 +1,30 @@
 """Prompts to embeddings, by diffusers' own `encode_prompt` or by compel."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from common.conditions.a1111_syntax import calls_of_loras, looks_weighted
+from common.conditions.compel_prompts import encode_with_compel
 from common.conditions.prompt_settings import PromptSettings, ResolvedPrompts
-from common.errors import BadSettingError, in_one_line
+from common.conditions.weighted_prompts import WeightedTexts
+from common.errors import shorten
 from common.files.kept_progress import Progress
-from common.messages import say
+from common.messages import progress_bar, say
+from common.models.text_pipeline import embeddings_names, has_two_encoders, room_of
+from common.models.textual_inversion import unused_words
 from common.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
     import torch
 
+    Tensors = dict[str, torch.Tensor]
+
+_BREAK = re.compile(r"\s*(?<!\S)BREAK(?!\S)\s*")  # as the web UIs have it
+# A tag and the comma or full stop after it, in Latin and East Asian writing.
+_TAGS = re.compile(r"[^,.;、。，；]*[,.;、。，；]+|[^,.;、。，；]+")
 TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
-Chunks = dict[str, list[str] | None]
-
-
-def embeddings_names(pipeline: Any) -> tuple[str, ...]:
-    """The tensors that a pipeline's UNet needs, in the order that `encode_prompt` returns them."""
-    names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
-    if has_two_encoders(pipeline):
-        names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return names
-
-
-def has_two_encoders(pipeline: Any) -> bool:
-    """Whether a text pipeline is SDXL's."""
-    return pipeline.__class__.__name__ == "StableDiffusionXLPipeline"
+Chunks = dict[str, list[Any] | None]  # text → its chunks, as they are read
 
 
 def encode_prompts(
@@ -53,34 +51,65 @@ def encode_prompts(
 
     with torch.no_grad():
         if config.prompt_weighting == "compel":
-            return _encode_with_compel(pipeline, config)
-        return _encode_with_diffusers(pipeline, config, progress, stop)
+            return encode_with_compel(pipeline, config)
+        kind = WeightedTexts if config.prompt_weighting == "a1111" else PlainTexts
+        return _encode_one_by_one(kind(pipeline, config), config, progress, stop)
 
 
-def _encode_with_diffusers(
-    pipeline: Any, config: ResolvedPrompts, progress: Progress | None, stop: StopRequest | None
-) -> "dict[str, torch.Tensor]":
+class PlainTexts:
+    """Prompts as they stand, by diffusers' own `encode_prompt`."""
+
+    def __init__(self, pipeline: Any, config: ResolvedPrompts) -> None:
+        self.pipeline, self.config = pipeline, config
+        if config.clip_skip is not None and not hasattr(pipeline.text_encoder, "text_model"):
+            # diffusers 0.42 reads text_model.final_layer_norm, which transformers 5 has moved up.
+            pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
+
+    def chunks_of(self, prompt: PromptSettings) -> Chunks:
+        """Each text of a prompt in the chunks that are encoded; None stays none."""
+        return _chunks_of(prompt, self.pipeline, self.config)
+
+    def encode(self, chunk: "dict[str, Any]", known: "Tensors") -> "Tensors":
+        """The embeddings of one chunk of each text; those of the negative ones may be known."""
+        import torch
+
+        arguments: dict[str, Any] = {name: _as_list(text) for name, text in chunk.items()}
+        if not has_two_encoders(self.pipeline):
+            del arguments["prompt_2"], arguments["negative_prompt_2"]
+        embeds = self.pipeline.encode_prompt(
+            **arguments,
+            device=torch.device("cpu"),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            clip_skip=self.config.clip_skip,
+            **known,
+        )
+        return dict(zip(embeddings_names(self.pipeline), embeds, strict=True))
+
+    def empty(self, name: str) -> Any:
+        """What a shorter text is filled with."""
+        return ""
+
+
+def _encode_one_by_one(
+    reader: PlainTexts | WeightedTexts,
+    config: ResolvedPrompts,
+    progress: Progress | None,
+    stop: StopRequest | None,
+) -> "Tensors":
     """One prompt at a time, so that its embeddings are the same bits in any company."""
-    import torch
-    from tqdm import tqdm
-
-    if config.clip_skip is not None and not hasattr(pipeline.text_encoder, "text_model"):
-        # diffusers 0.42 reads text_model.final_layer_norm, which transformers 5 has moved up.
-        pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
-    chunked = [_chunks_of(prompt, pipeline, config) for prompt in config.prompts]
+    chunked = [reader.chunks_of(prompt) for prompt in config.prompts]
     length = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
     groups = _finished_groups(progress)
     done = sum(len(group["prompt_embeds"]) for group in groups)
     if done:
         say(f"  goes on after prompt {done} of {len(chunked)}")
-    encoded: list[dict[str, torch.Tensor]] = []
-    known_negatives: dict[Any, dict[str, torch.Tensor]] = {}
-    with tqdm(total=len(chunked), desc="encode", unit="prompt", leave=False, disable=None) as bar:
+    encoded: list[Tensors] = []
+    known_negatives: dict[Any, Tensors] = {}
+    with progress_bar(len(chunked), "encode", "prompt") as bar:
         bar.update(done)
         for texts in chunked[done:]:
-            encoded.append(
-                _encode_chunks(pipeline, texts, length, config.clip_skip, known_negatives)
-            )
+            encoded.append(_encode_chunks(reader, texts, length, known_negatives))
             done += 1
             bar.update()
             # Once: a stop that comes from here on waits for the next prompt.
@@ -96,12 +125,11 @@ def _encode_with_diffusers(
 
 
 def _encode_chunks(
-    pipeline: Any,
+    reader: PlainTexts | WeightedTexts,
     texts: Chunks,
     length: int,
-    clip_skip: int | None,
-    known_negatives: "dict[Any, dict[str, torch.Tensor]]",
-) -> "dict[str, torch.Tensor]":
+    known_negatives: "dict[Any, Tensors]",
+) -> "Tensors":
     """The embeddings of one prompt, in tensors of one row.
 
     Chunks are encoded each for itself and laid one after the other. The pooled embeddings are the
@@ -113,26 +141,15 @@ def _encode_chunks(
     """
     import torch
 
-    names = embeddings_names(pipeline)
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    parts: dict[str, list[torch.Tensor]] = {}
     for k in range(length):
-        chunk = {name: _chunk(chunks, k) for name, chunks in texts.items()}
-        negative = (chunk["negative_prompt"], chunk["negative_prompt_2"])
-        arguments: dict[str, Any] = {name: _as_list(text) for name, text in chunk.items()}
-        if not has_two_encoders(pipeline):
-            del arguments["prompt_2"], arguments["negative_prompt_2"]
-        embeds = pipeline.encode_prompt(
-            **arguments,
-            device=torch.device("cpu"),
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            clip_skip=clip_skip,
-            **known_negatives.get(negative, {}),
-        )
-        for name, tensor in zip(names, embeds, strict=True):
-            parts[name].append(tensor)
+        chunk = {name: _chunk(reader, name, chunks, k) for name, chunks in texts.items()}
+        negative = repr([chunk.get(name) for name in ("negative_prompt", "negative_prompt_2")])
+        found = reader.encode(chunk, known_negatives.get(negative, {}))
+        for name, tensor in found.items():
+            parts.setdefault(name, []).append(tensor)
         known_negatives[negative] = {
-            name: parts[name][-1] for name in names if name.startswith("negative")
+            name: tensor for name, tensor in found.items() if name.startswith("negative")
         }
     return {
         name: tensors[0] if "pooled" in name else torch.cat(tensors, 1)
@@ -163,25 +180,20 @@ def _chunks_of(prompt: PromptSettings, pipeline: Any, config: ResolvedPrompts) -
         return {name: None if text is None else [text] for name, text in texts.items()}
     counts = token_counts(pipeline)
     return {
-        name: None if text is None else split_at_words(text, counts, room_of(pipeline))
+        name: None if text is None else split_text(text, counts, room_of(pipeline))
         for name, text in texts.items()
     }
 
 
-def _chunk(chunks: list[str] | None, k: int) -> str | None:
+def _chunk(reader: PlainTexts | WeightedTexts, name: str, chunks: list[Any] | None, k: int) -> Any:
     if chunks is None:
         return None
-    return chunks[k] if k < len(chunks) else ""
+    return chunks[k] if k < len(chunks) else reader.empty(name)
 
 
 def _as_list(text: str | None) -> list[str] | None:
     """diffusers takes "" for none, but [""] for what it is."""
     return None if text is None else [text]
-
-
-def room_of(pipeline: Any) -> int:
-    """The tokens of one chunk between its start and its end token: 75."""
-    return int(pipeline.tokenizer.model_max_length) - 2
 
 
 def token_counts(pipeline: Any) -> Callable[[str], int]:
@@ -194,22 +206,78 @@ def token_counts(pipeline: Any) -> Callable[[str], int]:
     return count
 
 
-def split_at_words(text: str, count: Callable[[str], int], room: int) -> list[str]:
-    """Split a text between words into as few pieces, from the left, as hold `room` tokens each.
+def split_text(text: str, count: Callable[[str], int], room: int) -> list[str]:
+    """Split a text into as few pieces, from the left, as hold `room` tokens each.
 
-    A single word that is longer is a piece of its own.
+    BREAK, a word of its own, begins a piece. A piece ends between words; a word that is longer
+    (tags without spaces, Chinese or Japanese) after a comma or full stop in it, or else between
+    two characters.
     """
     pieces: list[str] = []
-    for word in text.split():
-        longer = f"{pieces[-1]} {word}" if pieces else word
-        if pieces and count(longer) <= room:
-            pieces[-1] = longer
+    for part in _BREAK.split(text):
+        own: list[str] = []
+        for word in part.split():
+            longer = f"{own[-1]} {word}" if own else word
+            if own and count(longer) <= room:
+                own[-1] = longer
+            elif count(word) <= room:
+                own.append(word)
+            else:
+                own += _split_word(word, count, room)
+        pieces += own or [part]
+    return pieces
+
+
+def _split_word(word: str, count: Callable[[str], int], room: int) -> list[str]:
+    pieces: list[str] = []
+    for tag in _TAGS.findall(word):
+        if pieces and count(pieces[-1] + tag) <= room:
+            pieces[-1] += tag
+        elif count(tag) <= room:
+            pieces.append(tag)
         else:
-            pieces.append(word)
-    return pieces or [text]
+            pieces.append("")
+            for character in tag:
+                if count(pieces[-1] + character) > room:
+                    pieces.append("")
+                pieces[-1] += character
+    return [piece for piece in pieces if piece]
 
 
-def cut_prompts(pipeline: Any, config: ResolvedPrompts) -> list[str]:
+def unread(pipeline: Any, config: ResolvedPrompts) -> list[str]:
+    """Say what of prompts and textual inversions has no effect on the embeddings."""
+    texts = (getattr(prompt, name) for prompt in config.prompts for name in TEXTS)
+    return [
+        *unused_words(pipeline, (text for text in texts if text is not None)),
+        *_unread_syntax(config),
+        *_cut_prompts(pipeline, config),
+    ]
+
+
+def _unread_syntax(config: ResolvedPrompts) -> list[str]:
+    """Say what looks like the web UIs' syntax and is read as plain text."""
+    texts = {getattr(prompt, name): name for prompt in config.prompts for name in TEXTS}
+    weighting, lines = config.prompt_weighting, []
+    for text, name in texts.items():
+        said = f"the {name} {shorten(text or '', 30)!r}"
+        for call in calls_of_loras(text or ""):
+            lines.append(f"{said}: {call} is read as text: give the file by --lora FILE:SCALE")
+        if weighting == "a1111" or text is None:
+            continue
+        if looks_weighted(text, brackets_are_read=weighting == "compel"):
+            lines.append(
+                f"{said} looks like AUTOMATIC1111's weights, which are read as text: "
+                "--prompt_weighting a1111 reads them"
+            )
+        if _BREAK.search(text) and (weighting == "compel" or config.long_prompts == "cut"):
+            lines.append(
+                f"{said}: BREAK is read as text: --long_prompts chunk, or --prompt_weighting a1111 "
+                "with it, begins a chunk there"
+            )
+    return lines
+
+
+def _cut_prompts(pipeline: Any, config: ResolvedPrompts) -> list[str]:
     """Say which words of a prompt are beyond the tokenizer's 77 tokens and so not seen."""
     if config.prompt_weighting is not None:
         return []
@@ -231,58 +299,3 @@ def cut_prompts(pipeline: Any, config: ResolvedPrompts) -> list[str]:
                 f"encoder reads; cut off: {cut!r}{mend}"
             )
     return lines
-
-
-def _encode_with_compel(pipeline: Any, config: ResolvedPrompts) -> "dict[str, torch.Tensor]":
-    """All prompts in compel's syntax, its chunks filled up to one length.
-
-    Raises:
-        BadSettingError: a prompt that compel cannot read, or longer than `long_prompts` lets it be.
-    """
-    import torch
-    from compel import CompelForSD, CompelForSDXL, DiffusersTextualInversionManager
-
-    compel_class = CompelForSDXL if has_two_encoders(pipeline) else CompelForSD
-    compel = compel_class(
-        pipeline, textual_inversion_manager=DiffusersTextualInversionManager(pipeline)
-    )
-    negatives = [prompt.negative_prompt for prompt in config.prompts]
-    arguments: dict[str, list[str]] = {"negative_prompt": [text or "" for text in negatives]}
-    if has_two_encoders(pipeline):
-        arguments |= {
-            "style_prompt": _second(config.prompts, "prompt"),
-            "negative_style_prompt": _second(config.prompts, "negative_prompt"),
-        }
-    try:
-        found = compel([prompt.prompt for prompt in config.prompts], **arguments)
-    except Exception as error:
-        raise BadSettingError(
-            f"--prompt_weighting compel: compel cannot read the prompts ({type(error).__name__}: "
-            f"{in_one_line(error)}): see its syntax, or leave the flag out"
-        ) from error
-    tensors = [found.embeds, found.negative_embeds]
-    if has_two_encoders(pipeline):
-        tensors += [found.pooled_embeds, found.negative_pooled_embeds]
-    length, room = found.embeds.shape[1], int(pipeline.tokenizer.model_max_length)
-    if config.long_prompts == "cut" and length > room:
-        raise BadSettingError(
-            f"the prompts take {length} tokens in compel's chunks, over the {room} of one: use "
-            "--long_prompts chunk, or shorten them"
-        )
-    dtype = pipeline.text_encoder.dtype
-    embeddings = {
-        name: tensor.to(dtype)
-        for name, tensor in zip(embeddings_names(pipeline), tensors, strict=True)
-    }
-    if has_two_encoders(pipeline) and pipeline.config.force_zeros_for_empty_prompt:
-        # No negative prompt is zeros, as in diffusers' own encode_prompt.
-        none = torch.tensor([text is None for text in negatives])
-        for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
-            embeddings[name][none] = 0
-    return embeddings
-
-
-def _second(prompts: Sequence[PromptSettings], name: str) -> list[str]:
-    """What the second text encoder reads: the first one's texts where it has none of its own."""
-    texts = ((getattr(p, f"{name}_2"), getattr(p, name)) for p in prompts)
-    return [(first if second is None else second) or "" for second, first in texts]

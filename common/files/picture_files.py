@@ -155,5 +155,13 @@ def web_ui_parameters(settings: Mapping[str, Any], names: Mapping[str, str]) -> 
         values["Size"] = f"{settings['width']}x{settings['height']}"
     order = [label for label in WEB_UI_ORDER if label in values]
     order += [label for label in values if label not in WEB_UI_ORDER]
-    lines.append(", ".join(f"{label}: {values[label]}" for label in order))
+    lines.append(", ".join(f"{label}: {_quoted(values[label])}" for label in order))
     return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    """A value in one line, in quotes where it holds what separates values (the web UI's rule)."""
+    text = str(value)
+    if not any(mark in text for mark in ",:\n"):
+        return text
+    return json.dumps(text, ensure_ascii=False)

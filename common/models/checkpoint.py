@@ -24,6 +24,7 @@ from common.models.component_table import (
     index_misfit,
     loaded_for,
 )
+from common.models.file_flags import Configs, configs_in_file
 from common.text_files import parse_json, read_text
 from common.whole_files import replace_whole
 
@@ -92,7 +93,7 @@ class Checkpoint:
                     f"code of {', '.join(LIBRARIES)} is run, none of a checkpoint's own"
                 )
         for row in rows:
-            class_name = self._class_of(row.name)
+            class_name = self.class_of(row.name)
             if class_name is not None and row.classes and class_name not in row.classes:
                 raise BadSettingError(
                     f"{self.source(row.name).said}: its {row.name} is a {class_name}; supported "
@@ -102,7 +103,7 @@ class Checkpoint:
             if self._has(row):
                 self._check_config(row)
 
-    def _class_of(self, name: str) -> str | None:
+    def class_of(self, name: str) -> str | None:
         """A component's class; None where the checkpoint has none, or does not tell."""
         if name in self.replaced:
             return self._read_json(self._config_file(name)).get("_class_name")
@@ -143,14 +144,31 @@ class Checkpoint:
         return [name for name in components if (index.get(name) or [None])[0] is not None]
 
     def config(self, name: str) -> dict[str, Any]:
-        """A component's own config."""
+        """A component's own config, with what the UNet's file says otherwise."""
         path = self._config_file(name)
-        content = self._read_json(path)
+        content = {**self._read_json(path), **self._flags_of_file()[1].get(name, {})}
         if misfit := config_misfit(name, content):
             raise BadInputFileError(
                 f"{path} cannot be used ({misfit}): restore it, or choose another checkpoint"
             )
         return content
+
+    def said_by_file(self) -> list[str]:
+        """What the UNet's file says against the configs, each as a part of a sentence."""
+        flags, configs = self._flags_of_file()
+        return [
+            f"{', '.join(flags)}: {name}'s {key} is {value}"
+            + (f", not {before}" if before is not None else "")
+            for name, values in configs.items()
+            for key, value in values.items()
+            if (before := self._read_json(self._config_file(name)).get(key)) != value
+        ]
+
+    def _flags_of_file(self) -> tuple[list[str], Configs]:
+        file = self.source("unet").file
+        if file is None or not file.is_file():  # a stage without a UNet need not have it
+            return [], {}
+        return configs_in_file(file, self.source("unet").said)
 
     def _config_file(self, name: str) -> Path:
         return self.source(name).folder / component(name).config_file
@@ -158,7 +176,10 @@ class Checkpoint:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell along each axis (diffusers' `vae_scale_factor`)."""
-        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+        config = self.config("vae")
+        # `AutoencoderTiny` names the levels of its two halves.
+        levels = config.get("decoder_block_out_channels") or config["block_out_channels"]
+        return int(2 ** (len(levels) - 1))
 
     @property
     def native_size(self) -> int:

@@ -62,6 +62,14 @@ class _VaeConfig(ComponentConfig):
     latents_mean: list[Number] | None = None
     latents_std: list[Number] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_are_the_decoders(cls, values: Any) -> Any:
+        """`AutoencoderTiny` names them for its two halves; diffusers takes the decoder's."""
+        if isinstance(values, dict) and "decoder_block_out_channels" in values:
+            return {"block_out_channels": values["decoder_block_out_channels"], **values}
+        return values
+
     @model_validator(mode="after")
     def _one_statistic_for_each_channel(self) -> Self:
         for values in (self.latents_mean, self.latents_std):
@@ -89,7 +97,7 @@ class Component:
     name: str  # in `model_index.json`; its folder's as well
     title: str = ""  # what people call it
     library: str = "diffusers"  # that has its classes
-    classes: tuple[str, ...] = ()  # that a stage can run; none: any
+    classes: tuple[str, ...] = ()  # that a stage can run, the usual one first; none: any
     config: type[ComponentConfig] | None = None  # what of its config is read
     config_file: str = "config.json"
     # What its config must say for a stage to run it: key → values.
@@ -98,7 +106,11 @@ class Component:
     loaded_for: str | None = None  # the artifact whose stage reads it; None: no stage does
     needed: bool = False  # by every pipeline; else read where a checkpoint has it
     replaceable: bool = False  # by a setting of its name; diffusers' models only
-    lora_prefixes: tuple[str, ...] = ()  # of its layers in LoRA files: diffusers' and kohya's
+    # What names of its weights begin with in files of a whole checkpoint, or of tools.
+    file_prefixes: tuple[str, ...] = ()
+    # What names of its modules in LoRA files begin with, and how they begin without that.
+    lora_prefixes: tuple[str, ...] = ()
+    lora_bare: tuple[str, ...] = ()
 
 
 _TOKENIZER: dict[str, Any] = dict(
@@ -127,16 +139,26 @@ COMPONENTS: tuple[Component, ...] = (
         loaded_for=LATENTS,
         needed=True,
         replaceable=True,
-        lora_prefixes=("unet.", "lora_unet_"),
+        file_prefixes=("model.diffusion_model.", "diffusion_model.", "unet."),
+        lora_prefixes=(
+            *("unet.", "lora_unet_", "lora_unet.", "lycoris_unet_", "unet_lora_layers."),
+            *("diffusion_model.", "model.diffusion_model."),
+        ),
+        lora_bare=(
+            *("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "conv_norm_out"),
+            *("time_embedding.", "add_embedding.", "time_embed.", "label_emb."),
+            *("input_blocks.", "middle_block.", "output_blocks.", "out."),
+        ),
     ),
     Component(
         name="vae",
         title="VAE",
-        classes=("AutoencoderKL",),
+        classes=("AutoencoderKL", "AutoencoderTiny"),
         config=_VaeConfig,
         loaded_for=PICTURES,
         needed=True,
         replaceable=True,
+        file_prefixes=("first_stage_model.", "vae."),
     ),
     Component(
         name="scheduler",
@@ -151,14 +173,22 @@ COMPONENTS: tuple[Component, ...] = (
         name="text_encoder",
         classes=("CLIPTextModel",),
         needed=True,
-        lora_prefixes=("text_encoder.", "lora_te_", "lora_te1_"),
+        lora_prefixes=(
+            *("text_encoder.", "text_encoder_1.", "lora_te_", "lora_te1_", "lora_te1.", "clip_l."),
+            *("te1.", "te.", "text_encoders.clip_l.transformer.", "text_encoder_lora_layers."),
+            *("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
+        ),
+        lora_bare=("text_model.", "encoder.layers."),
         **_TEXT_ENCODER,
     ),
     Component(name="tokenizer_2", **_TOKENIZER),
     Component(
         name="text_encoder_2",
         classes=("CLIPTextModelWithProjection",),
-        lora_prefixes=("text_encoder_2.", "lora_te2_"),
+        lora_prefixes=(
+            *("text_encoder_2.", "lora_te2_", "lora_te2.", "clip_g.", "te2."),
+            *("text_encoders.clip_g.transformer.", "text_encoder_2_lora_layers."),
+        ),
         **_TEXT_ENCODER,
     ),
     # Listed by checkpoints, read by no stage.

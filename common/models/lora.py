@@ -1,16 +1,28 @@
-"""LoRA files, fused into models on the CPU by diffusers and peft before anything is sharded."""
+"""LoRAs and their kin, added to weights as these are read: in float32, rounded once at the end."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common.declared import EMBEDDINGS
-from common.errors import BadInputFileError, in_one_line
-from common.models.checkpoint import hash_large_file
-from common.models.component_table import COMPONENTS, loaded_for
+from common.errors import BadInputFileError, listed
+from common.messages import warn
+from common.models.checkpoint import Checkpoint, hash_large_file
+from common.models.component_table import component, text_encoders
 from common.models.find import find_weights_file
+from common.models.lora_file import LoraContent, Module, is_bundled
+from common.models.lora_formulas import bias_change, change, dora_axis, rank_of
+from common.models.lora_names import names_in_files
 from common.models.model_settings import LoraFile
+
+if TYPE_CHECKING:
+    import torch
+
+    Weights = Iterator[tuple[str, torch.Tensor]]
+
+LEAST_KEPT = 0.9  # of a LoRA after rounding, below which a warning says so
+# Of the stages: what of a file is for no component is said by the first that reads it.
+_ORDER = [*text_encoders(), "unet"]
 
 
 def lora_settings(loras: Sequence[LoraFile], components: Sequence[str]) -> list[dict[str, Any]]:
@@ -33,91 +45,243 @@ def parts_of(lora: LoraFile) -> set[str]:
     Raises:
         BadInputFileError: there is no such safetensors file, or it changes none of them.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = find_lora(lora)
-    try:
-        with safe_open(path, "np") as file:
-            keys = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise BadInputFileError(f"--lora {path} is damaged ({error}): get it again") from None
-    parts = {
-        row.name for row in COMPONENTS if any(key.startswith(row.lora_prefixes) for key in keys)
-    }
-    if not parts:
+    content = LoraContent(find_lora(lora))
+    if not content.parts():
         raise BadInputFileError(
-            f"--lora {path} holds no LoRA layers for a UNet or text encoder in diffusers' or "
-            "kohya's layout: choose another file"
+            f"{content.said} holds no LoRA layers for a UNet or text encoder in a known layout, "
+            f"but {listed(sorted(content.others)) or 'no tensors'}: choose another file"
         )
-    return parts
+    return content.parts()
 
 
-def fuse_into_unet(unet: Any, loras: Sequence[LoraFile]) -> None:
-    """Add the LoRAs to a diffusers UNet's own weights."""
-    for lora in loras:
-        if "unet" not in parts_of(lora):
-            continue
-        with _fusing(lora):
-            state_dict, alphas, metadata = _read(lora, unet.config)
-            _loader().load_lora_into_unet(state_dict, alphas, unet, metadata=metadata)
-            unet.fuse_lora(lora_scale=lora.scale)
-            unet.unload_lora()
+@dataclass
+class Fusion:
+    """What LoRAs add to the weights of one component."""
+
+    component: str
+    source: str  # of the weights, for messages
+    changes: dict[str, list["_Change"]] = field(default_factory=dict)  # module → in their order
+    changed: float = 0.0  # ‖ΔW‖² of all weights together
+    kept: float = 0.0  # ⟨what rounding leaves of ΔW, ΔW⟩
+
+    def fuse(self, weights: "Weights", dtype: "torch.dtype") -> "Weights":
+        """Weights with what is added to them, in a dtype that each is rounded to once.
+
+        Args:
+            weights: by their names in the model, in the dtype of their file.
+        """
+        for name, weight in weights:
+            module, _, kind = name.rpartition(".")
+            changes = self.changes.get(module, ()) if kind in ("weight", "bias") else ()
+            if not changes:
+                yield name, weight.to(dtype)
+                continue
+            before = weight.float()
+            after = before
+            for each in changes:
+                after = each.apply(after, kind)
+            rounded, delta = after.to(dtype), after - before
+            self.changed += float(delta.square().sum())
+            self.kept += float(((rounded.float() - before.to(dtype).float()) * delta).sum())
+            yield name, rounded
+        self._say_what_is_kept(dtype)
+
+    def _say_what_is_kept(self, dtype: "torch.dtype") -> None:
+        if self.changed and self.kept < LEAST_KEPT * self.changed:
+            name = str(dtype).removeprefix("torch.")
+            warn(
+                f"--lora: rounded to {name}, the {component(self.component).title} keeps "
+                f"{max(self.kept, 0) / self.changed:.0%} of what is added to it, since its weights "
+                f"are {name} already ({self.source}): take a checkpoint in float16 or float32, or "
+                "compute in float32"
+            )
 
 
-def fuse_into_text_encoders(pipeline: Any, loras: Sequence[LoraFile], unet_config: Any) -> None:
-    """Add the LoRAs to the weights of a pipeline's text encoders.
+@dataclass(frozen=True)
+class _Change:
+    """What one file adds to one module."""
+
+    content: LoraContent
+    module: Module
+    scaling: float  # alpha / rank
+    strength: float
+
+    def apply(self, weight: "torch.Tensor", kind: str) -> "torch.Tensor":
+        """A weight or bias, float32, with what is added to it."""
+        by_piece = {name: piece for piece, name in self.module.tensors.items()}
+        pieces = {by_piece[k]: v for k, v in self.content.read([*by_piece]).items()}
+        if kind == "weight":
+            delta = change(weight, pieces, self.scaling)
+        else:
+            found = bias_change(pieces, self.scaling)
+            if found is None:
+                return weight
+            delta = found.reshape(weight.shape)
+        if not delta.isfinite().all():
+            raise BadInputFileError(
+                f"{self.content.said}: what {listed(sorted(by_piece))} add is not finite: get the "
+                "file again"
+            )
+        return weight + self.strength * delta
+
+
+def plan_fusion(
+    name: str, module: Any, checkpoint: Checkpoint, loras: Sequence[LoraFile]
+) -> Fusion:
+    """What LoRAs add to a component, all of it checked before a weight is read.
 
     Args:
-        unet_config: the UNet's config, by which diffusers reads some layouts.
+        name: the component's.
+        module: the model, with its weights or on torch's meta device.
+
+    Raises:
+        BadInputFileError: a file does not fit the model. What of it is not used is said.
     """
-    from diffusers.configuration_utils import FrozenDict
-    from diffusers.loaders.lora_base import (
-        _remove_text_encoder_monkey_patch,
-        fuse_text_encoder_lora,
-    )
-
-    for lora in loras:
-        for name in sorted(parts_of(lora) & set(loaded_for(EMBEDDINGS))):
-            text_encoder = getattr(pipeline, name, None)
-            if text_encoder is None:
-                raise BadInputFileError(
-                    f"--lora {lora.file} changes {name}, which this checkpoint does not have: "
-                    "choose a LoRA for this family"
-                )
-            with _fusing(lora):
-                state_dict, alphas, metadata = _read(lora, FrozenDict(unet_config))
-                _loader().load_lora_into_text_encoder(
-                    state_dict, alphas, text_encoder, prefix=name, metadata=metadata
-                )
-                fuse_text_encoder_lora(text_encoder, lora.scale)
-                _remove_text_encoder_monkey_patch(text_encoder)
-
-
-def _loader() -> Any:
-    """diffusers' loader, which serves one text encoder as well as two."""
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-
-    return StableDiffusionXLLoraLoaderMixin
+    fusion = Fusion(name, checkpoint.source(name).said)
+    shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
+    targets = [key[: -len(".weight")] for key in shapes if key.endswith(".weight")]
+    biases = [key[: -len(".bias")] for key in shapes if key.endswith(".bias")]
+    added = [lora for lora in loras if name in parts_of(lora)]
+    names = names_in_files(name, targets, checkpoint.config(name)) if added else {}
+    for lora in added:
+        content = LoraContent(find_lora(lora))
+        found, unused = content.fitting(name, names)
+        _say_other_family(content, checkpoint, fits=bool(found))
+        if not found:
+            raise BadInputFileError(
+                f"{content.said} fits no layer of this checkpoint's {component(name).title}: not "
+                f"used would be {listed(sorted(unused))}; choose a LoRA for this family"
+            )
+        for target, each in found.items():
+            scaling = content.scaling(each, target, name, rank_of(_on_meta(content, each)))
+            _check_shapes(content, each, target, shapes)
+            entry = _Change(content, each, scaling, lora.scale)
+            fusion.changes.setdefault(target, []).append(entry)
+        for line in content.warnings(found, biases):
+            warn(line)
+        _say_axes(content, found, shapes)
+        _say_the_rest(content, name, unused)
+    return fusion
 
 
-def _read(lora: LoraFile, unet_config: Any) -> tuple[Any, Any, Any]:
-    state_dict, alphas, metadata = _loader().lora_state_dict(
-        str(find_lora(lora)),
-        unet_config=unet_config,
-        use_safetensors=True,
-        local_files_only=True,
-        return_lora_metadata=True,
-    )
-    return state_dict, alphas, metadata
+def fuse_into_text_encoders(
+    pipeline: Any, checkpoint: Checkpoint, loras: Sequence[LoraFile], dtype: "torch.dtype"
+) -> None:
+    """Add LoRAs to a pipeline's text encoders, whose weights then are in `dtype`.
+
+    Raises:
+        BadInputFileError: a file does not fit, or changes a text encoder that is not there.
+    """
+    for name in text_encoders():
+        encoder: Any = getattr(pipeline, name, None)
+        added = [lora for lora in loras if name in parts_of(lora)]
+        if encoder is None and added:
+            raise BadInputFileError(
+                f"--lora {added[0].file} changes {name}, which this checkpoint does not have: "
+                "choose a LoRA for this family"
+            )
+        if added:
+            weights = ((key, value.detach()) for key, value in encoder.named_parameters())
+            fused = dict(plan_fusion(name, encoder, checkpoint, added).fuse(weights, dtype))
+            encoder.load_state_dict(fused, strict=False, assign=True)
+        if encoder is not None:
+            encoder.to(dtype)
 
 
-@contextlib.contextmanager
-def _fusing(lora: LoraFile) -> Iterator[None]:
+def _on_meta(content: LoraContent, module: Module) -> "dict[str, torch.Tensor]":
+    import torch
+
+    return {
+        piece: torch.empty(content.tensors[name].shape, device="meta")
+        for piece, name in module.tensors.items()
+    }
+
+
+def _check_shapes(
+    content: LoraContent, module: Module, target: str, shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise where a module's pieces do not fit its weight, by computing on shapes alone."""
+    import torch
+
+    pieces = _on_meta(content, module)
+    shape, bias = shapes[f"{target}.weight"], shapes.get(f"{target}.bias")
     try:
-        yield
-    except Exception as error:
-        reason = in_one_line(error)
+        change(torch.empty(shape, device="meta"), pieces, 1.0)
+        of_bias = bias_change(pieces, 1.0)
+        if of_bias is not None and (bias is None or of_bias.numel() != bias[0]):
+            raise RuntimeError(f"a change of {list(of_bias.shape)} for a bias of {bias}")
+        scale = pieces.get("weight")
+        if scale is not None and scale.numel() not in shape[:2]:
+            raise RuntimeError(f"{scale.numel()} numbers for a weight of {list(shape)}")
+    except (RuntimeError, IndexError, ValueError):
+        assert module.method is not None
+        have = ", ".join(
+            f"{name} {list(content.tensors[name].shape)}" for name in module.tensors.values()
+        )
+        lacks = [
+            module.spelled(piece)
+            for piece in sorted(module.method.may_have - module.tensors.keys())
+            if piece in ("mid", "hada_t1", "hada_t2", "lokr_t2")
+        ]
+        perhaps = f" (or it lacks {' and '.join(lacks)})" if lacks else ""
         raise BadInputFileError(
-            f"--lora {lora.file} does not fit this checkpoint ({type(error).__name__}: {reason}): "
-            "choose a LoRA for this family"
-        ) from error
+            f"{content.said} does not fit this checkpoint{_trained_for(content)}: {have} for a "
+            f"weight of {list(shape)}{perhaps}: choose a LoRA for this family"
+        ) from None
+
+
+def _trained_for(content: LoraContent) -> str:
+    family = content.family()
+    return f", trained for {family} as it says" if family else ""
+
+
+def _say_other_family(content: LoraContent, checkpoint: Checkpoint, fits: bool) -> None:
+    said = content.family()
+    if said is None or not fits:
+        return
+    own = family_of(checkpoint)
+    if own not in (None, said):
+        warn(f"{content.said} says that it was trained for {said}; this checkpoint is {own}")
+
+
+def family_of(checkpoint: Checkpoint) -> str | None:
+    """A checkpoint's family, as LoRAs' metadata name it; None: not known."""
+    if checkpoint.pipeline_class == "StableDiffusionXLPipeline":
+        return "SDXL"
+    width = checkpoint.config("unet").get("cross_attention_dim")
+    return {768: "SD 1.x", 1024: "SD 2.x"}.get(width) if isinstance(width, int) else None
+
+
+def _say_the_rest(content: LoraContent, name: str, unused: list[str]) -> None:
+    """Say what of a file has no effect; what is for no component, in the first stage it is for."""
+    if name == min(content.parts(), key=_ORDER.index):
+        unused = unused + [other for other in content.others if not is_bundled(other)]
+        if bundled := content.bundled():
+            warn(
+                f"{content.said} also holds textual inversions ({', '.join(bundled)}), which are "
+                "not used: save each as a file for --embedding"
+            )
+    if unused:
+        share = 1 - len(unused) / len(content.tensors)
+        warn(f"{content.said}: {share:.0%} of it is used; not used: {listed(sorted(unused))}")
+
+
+def _say_axes(
+    content: LoraContent, found: Mapping[str, Module], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Say where DoRA's norms may be meant along another axis than they are read."""
+    axes: dict[int, list[str]] = {}
+    for target, module in found.items():
+        tensor = module.tensors.get("dora_scale")
+        if tensor is None:
+            continue
+        norms, weight = content.tensors[tensor].shape, shapes[f"{target}.weight"]
+        if len(norms) == 1 and weight[0] == weight[1]:
+            warn(
+                f"{content.said}: {tensor} does not tell whether its norms are of outputs or of "
+                "inputs; read as of outputs"
+            )
+        axes.setdefault(dora_axis(weight, norms), []).append(tensor)
+    if len(axes) > 1:
+        fewer = min(axes.values(), key=len)
+        warn(f"{content.said}: unlike the others, {listed(fewer)} has its norms along another axis")

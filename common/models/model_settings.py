@@ -4,39 +4,36 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import create_model, model_validator
 
-from common.declared import EMBEDDINGS, LATENTS, MODEL, PICTURES, Place, Settings, Text, setting
+from common.declared import EMBEDDINGS, LATENTS, MODEL, PICTURES, Place, Settings, Word, setting
 from common.models.component_table import Component, replaceable
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 ALL = (EMBEDDINGS, LATENTS, PICTURES)
 
 
-class TokenFile(BaseModel):
+class TokenFile(Settings):
     """A textual inversion: a safetensors file and the word that stands for it in prompts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     file: Place
-    token: Text = Field(min_length=1)
+    # None: the one in the file, or its name.
+    token: Word | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """`FILE` or `FILE:TOKEN`; the token is the file's name unless given."""
+        """`FILE` or `FILE:TOKEN`."""
         if not isinstance(value, str):
             return value
         file, colon, token = value.rpartition(":")
-        if not colon or "/" in token or token.endswith(".safetensors"):
-            file, token = value, Path(value).stem
+        if not colon or "/" in token or token.lower().endswith(".safetensors"):
+            return {"file": value}
         return {"file": file, "token": token}
 
 
-class LoraFile(BaseModel):
+class LoraFile(Settings):
     """A LoRA: a safetensors file and how much of it is added."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     file: Place
     scale: float = 1.0

@@ -10,7 +10,7 @@ from common.models.checkpoint import Checkpoint
 from common.models.component_table import COMPONENTS, component, loaded_for, text_encoders
 from common.models.lora import fuse_into_text_encoders, lora_settings
 from common.models.model_settings import LoraFile, TokenFile
-from common.models.textual_inversion import embedding_settings, load_embedding
+from common.models.textual_inversion import embedding_settings, teach
 from common.models.weights import check_complete, reading, refuse_missing
 
 if TYPE_CHECKING:
@@ -38,23 +38,25 @@ def open_text_pipeline(
         dtype: of the text encoders, such as "float32".
     """
 
+    of_loras = lora_settings(loras, text_encoders())
+
     def load() -> Any:
         import torch
 
-        pipeline = load_text_pipeline(checkpoint, getattr(torch, dtype))
-        fuse_into_text_encoders(pipeline, loras, checkpoint.config("unet"))
-        for embedding in embeddings:
-            load_embedding(pipeline, embedding)
+        # What is added to weights is added before they are rounded.
+        read_in = torch.float32 if of_loras else getattr(torch, dtype)
+        pipeline = load_text_pipeline(checkpoint, read_in)
+        if of_loras:
+            fuse_into_text_encoders(pipeline, checkpoint, loras, getattr(torch, dtype))
+        teach(pipeline, embeddings)
         return pipeline
 
-    of_loras = lora_settings(loras, text_encoders())
     content = {
         "pipeline": checkpoint.pipeline_class,
         "force_zeros_for_empty_prompt": checkpoint.index().get("force_zeros_for_empty_prompt"),
         "weights": checkpoint.fingerprints_for(EMBEDDINGS),
         "dtype": dtype,
         "loras": of_loras,
-        "unet": checkpoint.config("unet") if of_loras else None,  # by which some layouts are read
         "embeddings": embedding_settings(embeddings),
     }
     return kept.model(("text pipeline", json.dumps(content, sort_keys=True)), load)
@@ -96,6 +98,24 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
         for name in checkpoint.components_for(EMBEDDINGS):
             check_complete(getattr(pipeline, name))
     return pipeline
+
+
+def embeddings_names(pipeline: Any) -> tuple[str, ...]:
+    """The tensors that a pipeline's UNet needs, in the order that `encode_prompt` returns them."""
+    names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    if has_two_encoders(pipeline):
+        names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return names
+
+
+def has_two_encoders(pipeline: Any) -> bool:
+    """Whether a text pipeline is SDXL's."""
+    return pipeline.__class__.__name__ == "StableDiffusionXLPipeline"
+
+
+def room_of(pipeline: Any) -> int:
+    """The tokens of one chunk between its start and its end token: 75."""
+    return int(pipeline.tokenizer.model_max_length) - 2
 
 
 def _without_others(pipeline_class: Any, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,18 +2,24 @@
 
 import contextlib
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import BadInputFileError, in_one_line
+from common.errors import BadInputFileError, StageError, in_one_line, listed
+from common.messages import warn
 from common.models.checkpoint import Checkpoint, Source
 from common.models.component_table import component
+from common.models.lora import plan_fusion
+from common.models.model_settings import LoraFile
+from common.models.weight_files import Found, find_weights, read_weights
 
 if TYPE_CHECKING:
     import torch
 
     Weights = Iterator[tuple[str, torch.Tensor]]
+
+_OF_ENCODING = ("encoder.", "quant_conv.")  # a VAE's weights that no decoding needs
 
 
 def load_model(
@@ -21,30 +27,52 @@ def load_model(
     name: str,
     dtype: "torch.dtype",
     *,
-    change: Callable[[Any], None] | None = None,
+    loras: Sequence[LoraFile] = (),
     by_config: bool = False,
 ) -> tuple[Any, "Weights"]:
     """A diffusers model of a checkpoint, such as "unet", for its code, and its weights.
 
-    Weights under diffusers' names are read from their files one by one, when their turn comes, so
-    that the host never holds all. Those in the original layout or under older names, and those
-    that are changed, are read by diffusers itself.
+    Weights are read from their files one by one, when their turn comes, so that the host never
+    holds all.
 
     Args:
-        change: changes the module's weights, by a LoRA for example.
+        loras: what is added to the weights.
         by_config: read no weights; theirs stay on torch's meta device.
     """
+    import torch
+
     source, module = checkpoint.source(name), make_without_weights(checkpoint, name, dtype)
     if by_config:
         return module, weights_of(module)
-    files = weights_files(checkpoint, name)
-    with reading(source):
-        if change is None and _hold_exactly(files, module):
-            return module, _read_in_turn(source, files, dtype)
-        module = _load_whole(source, module, dtype)
-    if change is not None:
-        change(module)
-    return module, weights_of(module)
+    fusion = plan_fusion(name, module, checkpoint, loras)
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    found = find_weights(name, checkpoint.files_read(name), shapes, checkpoint.config(name))
+    _refuse_missing_from(source, name, found)
+    where = source.file or source.folder
+    if found.unused:
+        warn(f"{where}: not used: {listed(found.unused)}")
+
+    def read() -> "Weights":
+        # What is added to weights is added before they are rounded.
+        with reading(source):
+            yield from read_weights(found.places, None if fusion.changes else dtype)
+        for own in found.missing:
+            yield own, torch.zeros(shapes[own], dtype=dtype)
+
+    return module, fusion.fuse(read(), dtype) if fusion.changes else read()
+
+
+def _refuse_missing_from(source: Source, name: str, found: Found) -> None:
+    """Raise where a model would go on with weights that nobody trained."""
+    missing, where = found.missing, source.file or source.folder
+    # A decoder alone is all that decoding uses.
+    spared = {own for own in missing if name == "vae" and own.startswith(_OF_ENCODING)}
+    is_decoder = not any(own.startswith(_OF_ENCODING) for own in found.places)
+    if missing and not (spared == missing.keys() and is_decoder):
+        raise BadInputFileError(
+            f"{where} lacks {len(missing)} weight(s) of the {component(name).title}: "
+            f"{listed(sorted(missing.values()))}; restore it, or choose another than {source.said}"
+        )
 
 
 def with_weights(module: Any, weights: "Weights") -> Any:
@@ -69,68 +97,22 @@ def weights_files(checkpoint: Checkpoint, name: str) -> list[Path]:
     return [path for path in checkpoint.files_read(name) if path.suffix == ".safetensors"]
 
 
-def _hold_exactly(files: Sequence[Path], module: Any) -> bool:
-    """Whether files hold a module's parameters and buffers, each once, and nothing else."""
-    from safetensors import safe_open
-
-    wanted = {name: list(tensor.shape) for name, tensor in weights_of(module)}
-    found: list[tuple[str, list[int]]] = []
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            found += [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
-    return dict(found) == wanted and len(found) == len(wanted)
-
-
-def _read_in_turn(source: Source, files: Sequence[Path], dtype: "torch.dtype") -> "Weights":
-    """The weights in files, each mapped into memory or, where its dtype is another, converted."""
-    from safetensors import safe_open
-
-    for file in files:
-        with reading(source), safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name).to(dtype)
-
-
-def _load_whole(source: Source, without_weights: Any, dtype: "torch.dtype") -> Any:
-    """A model with its weights, by diffusers' own loaders."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    if source.file is not None:
-        _refuse_other_config(without_weights, source.file)
-        model = type(without_weights).from_single_file(
-            str(source.file),
-            config=str(source.folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-        )
-    else:
-        model = type(without_weights).from_pretrained(
-            source.folder,
-            torch_dtype=dtype,
-            variant=source.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    check_complete(model)
-    return model.eval().requires_grad_(False)
-
-
 def make_without_weights(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
     """A diffusers model by its config alone, on torch's meta device: enough to compile it."""
     import torch
 
     with torch.device("meta"), reading(checkpoint.source(name)):
-        model = import_class(name).from_config(checkpoint.config(name))
+        config = checkpoint.config(name)
+        model = import_class(name, config.get("_class_name")).from_config(config)
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def import_class(name: str) -> Any:
-    """The class of a diffusers model, such as "unet"; importing it takes a second."""
+def import_class(name: str, class_name: str | None = None) -> Any:
+    """A diffusers model's class, such as a "unet"'s usual one; importing it takes a second."""
     import diffusers
 
-    (class_name,) = component(name).classes
-    return getattr(diffusers, class_name)
+    usual, *_ = classes = component(name).classes
+    return getattr(diffusers, class_name if class_name in classes else usual)
 
 
 def check_complete(model: Any) -> None:
@@ -145,32 +127,15 @@ def refuse_missing(names: Sequence[str]) -> None:
         raise ValueError(f"{len(names)} weights are missing, such as {names[0]}")
 
 
-def _refuse_other_config(model: Any, file: Path) -> None:
-    """Raise `ValueError` where a file in diffusers' layout is for a model of another config.
-
-    diffusers would take it for one in the original layout and fail in words of its own.
-    """
-    from safetensors import safe_open
-
-    with safe_open(file, "np") as tensors:
-        names, own = set(tensors.keys()), set(model.state_dict())
-    if not names & own:
-        return  # the original layout
-    refuse_missing(sorted(own - names))
-    if foreign := sorted(names - own):
-        raise ValueError(
-            f"{len(foreign)} weights are for a model of another config, such as {foreign[0]}: "
-            "name the folder that has its config"
-        )
-
-
 @contextlib.contextmanager
 def reading(source: Source) -> Iterator[None]:
     """Turn a library's failure to read a component into one sentence that names it."""
     try:
         yield
+    except StageError:
+        raise
     except Exception as error:
         raise BadInputFileError(
-            f"{source.file or source.folder} cannot be loaded ({type(error).__name__}: "
-            f"{in_one_line(error)}): restore it, or choose another checkpoint than {source.said}"
+            f"{source.file or source.folder} cannot be loaded ({in_one_line(error)}): restore it, "
+            f"or choose another checkpoint than {source.said}"
         ) from error

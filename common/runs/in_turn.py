@@ -28,7 +28,7 @@ from common.models.model_settings import PROJECT_DIR
 from common.runs.flags import Flag, all_flags
 from common.runs.generation import read_generation_config
 from common.runs.preloaded import PreloadedStage
-from common.stopping import STOP_SIGNALS
+from common.stopping import STOP_SIGNALS, heard_signals
 
 SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
 
@@ -179,11 +179,10 @@ def wait_for_stage(
 
     def pass_on(number: int, _: object) -> None:
         received.append(number)
-        # Ctrl-C reaches the stage from the terminal by itself.
-        if number == signal.SIGTERM:
-            process.terminate()
+        # One that the terminal or a group gave the stage as well counts once there.
+        process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in heard_signals()}
     try:
         if listen is not None and process.stderr is not None:
             for line in process.stderr:

@@ -68,8 +68,10 @@ def latent_shape(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[int,
     return channels, config.height // factor, config.width // factor
 
 
-def warn_of_idle_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
+def warn_of_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
     """Say which settings change nothing, as diffusers leaves them without a word."""
+    for line in checkpoint.said_by_file():
+        warn(f"{checkpoint.source('unet').file} says {line}")
     partial = (config.negative_original_size is None) != (config.negative_target_size is None)
     if partial or (
         config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)
@@ -91,4 +93,4 @@ def packages_to_spare(config: GenerationConfig, checkpoint: Checkpoint) -> list[
     class_name, options = scheduler_of(config, checkpoint)
     settings: dict[str, Any] = {**checkpoint.config("scheduler"), **options}
     needs_scipy = class_name == "LMSDiscreteScheduler" or settings.get("use_beta_sigmas")
-    return [] if config.loras else ["peft", "transformers", *([] if needs_scipy else ["scipy"])]
+    return ["peft", "transformers", *([] if needs_scipy else ["scipy"])]

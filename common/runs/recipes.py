@@ -66,8 +66,7 @@ def embeddings_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> Recip
         weights=checkpoint.fingerprints_for(EMBEDDINGS),
         versions=package_versions(
             *("torch", "transformers", "diffusers", "tokenizers"),
-            *(["peft"] if loras else []),
-            *(["compel"] if config.prompt_weighting else []),
+            *(["compel"] if config.prompt_weighting == "compel" else []),
         ),
     )
 
@@ -98,7 +97,6 @@ def latents_recipe(
         weights=checkpoint.fingerprints_for(LATENTS),
         versions=package_versions(
             *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
-            *(["peft"] if loras else []),
         ),
     )
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.compute.groups import group_size, groups
 from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
 from common.files.kept_progress import Progress
 from common.files.report import Profile
-from common.messages import say, warn
+from common.messages import progress_bar, say, warn
 from common.sampling.denoiser import Denoiser
 from common.sampling.group_progress import GroupProgress
 from common.sampling.job import DenoisingJob
@@ -53,7 +52,7 @@ def denoise_images(
     """
     tables = tables_of(denoiser, job, options)
     run = _Run(denoiser, job, options, tables, profile_folder)
-    with tqdm(total=run.bar_steps(), desc="denoise", unit="step", disable=None) as bar:
+    with progress_bar(run.bar_steps(), "denoise", "step", leave=True) as bar:
         for number, (chosen, real) in enumerate(groups(len(job.seeds), run.group_size)):
             group = GroupProgress(progress, stop, options.checkpoint_every, number, bar)
             own = chosen[:real]

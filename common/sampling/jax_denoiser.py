@@ -184,10 +184,8 @@ class JaxDenoiser(Denoiser):
         for program in self.plan.programs():
             key = self._program_key(program)
             if key not in self.programs:
-                with self.report.part("trace"):
-                    lowered = self.lower(program)
                 self.programs[key] = compile_program(
-                    lowered, self._program_name(program), self.report
+                    partial(self.lower, program), self._program_name(program), self.report
                 )
             self.used[program] = self.programs[key]
 

@@ -12,7 +12,7 @@ from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.models.checkpoint import Checkpoint
-from common.models.lora import fuse_into_unet, lora_settings
+from common.models.lora import lora_settings
 from common.models.model_settings import LoraFile
 from common.models.weights import load_model, with_weights
 
@@ -49,8 +49,8 @@ class UNetToLoad:
         """diffusers' module without weights, and its weights, the LoRAs fused into them."""
         import torch
 
-        fuse = partial(fuse_into_unet, loras=self.loras) if self.loras else None
-        return load_model(self.checkpoint, "unet", getattr(torch, self.dtype), change=fuse, **how)
+        dtype = getattr(torch, self.dtype)
+        return load_model(self.checkpoint, "unet", dtype, loras=self.loras, **how)
 
 
 def open_denoiser(

@@ -9,6 +9,7 @@ from common.compute.groups import groups
 from common.compute.options import RunOptions
 from common.errors import NotFiniteError
 from common.files.kept_progress import Progress
+from common.messages import progress_bar
 from common.stopping import StopRequest
 from common.vae.grids import make_grid, shrink
 
@@ -39,19 +40,15 @@ def decode_groups(
         StoppedError: a stop was asked for; what is done is kept.
     """
     import torch
-    from tqdm import tqdm
 
     size = decoder.group_size(len(latents), options)
     decoded = []
-    hidden = None if bar else True  # None: where there is no terminal
-    with tqdm(
-        total=len(latents), desc="decode", unit="image", leave=False, disable=hidden
-    ) as bar_of_images:
+    with progress_bar(len(latents), "decode", "image", hidden=not bar) as shown:
         for number, (chosen, real) in enumerate(groups(len(latents), size)):
             finished = progress.read_group(number) if progress is not None else None
             if finished is not None:
                 decoded.append(finished["images"].numpy())
-                bar_of_images.update(real)
+                shown.update(real)
                 continue
             pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
             if not finite:
@@ -61,7 +58,7 @@ def decode_groups(
                     "was written: use --vae_dtype float32"
                 )
             decoded.append(pixels[:real])
-            bar_of_images.update(real)
+            shown.update(real)
             if progress is not None and len(latents) > size:
                 progress.save_group(number, {"images": torch.from_numpy(pixels[:real].copy())})
             if stop is not None and len(latents) > size:
@@ -94,12 +91,12 @@ def decode_trajectory(
         A strip [H, W, 3] uint8 with a row for each image and a column for each step, and frames
         [H, W, 3] with all images as they are after one step.
     """
-    from tqdm import tqdm
-
     columns, frames = [], []
-    with decoder.counting_as("trajectory"):
-        for latents in tqdm(trajectory, desc="trajectory", unit="step", leave=False, disable=None):
+    shown = progress_bar(len(trajectory), "trajectory", "step")
+    with decoder.counting_as("trajectory"), shown:
+        for latents in trajectory:
             images = decode_groups(decoder, latents, options, bar=False)
             columns.append(np.concatenate([shrink(image, MOST_STRIP_PIXELS) for image in images]))
             frames.append(make_grid(np.stack([shrink(i, MOST_FRAME_PIXELS) for i in images])))
+            shown.update()
     return np.concatenate(columns, axis=1), frames

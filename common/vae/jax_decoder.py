@@ -98,9 +98,8 @@ class JaxDecoder(Decoder):
     def _compiled(self, key: ProgramKey) -> CompiledProgram:
         if key not in self.programs:
             name, shape = key
-            with self.report.part("trace"):
-                lowered = self.lower(shape)
-            self.programs[key] = compile_program(lowered, name, self.report)
+            lower = partial(self.lower, shape)
+            self.programs[key] = compile_program(lower, name, self.report)
         return self.programs[key]
 
     def facts(self) -> dict[str, Any]:

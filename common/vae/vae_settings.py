@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from common.declared import FILES, MODEL, PICTURES, DeviceDtype, Settings, setting
+from common.errors import BadSettingError
 from common.files.picture_files import ImageFormat
 from common.models.checkpoint import Checkpoint
 
@@ -35,7 +36,13 @@ class VaeSettings(Settings):
 
 def in_tiles(tile: bool, checkpoint: Checkpoint, shape: Sequence[int]) -> bool:
     """Whether latents [B, C, h, w] are cut: they are to be, and are larger than diffusers' tile."""
-    sample_size = checkpoint.config("vae").get("sample_size", 32)
+    config = checkpoint.config("vae")
+    if tile and config.get("_class_name") == "AutoencoderTiny":
+        raise BadSettingError(
+            f"--tile: {checkpoint.source('vae').said} is an AutoencoderTiny, which decodes whole "
+            "pictures in little memory: leave the flag out"
+        )
+    sample_size = config.get("sample_size", 32)
     if isinstance(sample_size, list):
         sample_size = sample_size[0]
     return tile and max(shape[2:]) > sample_size // checkpoint.vae_scale_factor

@@ -37,7 +37,9 @@ def test_a_window_of_steps(tmp_path: Path) -> None:
     weights = {name: jax.numpy.asarray(tensor.numpy()) for name, tensor in weights_of(module)}
     x = jax.numpy.ones((512, 256))
     report = StageReport(2, since_process_began=False)
-    program = compile_program(jax.jit(as_jax_function(module)).lower(weights, x), "step", report)
+    program = compile_program(
+        lambda: jax.jit(as_jax_function(module)).lower(weights, x), "step", report
+    )
     jax.block_until_ready(program(weights, x))
     profiler = JaxProfiler(tmp_path / "trace", range(4, 7), report, {"step": program}, module)
     profiler.start()
@@ -87,7 +89,7 @@ def test_operations_have_the_path_of_their_scopes() -> None:
 
     report = StageReport(2, since_process_began=False)
     lowered = jax.jit(named).lower(np.ones((8, 8), np.float32))
-    names = dict(operation_names(compile_program(lowered, "named", report)))
+    names = dict(operation_names(compile_program(lambda: lowered, "named", report)))
     assert {module for module, _ in names} == {"jit_named"}
     assert any("mid_block" in path for path in names.values())
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def lower(factor: float) -> Any:
 
 def test_a_program_from_the_cache_is_told(cache: Path) -> None:
     report = StageReport(2, since_process_began=False)
-    first = compile_program(lower(2.0), "first", report)
-    again = compile_program(lower(2.0), "again", report)
-    other = compile_program(lower(3.0), "other", report)
+    first = compile_program(partial(lower, 2.0), "first", report)
+    again = compile_program(partial(lower, 2.0), "again", report)
+    other = compile_program(partial(lower, 3.0), "other", report)
     assert [(each.name, each.from_cache) for each in report.programs.each] == [
         ("first", False),
         ("again", True),
@@ -59,7 +60,7 @@ def test_a_program_from_the_cache_is_told(cache: Path) -> None:
 
 def test_a_hit_in_another_thread_is_not_counted(cache: Path) -> None:
     """One thread fetches programs from the cache while another one compiles."""
-    compile_program(lower(5.0), "known", StageReport(2, since_process_began=False))
+    compile_program(partial(lower, 5.0), "known", StageReport(2, since_process_began=False))
     entered, leave = threading.Event(), threading.Event()
     report = StageReport(2, since_process_began=False)
 
@@ -71,11 +72,11 @@ def test_a_hit_in_another_thread_is_not_counted(cache: Path) -> None:
             assert leave.wait(30)
             return lower(7.0).compile()
 
-    thread = threading.Thread(target=compile_program, args=(Slow(), "slow", report))
+    thread = threading.Thread(target=compile_program, args=(Slow, "slow", report))
     thread.start()
     assert entered.wait(30)
     mine = StageReport(2, since_process_began=False)
-    compile_program(lower(5.0), "known", mine)
+    compile_program(partial(lower, 5.0), "known", mine)
     leave.set()
     thread.join()
     assert mine.programs.from_cache == 1

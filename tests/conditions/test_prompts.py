@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.conditions.prompts import (
-    cut_prompts,
     embeddings_names,
     encode_prompts,
     room_of,
-    split_at_words,
+    split_text,
     token_counts,
+    unread,
 )
 from common.files.kept_progress import Progress
 from common.models.find import open_checkpoint
@@ -40,12 +40,15 @@ def pipeline() -> Any:
 
 @given(st.text(alphabet="ab \n", min_size=1), st.integers(1, 8))
 def test_a_text_is_split_between_words_into_as_few_pieces_as_hold_it(text: str, room: int) -> None:
-    pieces = split_at_words(text, len, room)
-    assert " ".join(pieces).split() == text.split()
-    for piece in pieces:
-        assert len(piece) <= room or len(piece.split()) <= 1
-    for first, second in pairwise(pieces):
-        assert len(f"{first} {second.split()[0]}") > room
+    pieces = split_text(text, len, room)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    if not text.split():
+        return
+    assert all(len(piece) <= room for piece in pieces)
+    if all(len(word) <= room for word in text.split()):
+        assert " ".join(pieces).split() == text.split()
+        for first, second in pairwise(pieces):
+            assert len(f"{first} {second.split()[0]}") > room
 
 
 def test_tokens_are_counted_without_start_and_end(pipeline: Any) -> None:
@@ -56,10 +59,10 @@ def test_tokens_are_counted_without_start_and_end(pipeline: Any) -> None:
 
 def test_what_is_cut_off_is_said_once(pipeline: Any) -> None:
     config = make_config(DEMO, prompts=[{"prompt": LONG, "negative_prompt": "blurry"}] * 2)
-    (line,) = cut_prompts(pipeline, config)
+    (line,) = unread(pipeline, config)
     assert line.startswith("the prompt 'red red") and "has 77 tokens, over the 75" in line
     assert "cut off: 'green blue'" in line and "--long_prompts chunk" in line
-    assert cut_prompts(pipeline, config.model_copy(update={"long_prompts": "chunk"})) == []
+    assert unread(pipeline, config.model_copy(update={"long_prompts": "chunk"})) == []
 
 
 def test_a_prompt_has_the_same_bits_in_any_company(pipeline: Any) -> None:
@@ -94,3 +97,38 @@ def test_an_encoding_that_is_stopped_goes_on_with_the_same_bits(
     assert "goes on after prompt 1 of 3" in capsys.readouterr().out
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",".join(["masterpiece", "best_quality", "red_star", "blue_background"] * 20),
+        "大きな赤い星、青い背景。" * 20,
+        "q" * 500,
+        "red " * 70 + "q" * 300 + " blue",
+        "🌟" * 200,
+    ],
+    ids=["tags", "Japanese", "one word", "a word among others", "emoji"],
+)
+def test_chunks_hold_all_of_a_text_without_spaces(pipeline: Any, text: str) -> None:
+    count = token_counts(pipeline)
+    pieces = split_text(text, count, room_of(pipeline))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(0 < count(piece) <= room_of(pipeline) for piece in pieces)
+    config = make_config(DEMO, prompts=[{"prompt": text, "negative_prompt": "blurry"}])
+    assert unread(pipeline, config.model_copy(update={"long_prompts": "chunk"})) == []
+    assert len(unread(pipeline, config)) == 1
+
+
+def test_break_begins_a_chunk(pipeline: Any) -> None:
+    def encode(text: str) -> torch.Tensor:
+        prompts = [{"prompt": text, "negative_prompt": "blurry"}]
+        config = make_config(DEMO, prompts=prompts, long_prompts="chunk")
+        return encode_prompts(pipeline, config)["prompt_embeds"]
+
+    count = token_counts(pipeline)
+    assert split_text("a BREAK b  BREAK\nc", count, 75) == ["a", "b", "c"]
+    assert split_text("BREAKFAST b break", count, 75) == ["BREAKFAST b break"]
+    both = encode("a red star BREAK a ring")
+    assert torch.equal(both[:, :77], encode("a red star"))
+    assert torch.equal(both[:, 77:], encode("a ring"))

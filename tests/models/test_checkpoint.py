@@ -204,7 +204,7 @@ def changed(name: str, **values: object) -> Callable[[Path], None]:
         (2, written("unet/config.json", b"{"), BadInputFileError,
          ["unet/config.json is damaged: Expecting"]),
         (3, written("vae/config.json", b"\xff"), BadInputFileError,
-         ["vae/config.json is damaged: 'utf-8'"]),
+         ["vae/config.json is damaged: line 1 is not UTF-8 text"]),
         (3, written("vae/config.json", DEEP.encode()), BadInputFileError,
          ["vae/config.json is damaged: it is nested too deeply"]),
         (3, written("vae/config.json", b"[1]"), BadInputFileError,

@@ -159,8 +159,7 @@ def test_the_classes_of_a_row_are_its_librarys(row: Component) -> None:
         assert hasattr(import_module(row.library), name)
     if row.replaceable:  # by one file as well, which transformers does not read
         assert row.library == "diffusers"
-        (class_name,) = row.classes
-        assert hasattr(getattr(diffusers, class_name), "from_single_file")
+        assert hasattr(getattr(diffusers, row.classes[0]), "from_single_file")
 
 
 def test_every_stage_reads_its_own_components() -> None:

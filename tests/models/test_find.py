@@ -136,7 +136,7 @@ def test_the_hub_is_asked_for_what_is_read_and_little_else(variant: str | None) 
     [
         (["--variant", "fp16"], BadSettingError, ["--variant is for checkpoints in folders"]),
         (["--revision", "v1"], BadSettingError, ["--revision is for hub ids", "is a file"]),
-        ([], BadInputFileError, ["one.safetensors cannot be loaded", "--model_id"]),
+        ([], BadInputFileError, ["one.safetensors is damaged", "--model_id"]),
     ],
 )
 def test_a_checkpoint_of_one_file(

@@ -36,8 +36,10 @@ def test_a_lora_that_is_none(value: object) -> None:
         LoraFile.model_validate(value)
 
 
-@pytest.mark.parametrize("value", ["", "a.safetensors:", {"file": "a"}, {"file": "a", "token": ""}])
-def test_a_textual_inversion_needs_a_file_and_a_token(value: object) -> None:
+@pytest.mark.parametrize(
+    "value", ["", "a.safetensors:", {"token": "a"}, {"file": "a", "token": ""}]
+)
+def test_a_textual_inversion_needs_a_file_and_no_empty_token(value: object) -> None:
     with pytest.raises(ValidationError):
         TokenFile.model_validate(value)
 
@@ -72,12 +74,14 @@ def test_a_name_that_is_none_is_refused(name: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("text", "file", "token"),
     [
-        ("a/cat.safetensors", "a/cat.safetensors", "cat"),
+        ("a/cat.safetensors", "a/cat.safetensors", None),
         ("a/cat.safetensors:<kitty>", "a/cat.safetensors", "<kitty>"),
-        ("C:/a/cat.safetensors", "C:/a/cat.safetensors", "cat"),
+        ("C:/a/cat.safetensors", "C:/a/cat.safetensors", None),
     ],
 )
-def test_an_embedding_has_a_file_and_a_token(text: str, file: str, token: str) -> None:
+def test_an_embedding_has_a_file_and_may_have_a_token(
+    text: str, file: str, token: str | None
+) -> None:
     (embedding,) = RunSettings(embeddings=text).embeddings
     assert (embedding.file, embedding.token) == (file, token)
     assert RunSettings(embeddings=[embedding.model_dump()]).embeddings == (embedding,)

@@ -104,7 +104,7 @@ def test_what_is_kept_is_kept_by_its_content(sdxl: Path, tmp_path: Path) -> None
     save_file({name: torch.randn(shape) for name, shape in matrices.items()}, lora)
     of_unet = tmp_path / "unet.safetensors"
     save_file({"unet.mid_block.to_q.lora_A.weight": torch.zeros(2, 32)}, of_unet)
-    save_file({"emb": torch.randn(1, 32)}, token)
+    save_file({"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 48)}, token)
     shutil.copy(lora, tmp_path / "same.safetensors")
 
     def open_with(
@@ -134,12 +134,13 @@ def test_what_is_kept_is_kept_by_its_content(sdxl: Path, tmp_path: Path) -> None
     assert others[2].text_encoder.dtype == torch.bfloat16
     expected = DiffusionPipeline.from_pretrained(sdxl)
     assert equal(encode(plain), encode(expected))
-    expected.load_textual_inversion(
-        load_file(token)["emb"],
-        token="<cat>",
-        tokenizer=expected.tokenizer,
-        text_encoder=expected.text_encoder,
-    )
+    for name, number in (("clip_l", ""), ("clip_g", "_2")):
+        expected.load_textual_inversion(
+            load_file(token)[name],
+            token="<cat>",
+            tokenizer=getattr(expected, f"tokenizer{number}"),
+            text_encoder=getattr(expected, f"text_encoder{number}"),
+        )
     assert equal(encode(with_token, "a <cat>"), encode(expected, "a <cat>"))
     assert not equal(encode(with_token, "a <cat>"), encode(plain, "a <cat>"))
     weights = with_lora.text_encoder.state_dict(), plain.text_encoder.state_dict()
@@ -160,5 +161,5 @@ def test_weights_that_change_under_the_same_path_are_read_anew(sdxl: Path, tmp_p
 def test_a_damaged_embedding_names_the_mend(tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     file.write_bytes(b"none")
-    with refusal(BadInputFileError, f"--embedding {file}", "SafetensorError", "FILE:TOKEN"):
+    with refusal(BadInputFileError, f"--embedding {file} is damaged", "get it again"):
         call(1, "--output_dir", tmp_path / "run", "--embedding", file)

@@ -273,9 +273,8 @@ def test_weights_that_lack_some_are_refused(form: str, sdxl: Path, tmp_path: Pat
     save_file(tensors, unet / WEIGHTS)
     source = unet if form == "folder" else unet / WEIGHTS
     checkpoint = open_checkpoint(RunSettings(model_id=str(sdxl), unet=str(source)), ["unet"])
-    with pytest.raises(BadInputFileError, match="cannot be loaded") as refused:
+    with pytest.raises(BadInputFileError, match=r"lacks 1 weight\(s\) of the UNet: conv_out"):
         load_model(checkpoint, "unet", torch.float32)
-    assert str(refused.value).count("cannot be loaded") == 1
 
 
 def test_text_weights_that_are_missing_are_refused(sdxl: Path, tmp_path: Path) -> None:
@@ -296,7 +295,7 @@ def test_a_file_for_another_config_is_refused(sdxl: Path, tmp_path: Path) -> Non
     tensors["time_embedding.cond_proj.weight"] = torch.zeros(128, 32)
     save_file(tensors, tmp_path / "lcm.safetensors")
     settings = RunSettings(model_id=str(sdxl), unet=str(tmp_path / "lcm.safetensors"))
-    with pytest.raises(BadInputFileError, match="are for a model of another config"):
+    with pytest.raises(BadInputFileError, match=r"of another config: time_embedding\.cond_proj"):
         load_model(open_checkpoint(settings, ["unet"]), "unet", torch.float32)
 
 

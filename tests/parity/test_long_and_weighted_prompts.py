@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.conditions.encoding import check_prompt_options
-from common.conditions.prompts import cut_prompts, encode_prompts, split_at_words, token_counts
+from common.conditions.prompts import encode_prompts, split_text, token_counts, unread
 from common.errors import BadSettingError
 from common.runs.generation import GenerationConfig
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference
@@ -70,7 +70,7 @@ def test_long_prompts_in_chunks(checkpoint: tuple[Path, Any, Ours]) -> None:
             if f"pooled_{name}" in embeddings or "negative_pooled_prompt_embeds" in embeddings:
                 pooled_name = name.replace("prompt_embeds", "pooled_prompt_embeds")
                 torch.testing.assert_close(embeddings[pooled_name][row : row + 1], pooled)
-    assert cut_prompts(ours.text_pipeline, config) == []
+    assert unread(ours.text_pipeline, config) == []
 
 
 def test_short_prompts_are_the_same_in_chunks(checkpoint: tuple[Path, Any, Ours]) -> None:
@@ -99,16 +99,15 @@ def test_a_long_prompt_denoises_by_what_was_cut_off(checkpoint: tuple[Path, Any,
     assert relative_difference(ours.denoise(config), latents.numpy()) < 1e-4
     cut = config_of(model, (LONG, "blurry"))
     assert relative_difference(ours.denoise(cut), latents.numpy()) > 1e-4
-    (line,) = cut_prompts(ours.text_pipeline, cut)
+    (line,) = unread(ours.text_pipeline, cut)
     assert "has 104 tokens, over the 75" in line and "--long_prompts chunk" in line
 
 
-def test_a_word_longer_than_a_chunk_is_cut_and_said(checkpoint: tuple[Path, Any, Ours]) -> None:
+def test_a_word_longer_than_a_chunk_is_read_in_several(checkpoint: tuple[Path, Any, Ours]) -> None:
     model, _, ours = checkpoint
     config = config_of(model, ("star" + "q" * 200 + " ring", None), long_prompts="chunk")
-    assert encode_prompts(ours.text_pipeline, config)["prompt_embeds"].shape[1] == 2 * 77
-    (line,) = cut_prompts(ours.text_pipeline, config)
-    assert "cut off" in line
+    assert encode_prompts(ours.text_pipeline, config)["prompt_embeds"].shape[1] == 3 * 77
+    assert unread(ours.text_pipeline, config) == []
 
 
 @given(
@@ -117,7 +116,7 @@ def test_a_word_longer_than_a_chunk_is_cut_and_said(checkpoint: tuple[Path, Any,
 )
 def test_pieces_hold_all_words_and_are_as_few_as_can_be(words: list[str], room: int) -> None:
     text = " ".join(words)
-    pieces = split_at_words(text, lambda piece: len(piece.split()), room)
+    pieces = split_text(text, lambda piece: len(piece.split()), room)
     assert " ".join(pieces).split() == text.split()
     assert len(pieces) == max(1, -(-len(text.split()) // room))
     assert all(len(piece.split()) <= room for piece in pieces)

@@ -9,10 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.conditions.encoding import check_prompt_options
-from common.errors import BadInputFileError, BadSettingError
-from common.models.model_settings import TokenFile
-from common.models.text_pipeline import load_text_pipeline
-from common.models.textual_inversion import load_embedding
+from common.errors import BadSettingError
 from tests.conftest import Run
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl
@@ -155,32 +152,6 @@ def test_textual_inversion_for_both_encoders(sdxl: tuple[Path, Any, Ours], tmp_p
     latents = Ours(sdxl[0], embeddings=[str(file)]).denoise(config)
     assert relative_difference(latents, run_pipeline(pipeline, config)[0]) < 1e-4
     assert relative_difference(latents, sdxl[2].denoise(config)) > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("name", "tensors", "words"),
-    [
-        ("wide.safetensors", {"x": torch.zeros(1, 33)}, "cannot be used with this checkpoint"),
-        ("star.safetensors", {"x": torch.zeros(1, 32)}, "already in tokenizer vocabulary"),
-        ("two.safetensors", {"x": torch.zeros(32), "y": torch.zeros(32)}, "cannot be used"),
-        ("none.safetensors", None, "is no safetensors file"),
-        ("pickle.pt", {"x": torch.zeros(32)}, "is no safetensors file"),
-    ],
-)
-def test_a_bad_embedding_file_is_one_sentence(
-    sd: tuple[Path, Any, Ours],
-    tmp_path: Path,
-    name: str,
-    tensors: dict[str, torch.Tensor] | None,
-    words: str,
-) -> None:
-    file = tmp_path / name
-    if tensors is not None:
-        save_file(tensors, file)
-    token = "star</w>" if name.startswith("star") else file.stem
-    pipeline = load_text_pipeline(sd[2].checkpoint, torch.float32)
-    with pytest.raises(BadInputFileError, match=words):
-        load_embedding(pipeline, TokenFile(file=str(file), token=token))
 
 
 @pytest.mark.slow

@@ -271,11 +271,6 @@ VERSIONS: dict[str, list[tuple[dict[str, Any], frozenset[int]]]] = {
     **{name: [({}, EVERYTHING)] for name in ("torch", "transformers", "diffusers", "tokenizers")},
     **{name: [({}, LATENTS)] for name in ("torchax", "jax", "jaxlib", "scipy", "torchsde")},
     "pillow": [({}, PICTURES)],
-    "peft": [
-        ({}, NOTHING),
-        ({"loras": [UNET_LORA]}, LATENTS),
-        ({"loras": [TEXT_LORA]}, EVERYTHING),
-    ],
     "compel": [({}, NOTHING), ({"prompt_weighting": "compel"}, EVERYTHING)],
 }
 COMPONENTS = {

@@ -77,7 +77,7 @@ def test_a_bad_config_file_is_one_sentence(tmp_path: Path, text: str, words: lis
         ("scheduler_options: {a: .inf}", ["config.yaml: scheduler_options", "finite numbers"]),
         ("scheduler_options: 3", ["config.yaml: scheduler_options 3", "dictionary"]),
         ("loras: [{file: a, strength: 2}]", ["config.yaml", "loras.0.strength"]),
-        ("embeddings: [{file: a}]", ["config.yaml", "embeddings.0.token is missing"]),
+        ("embeddings: [{token: a}]", ["config.yaml", "embeddings.0.file is missing"]),
         ("prompt: [a, 3]", ["config.yaml: prompt.1 3", "string"]),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_damaged_generation_config_names_the_mend(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xff", "is damaged ('utf-8' codec"),
+        (b"\xff", "is damaged (line 1 is not UTF-8"),
         (b"[1, 2", "is damaged (Expecting"),
         (b"[1, 2]", "valid dictionary"),
         (DEEP.encode(), "is damaged (it is nested too deeply)"),

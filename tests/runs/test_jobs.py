@@ -14,7 +14,7 @@ from common.runs.jobs import (
     latent_shape,
     make_sampler,
     packages_to_spare,
-    warn_of_idle_settings,
+    warn_of_settings,
 )
 from tests.configs import make_config
 from tests.conftest import DEMO
@@ -75,7 +75,7 @@ def test_a_job_has_a_row_for_each_image(demo: Checkpoint) -> None:
 def test_settings_without_effect_are_said(
     demo: Checkpoint, settings: dict, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warn_of_idle_settings(make_config(DEMO, **settings), demo)
+    warn_of_settings(make_config(DEMO, **settings), demo)
     heard = capsys.readouterr().err
     assert said in heard and bool(said) == bool(heard)
 
@@ -86,9 +86,9 @@ def test_a_unet_that_is_told_the_scale_has_no_interval(
     model = save_sd(tmp_path / "lcm", time_cond_proj_dim=16)
     checkpoint = open_checkpoint(make_config(model), loaded_for(LATENTS))
     capsys.readouterr()  # what saving it said
-    warn_of_idle_settings(make_config(model), checkpoint)
+    warn_of_settings(make_config(model), checkpoint)
     assert capsys.readouterr().err == ""
-    warn_of_idle_settings(make_config(model, guidance_end=0.5), checkpoint)
+    warn_of_settings(make_config(model, guidance_end=0.5), checkpoint)
     assert "--guidance_end have no effect: this UNet is told" in capsys.readouterr().err
 
 
@@ -97,4 +97,3 @@ def test_only_what_nobody_needs_is_spared(demo: Checkpoint) -> None:
     assert "scipy" not in packages_to_spare(make_config(DEMO, scheduler="lms"), demo)
     beta = make_config(DEMO, scheduler_options={"use_beta_sigmas": True})
     assert "scipy" not in packages_to_spare(beta, demo)
-    assert packages_to_spare(make_config(DEMO, loras=["a.safetensors"]), demo) == []

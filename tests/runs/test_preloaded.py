@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from common.runs.preloaded import PreloadedStage
 from tests.conftest import DEMO, RUN_ALL, STAGES, Run
@@ -141,8 +142,8 @@ def waiting(session: int) -> list[psutil.Process]:
 
 
 def test_a_failed_stage_takes_the_waiting_one_with_it(tmp_path: Path) -> None:
-    embedding = tmp_path / "broken.safetensors"
-    embedding.write_bytes(b"no tensors")
+    embedding = tmp_path / "other.safetensors"
+    save_file({"emb_params": torch.zeros(1, 5)}, embedding)  # of another family
     process = start("--output_dir", tmp_path / "run", "--embedding", embedding)
     wait_for(lambda: waiting(process.pid))
     assert process.wait() == 3

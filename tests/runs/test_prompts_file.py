@@ -68,6 +68,76 @@ def test_a_bad_line_of_a_prompts_file_is_named(tmp_path: Path, text: str, words:
         read_prompts_file(file, RunSettings())
 
 
+@pytest.mark.parametrize("mark", "\u2028 \u2029 \x85 \v \f \x1c \x1e \r".split(" "))
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.csv"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, name: str, mark: str) -> None:
+    text, file = f"a red{mark}star", tmp_path / name
+    as_json = json.dumps({"prompt": text}, ensure_ascii=False)
+    content = {
+        "p.txt": f"{text}\r\n\r\n",
+        "p.jsonl": f"{as_json}\r\n",
+        "p.json": f"[{as_json},\n\r\n  {json.dumps(text)}]",
+        "p.csv": f'prompt\r\n"{text}"\r\n',
+    }[name]
+    file.write_bytes(content.encode())
+    assert {p.prompt for p in read_prompts_file(file, RunSettings())} == {text}
+
+
+FORMS = [
+    ("p.JSONL", '{"prompt": "a", "seed": 3}\n{"prompt": "b, c", "negative_prompt": "d"}'),
+    ("p.ndjson", '{"prompt": "a", "seed": 3}\n\n{"prompt": "b, c", "negative_prompt": "d"}'),
+    ("by content", '{"prompt": "a", "seed": 3}\n{"prompt": "b, c", "negative_prompt": "d"}'),
+    ("p.json", '[{"prompt": "a", "seed": 3},\n {"prompt": "b, c", "negative_prompt": "d"}\n]'),
+    ("p.CSV", 'prompt,Seed,negative_prompt\na,3,\n\n"b, c",,d\n'),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_same_prompts_in_each_form(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    (tmp_path / name).write_text(text, encoding)
+    prompts = read_prompts_file(tmp_path / name, RunSettings(negative_prompt="default"))
+    assert [(p.prompt, p.negative_prompt, p.seed) for p in prompts] == [
+        ("a", "default", 3),
+        ("b, c", "d", None),
+    ]
+
+
+def test_text_in_braces_is_text_unless_each_line_is_json(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text('{"prompt": "a"}\n{a|b} star')
+    prompts = read_prompts_file(tmp_path / "p", RunSettings())
+    assert [p.prompt for p in prompts] == ['{"prompt": "a"}', "{a|b} star"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": true}',
+         "line 2: seed True: give a number or text, not true or false"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1 is not JSON: the key 'prompt'"),
+        ("p.json", '{"prompt": "a"}', "is not a JSON list"),
+        ("p.json", '[{"prompt": "a"}\n{"prompt": "b"}]', "line 2 is not JSON: give a comma"),
+        ("p.json", '["a",\n]', "line 2 is not JSON: give a comma between two values and ] after"),
+        ("p.json", '["a"', "line 1 is not JSON: give a comma"),
+        ("p.json", '["a"]\n]', "line 2 is not JSON: ']' follows the list"),
+        ("p.json", '["a",\n3]', "line 2 is neither a JSON object nor a text"),
+        ("p.json", '["a",\n{"prompt": "b",\n"sed": 1}]', "line 2: unknown setting 'sed'"),
+        ("p.csv", "text,seed\na,1", "line 1 is the header, and names no column `prompt`"),
+        ("p.csv", "prompt,seed,seed\na,1,2", "line 1: the column 'seed' stands twice"),
+        ("p.csv", "prompt,seed\na,1\n\nb,c,2", "line 4 has 3 cells under a header of 2"),
+        ("p.csv", 'prompt\n"a', "line 2 is not CSV: unexpected end of data"),
+        ("p.csv", "prompt,seed\na,x", "line 2: seed 'x': input should be a valid integer"),
+        ("p.csv", "prompt,size\na,1", "line 2: unknown setting 'size'"),
+    ],
+)  # fmt: skip
+def test_what_a_form_does_not_allow_is_named_with_its_line(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with refusal(BadSettingError, f"{tmp_path / name}", words):
+        read_prompts_file(tmp_path / name, RunSettings())
+
+
 def test_an_empty_prompts_file_exits_2(run_copy: Path, stage: Run, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n")
     before = file_contents(run_copy)
