@@ -37,8 +37,11 @@ def make_command(function: Callable[..., Any]) -> TyperCommand:
 
     @functools.wraps(function)
     def at_home(**parameters: Any) -> Any:
-        parameters.pop("version", None)
-        return function(**{name: _home_written_out(value) for name, value in parameters.items()})
+        given = {name: parameters[name] for name in signature.parameters}
+        for value in given.values():
+            if isinstance(value, TyperCommand.context_class):
+                value.params = _at_home(value.params)
+        return function(**_at_home(given))
 
     signature = inspect.signature(function)
     version = inspect.Parameter(
@@ -84,8 +87,12 @@ def _print_version(asked: bool | None) -> None:
         raise typer.Exit
 
 
-def _home_written_out(value: Any) -> Any:
-    """A path, or several, whose ~ the shell left alone, as in `--flag=~/file`."""
-    if isinstance(value, list):
-        return [_home_written_out(each) for each in value]
-    return Path(home_written_out(str(value))) if isinstance(value, Path) else value
+def _at_home(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with the ~ of paths replaced, which the shell left alone as in `--flag=~/file`."""
+
+    def written_out(value: Any) -> Any:
+        if isinstance(value, list):
+            return [written_out(each) for each in value]
+        return Path(home_written_out(str(value))) if isinstance(value, Path) else value
+
+    return {name: written_out(value) for name, value in parameters.items()}

@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, setting or input value;
 3 an input file is missing, damaged, or does not fit the others; 4 the numbers are not finite;
-5 the environment (disk, memory, device, lock); 130 interrupted; 143 terminated; 129
-hung up.
+5 the environment (disk, memory, device, lock); 129 hung up; 130 interrupted;
+143 terminated.
 """
 
 from collections.abc import Sequence

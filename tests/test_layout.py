@@ -11,7 +11,10 @@ from tests.conftest import PROJECT_DIR
 TESTS = PROJECT_DIR / "tests"
 # Suites that cut across the packages, and tests of the tree as a whole.
 SUITES = ("benchmarks", "e2e", "faults", "fuzz", "gpu", "parity", "sharded", "tpu")
-OF_THE_TREE = ("test_layout.py", "test_import_contracts.py", "test_extending.py")
+OF_THE_TREE = (
+    *("test_layout.py", "test_import_contracts.py"),
+    *("test_extending.py", "test_files_page.py"),
+)
 MOST_LINES = {"common": 400, "stages": 150}
 MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 60, 7
 # Kernels in the place of torch's own, whose signatures they have.

@@ -19,7 +19,6 @@ import typer
 from typer.core import TyperCommand
 
 from common.commands import flag
-from common.declared import home_written_out
 from common.errors import BadSettingError, StageError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
@@ -68,8 +67,7 @@ def main(
         for name, value in context.params.items()
         if name not in own and value not in (None, [], ())
     }
-    named = given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR
-    run_dir = Path(home_written_out(str(named)))
+    run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
     commands = []
     if sweep is None:
         commands = plan(given, from_stage=from_stage, to_stage=to_stage, force=force)
@@ -86,8 +84,7 @@ def main(
     if code != 0:
         return code
     if to_stage == LAST.number:
-        source_dir = given.get("input_dir", run_dir) if from_stage == to_stage else run_dir
-        source_dir = Path(home_written_out(str(source_dir)))
+        source_dir = Path(given.get("input_dir", run_dir)) if from_stage == to_stage else run_dir
         picture = picture_path(run_dir, source_dir, given.get("image_format"))
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return 0

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,12 +39,13 @@ def refuse_unfit_environment() -> None:
             "JAX_DISABLE_JIT is set, and stages are compiled programs: unset it, or use --backend "
             "torch"
         )
-    if os.environ.get("XLA_FLAGS", "").strip() and "jax" not in sys.modules:
-        _refuse_xla_flags()
+    if flags := os.environ.get("XLA_FLAGS", "").strip():
+        _refuse_xla_flags(flags)
 
 
-def _refuse_xla_flags() -> None:
-    """Raise where XLA would end this process for a flag in XLA_FLAGS."""
+@cache
+def _refuse_xla_flags(flags: str) -> None:
+    """Raise where XLA would end this process for one of its flags; tried once in a process."""
     tried = subprocess.run(
         [sys.executable, "-c", _READ_XLA_FLAGS], capture_output=True, text=True, check=False
     )
@@ -51,7 +53,7 @@ def _refuse_xla_flags() -> None:
         lines = [line.partition("] ")[2] for line in tried.stderr.splitlines() if "] " in line]
         reason = next((line for line in lines if line), "a value does not fit its flag")
         raise UnfitEnvironmentError(
-            f"XLA refuses XLA_FLAGS {os.environ['XLA_FLAGS'].strip()} ({shorten(reason, 200)}): "
+            f"XLA refuses XLA_FLAGS {flags} ({shorten(reason, 200)}): "
             "take out what this jaxlib does not know; flags of the TPU's compiler go into "
             "LIBTPU_INIT_ARGS"
         )

@@ -93,7 +93,7 @@ class Checkpoint:
                     f"code of {', '.join(LIBRARIES)} is run, none of a checkpoint's own"
                 )
         for row in rows:
-            class_name = self.class_of(row.name)
+            class_name = self._class_of(row.name)
             if class_name is not None and row.classes and class_name not in row.classes:
                 raise BadSettingError(
                     f"{self.source(row.name).said}: its {row.name} is a {class_name}; supported "
@@ -103,7 +103,7 @@ class Checkpoint:
             if self._has(row):
                 self._check_config(row)
 
-    def class_of(self, name: str) -> str | None:
+    def _class_of(self, name: str) -> str | None:
         """A component's class; None where the checkpoint has none, or does not tell."""
         if name in self.replaced:
             return self._read_json(self._config_file(name)).get("_class_name")

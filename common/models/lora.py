@@ -11,7 +11,7 @@ from common.models.checkpoint import Checkpoint, hash_large_file
 from common.models.component_table import component, text_encoders
 from common.models.find import find_weights_file
 from common.models.lora_file import LoraContent, Module, is_bundled
-from common.models.lora_formulas import bias_change, change, dora_axis, rank_of
+from common.models.lora_formulas import OF_BIAS, bias_change, change, dora_axis, rank_of
 from common.models.lora_names import names_in_files
 from common.models.model_settings import LoraFile
 
@@ -72,7 +72,7 @@ class Fusion:
         """
         for name, weight in weights:
             module, _, kind = name.rpartition(".")
-            changes = self.changes.get(module, ()) if kind in ("weight", "bias") else ()
+            changes = [each for each in self.changes.get(module, ()) if each.is_of(kind)]
             if not changes:
                 yield name, weight.to(dtype)
                 continue
@@ -106,6 +106,10 @@ class _Change:
     scaling: float  # alpha / rank
     strength: float
 
+    def is_of(self, kind: str) -> bool:
+        """Whether a module's parameter of a kind, such as "bias", is changed."""
+        return kind == "weight" or (kind == "bias" and bool(OF_BIAS & self.module.tensors.keys()))
+
     def apply(self, weight: "torch.Tensor", kind: str) -> "torch.Tensor":
         """A weight or bias, float32, with what is added to it."""
         by_piece = {name: piece for piece, name in self.module.tensors.items()}
@@ -113,10 +117,7 @@ class _Change:
         if kind == "weight":
             delta = change(weight, pieces, self.scaling)
         else:
-            found = bias_change(pieces, self.scaling)
-            if found is None:
-                return weight
-            delta = found.reshape(weight.shape)
+            delta = bias_change(pieces, self.scaling).reshape(weight.shape)
         if not delta.isfinite().all():
             raise BadInputFileError(
                 f"{self.content.said}: what {listed(sorted(by_piece))} add is not finite: get the "
@@ -207,9 +208,10 @@ def _check_shapes(
     shape, bias = shapes[f"{target}.weight"], shapes.get(f"{target}.bias")
     try:
         change(torch.empty(shape, device="meta"), pieces, 1.0)
-        of_bias = bias_change(pieces, 1.0)
-        if of_bias is not None and (bias is None or of_bias.numel() != bias[0]):
-            raise RuntimeError(f"a change of {list(of_bias.shape)} for a bias of {bias}")
+        if OF_BIAS & pieces.keys():
+            of_bias = bias_change(pieces, 1.0)
+            if bias is None or of_bias.numel() != bias[0]:
+                raise RuntimeError(f"a change of {list(of_bias.shape)} for a bias of {bias}")
         scale = pieces.get("weight")
         if scale is not None and scale.numel() not in shape[:2]:
             raise RuntimeError(f"{scale.numel()} numbers for a weight of {list(shape)}")

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,10 +243,14 @@ class LoraContent:
 
     def read(self, names: Sequence[str]) -> "dict[str, torch.Tensor]":
         """Some of its tensors, in float32."""
+        return {name: self._opened.get_tensor(name).float() for name in names}
+
+    @cached_property
+    def _opened(self) -> Any:
+        """The file, whose header is long: opened once for all modules."""
         from safetensors import safe_open
 
-        with safe_open(self.path, "pt") as file:
-            return {name: file.get_tensor(name).float() for name in names}
+        return safe_open(self.path, "pt")
 
     def family(self) -> str | None:
         """The family that it was trained for, as its metadata say; None: they don't."""

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common.models.tensor_files import without_ones
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,6 +33,7 @@ class Method:
     may_have: frozenset[str] = frozenset()
 
 
+OF_BIAS = {"diff_b", "b_norm", "up_bias"}  # pieces that change a bias
 _SCALED = ("alpha", "dora_scale", "magnitude")
 _WITH_LORA = ("mid", "up_bias", "diff_b", *_SCALED)
 
@@ -122,12 +125,12 @@ def dora_axis(weight: Sequence[int], scale: Sequence[int]) -> int:
     return 0 if scale[0] == weight[0] else 1
 
 
-def bias_change(pieces: "Pieces", scaling: float) -> "torch.Tensor | None":
-    """Δb [outputs] of strength 1; None where the bias stays."""
+def bias_change(pieces: "Pieces", scaling: float) -> "torch.Tensor":
+    """Δb [outputs] of strength 1, by whichever piece is `OF_BIAS`."""
     for name in ("diff_b", "b_norm"):
         if name in pieces:
             return pieces[name]
-    return pieces["up_bias"] * scaling if "up_bias" in pieces else None
+    return pieces["up_bias"] * scaling
 
 
 def _without_norms(weight: "torch.Tensor", pieces: "Pieces", scaling: float) -> "torch.Tensor":
@@ -142,7 +145,7 @@ def _without_norms(weight: "torch.Tensor", pieces: "Pieces", scaling: float) -> 
             delta = _with_core(pieces["mid"], up.flatten(1).T, down.flatten(1))
         else:
             delta = (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
-        if _without_ones(up.shape) != (*up.shape[:2],):
+        if without_ones(up.shape) != (*up.shape[:2],):
             raise RuntimeError(f"up {list(up.shape)} has a kernel")
     elif "hada_w1_a" in pieces:
         delta = _hada(pieces, 1) * _hada(pieces, 2)
@@ -196,11 +199,6 @@ def _ia3(weight: "torch.Tensor", scale: "torch.Tensor", on_input: bool | None) -
 def _as_weight(delta: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
     """A change in its weight's shape: a convolution of size 1 and a linear layer are the same."""
     flat = delta.ndim == 2 and delta.shape == weight.flatten(1).shape
-    if not flat and _without_ones(delta.shape) != _without_ones(weight.shape):
+    if not flat and without_ones(delta.shape) != without_ones(weight.shape):
         raise RuntimeError(f"a change of {list(delta.shape)} for a weight of {list(weight.shape)}")
     return delta.reshape(weight.shape)
-
-
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A weight's shape without a kernel of size 1."""
-    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)

@@ -1,6 +1,6 @@
 """safetensors files that people download: what they hold, or what they are in its place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +71,11 @@ def read_tensors(path: Path, said: str) -> "dict[str, torch.Tensor]":
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInputFileError(f"{said} {_instead(path, error)}") from None
+
+
+def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A weight's shape; a convolution of size 1 and a linear layer are the same."""
+    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
 def other_content(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from common.errors import BadInputFileError, listed
 from common.models.component_table import component
 from common.models.file_flags import FLAGS
 from common.models.original_names import earlier_vae_name, original_unet_name, original_vae_name
-from common.models.tensor_files import TensorHeader, read_header
+from common.models.tensor_files import TensorHeader, read_header, without_ones
 from common.text_files import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -145,17 +145,11 @@ def _namings(name: str, config: Mapping[str, Any]) -> list[Naming]:
     def own(module: str) -> str:
         return module
 
-    others: dict[str, list[Callable[[str, Mapping[str, Any]], str | None]]] = {
+    others: dict[str, list[Callable[..., str | None]]] = {
         "unet": [original_unet_name],
         "vae": [original_vae_name, earlier_vae_name],
     }
-    return [own, *(partial(_with_config, other, config) for other in others.get(name, ()))]
-
-
-def _with_config(
-    naming: Callable[[str, Mapping[str, Any]], str | None], config: Mapping[str, Any], module: str
-) -> str | None:
-    return naming(module, config)
+    return [own, *(partial(other, config=config) for other in others.get(name, ()))]
 
 
 def _named(own: str, prefix: str, naming: Naming) -> str:
@@ -170,7 +164,7 @@ def _spare(tensor: str) -> bool:
 
 def _check(said: str, tensor: str, header: TensorHeader, shape: Sequence[int], title: str) -> None:
     """Raise where a tensor is not what a weight of that shape can be read from."""
-    if _without_ones(header.shape) != _without_ones(shape):
+    if without_ones(header.shape) != without_ones(shape):
         raise BadInputFileError(
             f"{said} is for a {title} of another config: {tensor} is {list(header.shape)}, not "
             f"{list(shape)}: choose another file, or name the folder that has its config"
@@ -180,8 +174,3 @@ def _check(said: str, tensor: str, header: TensorHeader, shape: Sequence[int], t
             f"{said}: {tensor} is {header.dtype}, no kind of weights that is read: get the "
             "file in float16 or bfloat16"
         )
-
-
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A weight's shape; a convolution of size 1 and a linear layer are the same."""
-    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)

@@ -3,7 +3,6 @@
 import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import BadInputFileError, StageError, in_one_line, listed
@@ -90,11 +89,6 @@ def weights_of(module: Any) -> "Weights":
     """A module's parameters and buffers, one by one; it is left without data (torch's meta)."""
     yield from [*module.named_parameters(), *module.named_buffers()]
     module.to("meta")
-
-
-def weights_files(checkpoint: Checkpoint, name: str) -> list[Path]:
-    """The safetensors files that hold a component's weights."""
-    return [path for path in checkpoint.files_read(name) if path.suffix == ".safetensors"]
 
 
 def make_without_weights(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:

@@ -8,8 +8,15 @@ import psutil
 import pytest
 
 from common.compute import platforms
-from common.compute.platforms import has_only_cpus, has_tpu_files, usable_cores
+from common.compute.platforms import (
+    has_only_cpus,
+    has_tpu_files,
+    refuse_unfit_environment,
+    usable_cores,
+)
+from common.errors import UnfitEnvironmentError
 from tests.conftest import PROJECT_DIR
+from tests.refusals import refusal
 
 
 @pytest.mark.parametrize(
@@ -71,3 +78,29 @@ def test_cores_are_those_that_the_process_may_use() -> None:
         assert usable_cores() == 1
     finally:
         process.cpu_affinity(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("XLA_FLAGS", "--xla_no_such=1", "XLA refuses XLA_FLAGS --xla_no_such=1 (Unknown flag"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=many", "LIBTPU_INIT_ARGS"),
+        (
+            "JAX_DISABLE_JIT",
+            "True",
+            "JAX_DISABLE_JIT is set",
+        ),
+    ],
+)
+def test_variables_under_which_nothing_compiles_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with refusal(UnfitEnvironmentError, words):
+        refuse_unfit_environment()
+
+
+def test_other_variables_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "  --xla_force_host_platform_device_count=2 ")
+    monkeypatch.setenv("JAX_DISABLE_JIT", "0")
+    refuse_unfit_environment()

@@ -1,7 +1,6 @@
 """What is compiled, whether it came from the cache, and which modules share it."""
 
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 from diffusers import AutoencoderKL
-from jax._src import compilation_cache
 
 from common.compute.clock import StageReport
 from common.compute.programs import compile_program, compiled_in
 from common.compute.sharding import SINGLE, make_mesh
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Path]:
-    """A persistent compile cache of this test's own, which takes every program."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield tmp_path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def lower(factor: float) -> Any:
