@@ -133,6 +133,11 @@ class Sampler:
             raise BadSettingError(f"--{name}: {self.name} takes none in diffusers")
         with refused_in_words(f"{self.name} with {name} {value}"):
             self.scheduler.set_timesteps(**self.spacing)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # As diffusers' SDXL pipeline does. Without it the first step is looked for by its
+            # timestep, and where two begin with the same one (beta sigmas, many steps) the second
+            # is found, and a step is missing at the end.
+            self.scheduler.set_begin_index(0)
         timesteps: torch.Tensor = self.scheduler.timesteps
         return timesteps
 

@@ -154,6 +154,33 @@ def has_option(scheduler: str, options: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        *(
+            (name, dict(num_inference_steps=50, scheduler_options={"use_beta_sigmas": True}))
+            for name in ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis", "sa_solver")
+        ),
+        ("dpmpp_2m", dict(num_inference_steps=100, scheduler_options={"use_beta_sigmas": True})),
+        ("euler", dict(num_inference_steps=None, timesteps=[999, 999, 500, 100])),
+    ],
+)
+def test_a_first_timestep_twice_equals_diffusers_sdxl(
+    family: tuple[str, Family], scheduler: str, settings: dict[str, Any]
+) -> None:
+    name, models = family
+    if name == "SDXL":
+        comparison = models.compare(decoded=False, scheduler=scheduler, **settings)
+        assert comparison.verdict is None
+        comparison.check()
+        return
+    # diffusers' SD pipeline looks the first step up, finds the second, and runs out of sigmas.
+    config = make_config(models.model, height=64, width=64, scheduler=scheduler, **settings)
+    with pytest.raises(REFUSALS):
+        run_pipeline(models.pipeline, config)
+    assert np.isfinite(models.ours.denoise(config)).all()
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         # Few steps and little guidance: clipping makes random weights' pictures chaotic, and
