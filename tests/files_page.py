@@ -6,7 +6,12 @@ python -m tests.files_page
 from collections.abc import Iterator
 
 from tests.conftest import PROJECT_DIR
-from tests.models import test_tensor_files, test_textual_inversion, test_weight_files
+from tests.models import (
+    test_tensor_files,
+    test_text_pipeline,
+    test_textual_inversion,
+    test_weight_files,
+)
 from tests.models.lora_files import FORMATS
 from tests.runs import test_prompts_file
 
@@ -29,9 +34,14 @@ def rows() -> Iterator[tuple[str, str, str]]:
         yield "`--lora`", f"{kind.title} ({parts})", "read"
     for layout in test_weight_files.LAYOUTS:
         yield f"`--{layout.component}`", layout.title, "read"
+    for title, _, _ in test_text_pipeline.LAYOUTS:
+        yield "`--model_id` in one file", f"text encoders: {title}", "read"
     yield "`--vae`", "a decoder alone", "read"
-    yield "`--vae`", "`AutoencoderTiny` (TAESD), in diffusers' layout", "read"
+    yield "`--vae`", "`AutoencoderTiny` (TAESD), its folder or its file beside its config", "read"
+    yield "`--vae`", "`AutoencoderTiny` (TAESD), a file without a config", "refused"
     yield "`--unet`", "`v_pred`, `ztsnr`, `edm_mean`, `edm_vpred.sigma_max` beside weights", "read"
+    yield "`--unet`", "`modelspec.prediction_type` in the metadata (SD 2.x)", "read"
+    yield "`--unet`", "of nine or eight channels (inpainting, edits by instruction)", "refused"
     yield "`--embedding`", "one tensor, named by its word or by none", "read"
     for layout_of_two in test_textual_inversion.LAYOUTS:
         yield "`--embedding`", f"two text encoders: {layout_of_two}", "read"

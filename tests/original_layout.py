@@ -28,8 +28,10 @@ def save_original(folder: Path, file: Path) -> Path:
     for name, tensor in first.items():
         tensors[f"{prefix}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
     if second.exists():
-        open_clip = _open_clip(load_file(second))
-        tensors |= {f"conditioner.embedders.1.model.{name}": t for name, t in open_clip.items()}
+        second_tensors = open_clip(load_file(second))
+        tensors |= {
+            f"conditioner.embedders.1.model.{name}": t for name, t in second_tensors.items()
+        }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return file
 
@@ -124,7 +126,8 @@ def _vae(tensors: Tensors) -> Tensors:
     return result
 
 
-def _open_clip(tensors: Tensors) -> Tensors:
+def open_clip(tensors: Tensors) -> Tensors:
+    """A text encoder in OpenCLIP's names, from transformers' with `text_model.`."""
     names = {
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",

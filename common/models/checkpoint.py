@@ -102,6 +102,8 @@ class Checkpoint:
         for row in rows:
             if self._has(row):
                 self._check_config(row)
+        if self._config_file("unet").is_file():
+            self._check_channels()
 
     def _class_of(self, name: str) -> str | None:
         """A component's class; None where the checkpoint has none, or does not tell."""
@@ -119,6 +121,17 @@ class Checkpoint:
                     f"{self.source(row.name).said}: its {row.title} has {key} {value}; supported: "
                     f"{', '.join(map(str, known))}"
                 )
+
+    def _check_channels(self) -> None:
+        """Raise `BadSettingError` where the UNet wants more than the latents that it predicts."""
+        config = self.config("unet")
+        takes, gives = int(config["in_channels"]), int(config.get("out_channels", 4))
+        if takes != gives:
+            raise BadSettingError(
+                f"{self.source('unet').said}: its UNet takes {takes} channels and gives {gives}, "
+                "as those for inpainting (9) or edits by instruction (8) do, which no stage "
+                "feeds: choose a text-to-image checkpoint"
+            )
 
     def components_for(self, artifact: str) -> list[str]:
         """Those of the components that its stage reads to make an artifact, in their order."""
@@ -196,7 +209,7 @@ class Checkpoint:
         Hashes of large files are kept in the user's cache folder by path, size, time and inode.
         """
         digest, files = hashlib.sha256(), self.files_read(name)
-        weights = [path for path in files if path.suffix == ".safetensors"]
+        weights = [path for path in files if path.suffix.lower() == ".safetensors"]
         only_file = weights[0] if len(weights) == 1 else None  # which may have any name
         for path in files:
             if path.name in config_files():

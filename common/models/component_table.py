@@ -35,6 +35,7 @@ class ComponentConfig(BaseModel):
 class _UNetConfig(ComponentConfig):
     sample_size: Count
     in_channels: Count
+    out_channels: Count = 4
     block_out_channels: Channels
     cross_attention_dim: Count
     time_cond_proj_dim: Count | None = None
@@ -171,8 +172,13 @@ COMPONENTS: tuple[Component, ...] = (
     Component(name="tokenizer", needed=True, **_TOKENIZER),
     Component(
         name="text_encoder",
+        title="text encoder",
         classes=("CLIPTextModel",),
         needed=True,
+        file_prefixes=(
+            *("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
+            *("cond_stage_model.model.", "text_encoders.clip_l.transformer."),
+        ),
         lora_prefixes=(
             *("text_encoder.", "text_encoder_1.", "lora_te_", "lora_te1_", "lora_te1.", "clip_l."),
             *("te1.", "te.", "text_encoders.clip_l.transformer.", "text_encoder_lora_layers."),
@@ -184,7 +190,12 @@ COMPONENTS: tuple[Component, ...] = (
     Component(name="tokenizer_2", **_TOKENIZER),
     Component(
         name="text_encoder_2",
+        title="second text encoder",
         classes=("CLIPTextModelWithProjection",),
+        file_prefixes=(
+            *("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+            "text_encoders.clip_g.transformer.",
+        ),
         lora_prefixes=(
             *("text_encoder_2.", "lora_te2_", "lora_te2.", "clip_g.", "te2."),
             *("text_encoders.clip_g.transformer.", "text_encoder_2_lora_layers."),

@@ -2,8 +2,9 @@
 
 Some tools mark what a UNet was trained for by tensors of their own: `v_pred` and `ztsnr`
 (prediction type, zero terminal SNR), `edm_mean` and `edm_std` (Playground v2.5's latents),
-`edm_vpred.sigma_max` (CosXL). The configs that stand beside such a file may say otherwise; the
-file, which was trained so, is right.
+`edm_vpred.sigma_max` (CosXL). Others say it in the file's metadata (`modelspec.prediction_type`,
+https://github.com/Stability-AI/ModelSpec), against which the tensors win. The configs that stand
+beside such a file may say otherwise; the file, which was trained so, is right.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ _EDM = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002}
 _PLAYGROUND = {**_EDM, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
 _COSXL = {**_EDM, "sigma_max": 120.0, "sigma_data": 1.0, "prediction_type": "v_prediction"}
 FLAGS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+_MODEL_SPEC = "modelspec.prediction_type"
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
 
 Configs = Mapping[str, Mapping[str, Any]]  # component → values
 
@@ -34,9 +38,13 @@ def configs_in_file(path: Path, said: str) -> tuple[list[str], Configs]:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, said: str, *_: int) -> tuple[list[str], Configs]:
-    flags = [name for name in FLAGS if name in read_header(path, said).tensors]
+    header = read_header(path, said)
+    flags = [name for name in FLAGS if name in header.tensors]
     scheduler: dict[str, Any] = {}
     vae: dict[str, Any] = {}
+    prediction_type = _PREDICTION_TYPES.get(header.metadata.get(_MODEL_SPEC, ""))
+    if prediction_type is not None and not flags:
+        return [_MODEL_SPEC], {"scheduler": {"prediction_type": prediction_type}, "vae": {}}
     if "v_pred" in flags:
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in flags:

@@ -9,6 +9,7 @@ from common.models import hub
 from common.models.checkpoint import Checkpoint, Source
 from common.models.component_table import component, config_files
 from common.models.model_settings import PROJECT_DIR, ModelSettings
+from common.text_files import parse_json, read_text
 
 
 def open_checkpoint(settings: ModelSettings, components: Sequence[str]) -> Checkpoint:
@@ -24,7 +25,7 @@ def open_checkpoint(settings: ModelSettings, components: Sequence[str]) -> Check
     """
     elsewhere = settings.replacements()
     own = [name for name in components if name not in elsewhere]
-    if settings.model_id.endswith(".safetensors"):
+    if _is_one_file(settings.model_id):
         checkpoint = _open_single_file(settings, own)
     else:
         checkpoint = _open_folder(settings, own)
@@ -103,9 +104,9 @@ def _find_replacement(name: str, value: str, checkpoint: Checkpoint, needed: boo
     """
     said = f"--{name} {value}"
     own_folder, config_file = checkpoint.folder / name, component(name).config_file
-    if value.endswith(".safetensors"):
+    if _is_one_file(value):
         file = find_weights_file(value, f"--{name}", "FILE") if needed else Path(value)
-        return Source(said, own_folder, file)
+        return Source(said, file.parent if _has_config_of(name, file.parent) else own_folder, file)
 
     def source(folder: Path, variant: str | None) -> Source:
         inner = folder if (folder / config_file).is_file() else folder / name
@@ -139,6 +140,19 @@ def _find_replacement(name: str, value: str, checkpoint: Checkpoint, needed: boo
         )
     found = [variant for variant in variants if has_weights(folder, variant)]
     return source(folder, found[0] if found else None)
+
+
+def _is_one_file(value: str) -> bool:
+    return value.lower().endswith(".safetensors")
+
+
+def _has_config_of(name: str, folder: Path) -> bool:
+    """Whether a component's config stands beside its file, as where folders are downloaded."""
+    try:
+        config = parse_json(read_text(folder / component(name).config_file))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") in component(name).classes
 
 
 def _is_there(checkpoint: Checkpoint, components: Callable[[], list[str]]) -> bool:
@@ -187,7 +201,7 @@ def find_weights_file(file: str, flag: str, form: str, revision: str | None = No
         BadInputFileError: there is none, or its name does not end in .safetensors.
     """
     path = _find_local(file)
-    if path is not None and path.is_file() and path.suffix == ".safetensors":
+    if path is not None and path.is_file() and _is_one_file(path.name):
         if revision is not None:
             raise BadSettingError(f"--revision is for hub ids; {file} is a file")
         return path

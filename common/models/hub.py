@@ -10,7 +10,7 @@ from common.errors import UnfitEnvironmentError, in_one_line
 
 OFFLINE = "HF_HUB_OFFLINE"  # read by the hub's own library when that is imported
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-FILE_IN_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)/([^:]+\.safetensors)")
+FILE_IN_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)/([^:]+\.(?i:safetensors))")
 
 
 def find_snapshot(

@@ -5,7 +5,17 @@ Source: diffusers' `single_file_utils`, which convert the other way; a test comp
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as a file holds it."""
+
+    name: str  # of the tensor
+    third: int | None = None  # which of the three that the tensor holds one under the other
+    transposed: bool = False
 
 
 def original_unet_name(module: str, config: Mapping[str, Any]) -> str | None:
@@ -109,3 +119,39 @@ def earlier_vae_name(module: str, config: Mapping[str, Any]) -> str | None:
     """An `AutoencoderKL`'s module as diffusers called it before version 0.15."""
     start, attention, last = module.partition("mid_block.attentions.0.")
     return start + attention + _BEFORE_IN_VAE_ATTENTION.get(last, last) if attention else module
+
+
+_OPEN_CLIP = {
+    "text_model.embeddings.token_embedding.weight": Stored("token_embedding.weight"),
+    "text_model.embeddings.position_embedding.weight": Stored("positional_embedding"),
+    "text_model.final_layer_norm.weight": Stored("ln_final.weight"),
+    "text_model.final_layer_norm.bias": Stored("ln_final.bias"),
+    "text_projection.weight": Stored("text_projection", transposed=True),
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def open_clip_name(weight: str) -> Stored | None:
+    """A text encoder's weight in OpenCLIP's code; None where that has none.
+
+    Args:
+        weight: by transformers' name, with `text_model.` or without.
+    """
+    if not weight.startswith(("text_model.", "text_projection.")):
+        weight = f"text_model.{weight}"
+    if weight in _OPEN_CLIP:
+        return _OPEN_CLIP[weight]
+    layer = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", weight)
+    if layer is None:
+        return None
+    block, module, kind = f"transformer.resblocks.{layer[1]}", layer[2], layer[3]
+    if together := re.fullmatch(r"self_attn\.([qkv])_proj", module):
+        return Stored(f"{block}.attn.in_proj_{kind}", third="qkv".index(together[1]))
+    inner = _OPEN_CLIP_LAYER.get(module)
+    return None if inner is None else Stored(f"{block}.{inner}.{kind}")

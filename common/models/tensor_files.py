@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import BadInputFileError, in_one_line
+from common.errors import BadInputFileError
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,8 @@ def read_header(path: Path, said: str) -> FileHeader:
                 },
                 file.metadata() or {},
             )
-    except (OSError, SafetensorError) as error:
-        raise BadInputFileError(f"{said} {_instead(path, error)}") from None
+    except (OSError, SafetensorError):
+        raise BadInputFileError(f"{said} {_instead(path)}") from None
 
 
 def read_tensors(path: Path, said: str) -> "dict[str, torch.Tensor]":
@@ -69,8 +69,8 @@ def read_tensors(path: Path, said: str) -> "dict[str, torch.Tensor]":
 
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInputFileError(f"{said} {_instead(path, error)}") from None
+    except (OSError, SafetensorError):
+        raise BadInputFileError(f"{said} {_instead(path)}") from None
 
 
 def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
@@ -90,5 +90,5 @@ def other_content(path: Path) -> str | None:
     return next((said for start, said in _OTHERS if begins.lstrip().startswith(start)), None)
 
 
-def _instead(path: Path, error: Exception) -> str:
-    return other_content(path) or f"is damaged ({in_one_line(error)}): get it again"
+def _instead(path: Path) -> str:
+    return other_content(path) or "is damaged or cut short: get it again"

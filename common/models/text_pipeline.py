@@ -11,7 +11,8 @@ from common.models.component_table import COMPONENTS, component, loaded_for, tex
 from common.models.lora import fuse_into_text_encoders, lora_settings
 from common.models.model_settings import LoraFile, TokenFile
 from common.models.textual_inversion import embedding_settings, teach
-from common.models.weights import check_complete, reading, refuse_missing
+from common.models.weight_files import read_weights
+from common.models.weights import find_all_weights, reading
 
 if TYPE_CHECKING:
     import torch
@@ -81,23 +82,10 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     diffusers.utils.logging.disable_progress_bar()
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     options = _without_others(pipeline_class, checkpoint)
-    if checkpoint.file is None:
-        parts = {
-            name: _load_part(checkpoint, name, dtype)
-            for name in checkpoint.components_for(EMBEDDINGS)
-        }
-        return pipeline_class(**options, **parts)
-    with reading(checkpoint.source("text_encoder")):
-        pipeline = pipeline_class.from_single_file(
-            str(checkpoint.file),
-            config=str(checkpoint.folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            **options,
-        )
-        for name in checkpoint.components_for(EMBEDDINGS):
-            check_complete(getattr(pipeline, name))
-    return pipeline
+    parts = {
+        name: _load_part(checkpoint, name, dtype) for name in checkpoint.components_for(EMBEDDINGS)
+    }
+    return pipeline_class(**options, **parts)
 
 
 def embeddings_names(pipeline: Any) -> tuple[str, ...]:
@@ -132,7 +120,8 @@ def _without_others(pipeline_class: Any, checkpoint: Checkpoint) -> dict[str, An
 
 
 def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
-    """A tokenizer or text encoder from its folder."""
+    """A tokenizer or text encoder."""
+    import torch
     import transformers
 
     source = checkpoint.source(name)
@@ -140,15 +129,15 @@ def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
         part_class = getattr(transformers, checkpoint.index()[name][1])
         if not component(name).has_weights:
             return part_class.from_pretrained(source.folder, local_files_only=True)
-        part, found = part_class.from_pretrained(
-            source.folder,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=source.variant,
+        config = part_class.config_class.from_pretrained(source.folder, local_files_only=True)
+        with torch.device("meta"):
+            module = part_class(config)
+        weights = read_weights(find_all_weights(checkpoint, name, module).places, dtype)
+        return part_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
             dtype=dtype,
             # Named, so that no config can have another one fetched.
             attn_implementation="sdpa",
-            output_loading_info=True,
         )
-        refuse_missing(sorted(found["missing_keys"]))
-    return part

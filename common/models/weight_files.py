@@ -1,19 +1,26 @@
 """Which tensor of which file is which weight of a model, in every layout that tools write.
 
-A file names a model's weights by diffusers' names (today's or those of before), or by those of the
-original code, with or without a beginning that tells the model among others of its checkpoint.
+A file names a model's weights by its library's names (today's or those of before), or by those of
+the original code, with or without a beginning that tells the model among others of its checkpoint.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import BadInputFileError, listed
-from common.models.component_table import component
+from common.models.component_table import component, text_encoders
 from common.models.file_flags import FLAGS
-from common.models.original_names import earlier_vae_name, original_unet_name, original_vae_name
+from common.models.original_names import (
+    Stored,
+    earlier_vae_name,
+    open_clip_name,
+    original_unet_name,
+    original_vae_name,
+)
 from common.models.tensor_files import TensorHeader, read_header, without_ones
 from common.text_files import parse_json, read_text
 
@@ -23,10 +30,15 @@ if TYPE_CHECKING:
 LEAST_FOUND = 0.5  # of a model's weights in a file that is meant to hold it
 # What the weight of a module in 8 bits is multiplied by, in ComfyUI's files.
 _SCALES = ("scale_weight", "weight_scale")
-# That there are such; the scales of computing in 8 bits, which we do not.
-_SPARE = ("scaled_fp8", "scale_input", "input_scale")
+# What files hold beside weights: that there are scales; those of computing in 8 bits, which we do
+# not; a text encoder's positions, which count up, and what only comparing with pictures needs.
+_SPARE = ("scaled_fp8", "scale_input", "input_scale", "position_ids", "logit_scale")
 
-Naming = Callable[[str], str | None]  # diffusers' path of a module → a file's, or none
+# `AutoencoderTiny` by diffusers' names, by its own, and with what tools put before these.
+_OF_TINY_AUTOENCODER = re.compile(r"((en|de)coder\.layers\.|taesd_\w+\.)?\d+\.(weight|conv\.0\.)")
+_OF_SD_2 = "cond_stage_model.model."
+
+Naming = Callable[[str], Stored | None]  # the library's name of a weight → the file's, or none
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Place:
     """Where a weight stands."""
 
     file: Path
-    name: str
+    stored: Stored
     shape: tuple[int, ...]  # that it has in the model
     scale: str | None = None  # the tensor by which it is multiplied
 
@@ -56,7 +68,7 @@ def find_weights(
     Args:
         name: the component's.
         files: safetensors, of which shards are used where an index among them names them.
-        shapes: of the model's weights, by diffusers' names.
+        shapes: of the model's weights, by its library's names.
         config: the model's.
 
     Raises:
@@ -67,41 +79,53 @@ def find_weights(
     first = next(iter(headers))
     said = str(first if len(headers) == 1 else first.parent)
     title = component(name).title
-    best = max(
-        (
-            (prefix, {own: _named(own, prefix, naming) for own in shapes})
-            for prefix in ("", *component(name).file_prefixes)
-            for naming in _namings(name, config)
-        ),
-        key=lambda each: sum(tensor in where for tensor in each[1].values()),
-    )
-    prefix, names = best
-    there = {own: tensor for own, tensor in names.items() if tensor in where}
+    prefix, stored = _best_naming(name, where, shapes, config)
+    there = {own: found for own, found in stored.items() if found.name in where}
     if len(there) < LEAST_FOUND * len(shapes):
         few = f"only {len(there)} of {len(shapes)}" if there else "none"
+        mend = "choose another file"
+        if name == "vae" and any(map(_OF_TINY_AUTOENCODER.match, where)):
+            mend = "it is a TAESD; name its folder in diffusers' layout, which has its config"
         raise BadInputFileError(
-            f"{said} holds {few} of the weights of a {title}, but {listed(sorted(where))}: choose "
-            "another file"
+            f"{said} holds {few} of the weights of a {title}, but {listed(sorted(where))}: {mend}"
         )
-    found = Found(missing={own: names[own] for own in names if own not in there})
-    for own, tensor in there.items():
-        path = where[tensor]
-        module = tensor.removesuffix(".weight")
+    found = Found(missing={own: stored[own].name for own in stored if own not in there})
+    for own, each in there.items():
+        path = where[each.name]
+        module = each.name.removesuffix(".weight")
         scale = next((f"{module}.{s}" for s in _SCALES if f"{module}.{s}" in headers[path]), None)
-        _check(said, tensor, headers[path][tensor], shapes[own], title)
-        found.places[own] = Place(path, tensor, tuple(shapes[own]), scale)
-    used = set(there.values()) | {p.scale for p in found.places.values() if p.scale}
-    found.unused = sorted(
-        tensor for tensor in where.keys() - used if tensor.startswith(prefix) and not _spare(tensor)
-    )
-    tops = {tensor.removeprefix(prefix).partition(".")[0] for tensor in names.values()}
-    foreign = [t for t in found.unused if t.removeprefix(prefix).partition(".")[0] in tops]
-    if foreign:
+        place = Place(path, each, tuple(shapes[own]), scale)
+        _check(said, place, headers[path], title)
+        found.places[own] = place
+    used = {each.name for each in there.values()}
+    used |= {place.scale for place in found.places.values() if place.scale}
+    unused = sorted(t for t in where.keys() - used if t.startswith(prefix) and not _spare(t))
+    tops = {each.name.removeprefix(prefix).partition(".")[0] for each in stored.values()}
+    layers = {tensor for tensor in unused if _is_further_layer(name, tensor, config)}
+    of_model = [t for t in unused if t.removeprefix(prefix).partition(".")[0] in tops]
+    if foreign := [tensor for tensor in of_model if tensor not in layers]:
         raise BadInputFileError(
             f"{said} has weights of a {title} of another config: {listed(foreign)}; choose another "
             "file, or name the folder that has its config"
         )
+    # SD 2.x takes the last layer but one; its files hold the last as well.
+    spared = layers if prefix == _OF_SD_2 else set()
+    found.unused = [tensor for tensor in unused if tensor not in spared]
     return found
+
+
+def _best_naming(
+    name: str, where: Container[str], shapes: Iterable[str], config: Mapping[str, Any]
+) -> tuple[str, dict[str, Stored]]:
+    """The prefix and the names by which most of a model's weights are there."""
+    return max(
+        (
+            (prefix, {own: _stored(own, prefix, naming) for own in shapes})
+            for prefix in ("", *component(name).file_prefixes)
+            for naming in _namings(name, config)
+        ),
+        key=lambda each: sum(found.name in where for found in each[1].values()),
+    )
 
 
 def read_weights(
@@ -121,12 +145,17 @@ def read_weights(
     for path, names in by_file.items():
         with safe_open(path, "pt") as file:
             order = {tensor: k for k, tensor in enumerate(file.keys())}
-            for own in sorted(names, key=lambda own: order[places[own].name]):
-                place = places[own]
-                tensor = file.get_tensor(place.name).reshape(place.shape)
+            for own in sorted(names, key=lambda own: order[places[own].stored.name]):
+                place, stored = places[own], places[own].stored
+                tensor = file.get_tensor(stored.name)
                 if place.scale is not None:
                     scale = file.get_tensor(place.scale).float()
                     tensor = tensor.float() * scale.reshape(-1, *([1] * (tensor.ndim - 1)))
+                if stored.third is not None:
+                    tensor = tensor.chunk(3)[stored.third]
+                if stored.transposed:
+                    tensor = tensor.T.contiguous()
+                tensor = tensor.reshape(place.shape)
                 if tensor.dtype.itemsize == 1:
                     tensor = tensor.to(torch.float32)
                 yield own, tensor if dtype is None else tensor.to(dtype)
@@ -142,35 +171,68 @@ def _with_values(files: Sequence[Path]) -> list[Path]:
 
 
 def _namings(name: str, config: Mapping[str, Any]) -> list[Naming]:
-    def own(module: str) -> str:
-        return module
+    def of_modules(rename: Callable[..., str | None]) -> Naming:
+        def naming(weight: str) -> Stored | None:
+            module, _, kind = weight.rpartition(".")
+            called = rename(module, config=config)
+            return None if called is None else Stored(f"{called}.{kind}")
 
-    others: dict[str, list[Callable[..., str | None]]] = {
-        "unet": [original_unet_name],
-        "vae": [original_vae_name, earlier_vae_name],
-    }
-    return [own, *(partial(other, config=config) for other in others.get(name, ()))]
+        return naming
+
+    if name in text_encoders():
+        # transformers has written them with and without; a projection stands beside the model.
+        return [
+            Stored,
+            lambda weight: Stored(f"text_model.{weight}"),
+            lambda weight: Stored(weight.removeprefix("text_model.")),
+            open_clip_name,
+        ]
+    others = {"unet": [original_unet_name], "vae": [original_vae_name, earlier_vae_name]}
+    return [Stored, *map(of_modules, others.get(name, ()))]
 
 
-def _named(own: str, prefix: str, naming: Naming) -> str:
-    module, _, kind = own.rpartition(".")
-    called = naming(module)
-    return own if called is None else f"{prefix}{called}.{kind}"
+def _stored(own: str, prefix: str, naming: Naming) -> Stored:
+    found = naming(own)
+    return Stored(own) if found is None else replace(found, name=f"{prefix}{found.name}")
 
 
 def _spare(tensor: str) -> bool:
-    return tensor in FLAGS or tensor.rpartition(".")[2] in _SPARE
+    name = tensor.removesuffix(".weight").rpartition(".")[2]
+    return tensor in FLAGS or name in _SPARE or name == "text_projection"
 
 
-def _check(said: str, tensor: str, header: TensorHeader, shape: Sequence[int], title: str) -> None:
-    """Raise where a tensor is not what a weight of that shape can be read from."""
-    if without_ones(header.shape) != without_ones(shape):
+def _is_further_layer(name: str, tensor: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a text encoder's layer after the last that its config has."""
+    layer = re.search(r"(?:^|\.)(?:resblocks|layers)\.(\d+)\.", tensor)
+    return (
+        name in text_encoders()
+        and layer is not None
+        and int(layer[1]) >= int(config["num_hidden_layers"])
+    )
+
+
+def _check(said: str, place: Place, tensors: Mapping[str, TensorHeader], title: str) -> None:
+    """Raise where a tensor is not what a weight of its shape can be read from."""
+    stored, shape = place.stored, place.shape
+    header, wanted = tensors[stored.name], list(shape)
+    if stored.third is not None:
+        wanted[0] *= 3
+    if stored.transposed:
+        wanted.reverse()
+    if without_ones(header.shape) != without_ones(wanted):
         raise BadInputFileError(
-            f"{said} is for a {title} of another config: {tensor} is {list(header.shape)}, not "
-            f"{list(shape)}: choose another file, or name the folder that has its config"
+            f"{said} is for a {title} of another config: {stored.name} is {list(header.shape)}, "
+            f"not {wanted}: choose another file, or name the folder that has its config"
         )
     if not header.dtype.startswith(("F", "BF")):
         raise BadInputFileError(
-            f"{said}: {tensor} is {header.dtype}, no kind of weights that is read: get the "
+            f"{said}: {stored.name} is {header.dtype}, no kind of weights that is read: get the "
             "file in float16 or bfloat16"
         )
+    if place.scale is not None:
+        count = prod(tensors[place.scale].shape)
+        if count not in (1, header.shape[0]):
+            raise BadInputFileError(
+                f"{said}: {place.scale} has {count} scales for the {header.shape[0]} rows of "
+                f"{stored.name}: get the file in float16 or bfloat16"
+            )

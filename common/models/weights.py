@@ -44,21 +44,34 @@ def load_model(
     if by_config:
         return module, weights_of(module)
     fusion = plan_fusion(name, module, checkpoint, loras)
-    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = find_weights(name, checkpoint.files_read(name), shapes, checkpoint.config(name))
-    _refuse_missing_from(source, name, found)
-    where = source.file or source.folder
-    if found.unused:
-        warn(f"{where}: not used: {listed(found.unused)}")
+    found = find_all_weights(checkpoint, name, module)
 
     def read() -> "Weights":
         # What is added to weights is added before they are rounded.
         with reading(source):
             yield from read_weights(found.places, None if fusion.changes else dtype)
         for own in found.missing:
-            yield own, torch.zeros(shapes[own], dtype=dtype)
+            yield own, torch.zeros(module.get_parameter(own).shape, dtype=dtype)
 
     return module, fusion.fuse(read(), dtype) if fusion.changes else read()
+
+
+def find_all_weights(checkpoint: Checkpoint, name: str, module: Any) -> Found:
+    """Where a model's weights stand; what stands beside them for nothing is said.
+
+    Args:
+        module: the model, on any device.
+
+    Raises:
+        BadInputFileError: a file cannot be used, or lacks some of them.
+    """
+    source = checkpoint.source(name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    found = find_weights(name, checkpoint.files_read(name), shapes, checkpoint.config(name))
+    _refuse_missing_from(source, name, found)
+    if found.unused:
+        warn(f"{source.file or source.folder}: not used: {listed(found.unused)}")
+    return found
 
 
 def _refuse_missing_from(source: Source, name: str, found: Found) -> None:
@@ -107,18 +120,6 @@ def import_class(name: str, class_name: str | None = None) -> Any:
 
     usual, *_ = classes = component(name).classes
     return getattr(diffusers, class_name if class_name in classes else usual)
-
-
-def check_complete(model: Any) -> None:
-    """Raise `ValueError` where the file that was read lacked some of a model's weights."""
-    parameters = model.named_parameters() if hasattr(model, "named_parameters") else ()
-    refuse_missing([name for name, parameter in parameters if parameter.is_meta])
-
-
-def refuse_missing(names: Sequence[str]) -> None:
-    """Raise `ValueError` where there are weights that a file lacks, by their names."""
-    if names:
-        raise ValueError(f"{len(names)} weights are missing, such as {names[0]}")
 
 
 @contextlib.contextmanager

@@ -217,6 +217,8 @@ def changed(name: str, **values: object) -> Callable[[Path], None]:
          ["--model_id", "its UNet has addition_embed_type image", "supported: None, text_time"]),
         (2, changed("unet/config.json", encoder_hid_dim_type="text_proj"), BadSettingError,
          ["its UNet has encoder_hid_dim_type text_proj", "supported: None"]),
+        (1, changed("unet/config.json", in_channels=9), BadSettingError,
+         ["its UNet takes 9 channels and gives 4", "inpainting", "text-to-image checkpoint"]),
         (2, changed("unet/config.json", class_embed_type="timestep"), BadSettingError,
          ["its UNet has class_embed_type timestep", "supported: None"]),
         (1, changed("model_index.json", text_encoder="CLIPTextModel"), BadInputFileError,
@@ -240,7 +242,7 @@ def changed(name: str, **values: object) -> Callable[[Path], None]:
         (1, written("tokenizer/tokenizer.json", b"{"), BadInputFileError,
          ["tokenizer cannot be loaded", "restore it, or choose another", "--model_id"]),
         (1, written("text_encoder/model.safetensors", b"none"), BadInputFileError,
-         ["text_encoder cannot be loaded", "restore it, or choose another", "--model_id"]),
+         ["text_encoder/model.safetensors is damaged or cut short: get it again"]),
     ],
 )  # fmt: skip
 def test_a_damaged_or_foreign_checkpoint(

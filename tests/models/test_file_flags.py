@@ -11,7 +11,7 @@ from common.models.find import open_checkpoint
 from common.runs.generation import RunSettings
 from common.runs.jobs import make_sampler
 from tests.configs import make_config
-from tests.tiny_checkpoints import save_sdxl
+from tests.tiny_checkpoints import save_sd, save_sdxl
 
 EMPTY = torch.zeros(0)
 MEAN, STD = torch.tensor([-1.6, 1.1, -3.3, 0.9]), torch.tensor([8.4, 5.9, 5.9, 5.6])
@@ -80,6 +80,25 @@ def test_what_the_file_says_is_done_and_said(tmp_path: Path) -> None:
     plain = open_checkpoint(RunSettings(model_id=str(model)), ["unet"])
     assert plain.said_by_file() == []
     assert "prediction_type" not in plain.config("scheduler")
+
+
+@pytest.mark.parametrize(("says", "means"), [("v", "v_prediction"), ("epsilon", "epsilon")])
+def test_metadata_tell_sd_2s_two_kinds_apart(tmp_path: Path, says: str, means: str) -> None:
+    """Against configs that say the other; a tensor wins over metadata."""
+    other = {"v_prediction": "epsilon", "epsilon": "v_prediction"}[means]
+    model, file = save_sd(tmp_path / "model", prediction_type=other), tmp_path / "2.safetensors"
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    settings = RunSettings.model_validate({"model_id": str(model), "unet": str(file)})
+
+    save_file(weights, file, {"modelspec.prediction_type": says})
+    checkpoint = open_checkpoint(settings, ["unet"])
+    assert make_sampler(make_config(model), checkpoint).scheduler.config.prediction_type == means
+    assert checkpoint.said_by_file() == [
+        f"modelspec.prediction_type: scheduler's prediction_type is {means}, not {other}"
+    ]
+    save_file(weights | {"v_pred": EMPTY}, file, {"modelspec.prediction_type": says})
+    checkpoint = open_checkpoint(settings, ["unet"])
+    assert checkpoint.config("scheduler")["prediction_type"] == "v_prediction"
 
 
 def test_latents_are_unscaled_by_what_the_file_says(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where checkpoints and what replaces their parts are found: folders, files, the hub's cache."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -37,14 +38,18 @@ def test_the_working_directory_comes_before_the_project() -> None:
     [
         ("other/unet", "other/unet", None),
         ("other", "other/unet", None),
-        (f"other/unet/{WEIGHTS}", str(DEMO / "unet"), f"other/unet/{WEIGHTS}"),
+        (f"other/unet/{WEIGHTS}", "other/unet", f"other/unet/{WEIGHTS}"),
+        ("files/unet.safetensors", str(DEMO / "unet"), "files/unet.safetensors"),
     ],
 )
 def test_a_replacement_is_a_model_a_pipeline_or_a_file(
     form: str, folder: str, file: str | None
 ) -> None:
-    """One file has the weights alone: the config stays the checkpoint's."""
+    """Of one file the config is the one beside it, or else the checkpoint's."""
     shutil.copytree(DEMO, "other")
+    Path("files").mkdir()
+    shutil.copy(f"other/unet/{WEIGHTS}", "files/unet.safetensors")
+    Path("files/config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     settings = ModelSettings.model_validate({"model_id": str(DEMO), "unet": form})
     checkpoint = open_checkpoint(settings, loaded_for(LATENTS))
     source = checkpoint.source("unet")
@@ -52,7 +57,7 @@ def test_a_replacement_is_a_model_a_pipeline_or_a_file(
     assert source.file == (None if file is None else Path(file))
     assert checkpoint.files_read("unet") == [
         source.folder / "config.json",
-        Path(f"other/unet/{WEIGHTS}"),
+        Path(file or f"other/unet/{WEIGHTS}"),
     ]
     assert checkpoint.source("scheduler").folder == DEMO / "scheduler"
 

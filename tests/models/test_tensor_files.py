@@ -35,8 +35,8 @@ INSTEAD = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n": "is a Git LFS pointer",
     b"\n<!DOCTYPE html><html>": "is a web page: download the file itself",
     b"GGUF\x03\0\0\0": "is a GGUF file",
-    gzip.compress(b"x" * 100): "is packed with gzip: unpack it",
-    b"\xff" * 100: "is damaged (",
+    gzip.compress(b"x" * 100, mtime=0): "is packed with gzip: unpack it",
+    b"\xff" * 100: "is damaged or cut short",
 }
 
 

@@ -1,6 +1,8 @@
 """diffusers' pipeline with the text parts alone, as diffusers loads it; kept by its content."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,83 @@ from common.models.text_pipeline import (
     load_text_pipeline,
     open_text_pipeline,
 )
-from tests.original_layout import save_original
+from tests.original_layout import open_clip, save_original
 from tests.refusals import call, refusal
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
 ENCODERS = ("text_encoder", "text_encoder_2")
+Tensors = dict[str, torch.Tensor]
+LDM, SD_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+
+
+def as_transformers(prefix: str, bare: bool = False) -> Callable[[Tensors], Tensors]:
+    """transformers' names, with `text_model.` or, as version 5 has them, without."""
+
+    def change(tensors: Tensors) -> Tensors:
+        made = {}
+        for name, tensor in tensors.items():
+            beside = bare or name.startswith("text_projection.")
+            start = "" if beside else "text_model."
+            made[f"{prefix}{start}{name.removeprefix('text_model.')}"] = tensor
+        return made
+
+    return change
+
+
+def as_open_clip(prefix: str, *, more: int = 0) -> Callable[[Tensors], Tensors]:
+    """OpenCLIP's names, with layers after those that the config has."""
+
+    def change(tensors: Tensors) -> Tensors:
+        own = as_transformers("")(tensors)
+        named = open_clip({"text_projection.weight": torch.ones(2, 2), **own})
+        last = max(int(n.split(".")[2]) for n in named if n.startswith("transformer."))
+        further = {
+            n.replace(f".{last}.", f".{last + k}."): t
+            for n, t in named.items()
+            for k in range(1, more + 1)
+            if n.startswith(f"transformer.resblocks.{last}.")
+        }
+        return {f"{prefix}{n}": t for n, t in {**named, **further}.items()}
+
+    return change
+
+
+def in_8_bits(tensors: Tensors) -> Tensors:
+    """ComfyUI's float8 with scales; what it holds, to compare with."""
+    made: Tensors = {}
+    for name, tensor in as_transformers("text_encoders.clip_l.transformer.")(tensors).items():
+        if tensor.ndim < 2:
+            made[name] = tensor
+            continue
+        scale = tensor.abs().max() / 448
+        made[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        made[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    return made
+
+
+# Title, the checkpoint's family, each text encoder's layout.
+LAYOUTS: tuple[tuple[str, str, tuple[Callable[[Tensors], Tensors], ...]], ...] = (
+    (
+        "SGM, `conditioner.embedders.`",
+        "SDXL",
+        (
+            as_transformers("conditioner.embedders.0.transformer."),
+            as_open_clip("conditioner.embedders.1.model."),
+        ),
+    ),
+    (
+        "ComfyUI, `text_encoders.`",
+        "SDXL",
+        (
+            as_transformers("text_encoders.clip_l.transformer."),
+            as_transformers("text_encoders.clip_g.transformer."),
+        ),
+    ),
+    ("LDM, `cond_stage_model.transformer.`", "SD", (as_transformers(LDM),)),
+    ("LDM without `text_model.`", "SD", (as_transformers(LDM, bare=True),)),
+    ("SD 2.x, OpenCLIP with its last layer", "SD", (as_open_clip(SD_2, more=1),)),
+    ("float8 with scales", "SD", (in_8_bits,)),
+)
 
 
 @pytest.fixture(scope="module", params=["SDXL", "SD"])
@@ -37,6 +111,28 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+def make_file(layout: Any, folder: Path) -> tuple[Path, Path]:
+    """A tiny checkpoint, and its text encoders in one file of a layout."""
+    _, family, changes = layout
+    model = {"SDXL": save_sdxl, "SD": save_sd}[family](folder / "model")
+    # What tools write beside weights, which is computed or of no use here.
+    tensors: Tensors = {"scaled_fp8": torch.zeros(2), "model.diffusion_model.x": torch.zeros(1)}
+    for name, change in zip(ENCODERS, changes, strict=False):
+        changed = change(load_file(model / name / "model.safetensors"))
+        prefix = next(iter(changed)).partition("text_model")[0]
+        tensors |= changed | {f"{prefix}text_model.embeddings.position_ids": torch.arange(77)}
+    file = folder / "model.safetensors"
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file)
+    return model, file
+
+
+def weights_in(pipeline: Any, name: str) -> Tensors:
+    return {
+        key.removeprefix("text_model."): tensor.detach()
+        for key, tensor in getattr(pipeline, name).state_dict().items()
+    }
 
 
 def open_model(model: Path, **settings: str) -> Checkpoint:
@@ -83,13 +179,83 @@ def test_it_encodes_as_diffusers_own_pipeline(model: Path, form: str, tmp_path: 
     assert all(pipeline.config[name] == expected.config[name] for name in shared)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_every_layout_gives_the_text_encoders_own_weights(
+    layout: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, file = make_file(layout, tmp_path)
+    expected = load_text_pipeline(open_model(model), torch.float32)
+    capsys.readouterr()
+    found = load_text_pipeline(open_model(file, single_file_config=str(model)), torch.float32)
+    for name in ENCODERS[: len(layout[2])]:
+        own = weights_in(expected, name)
+        for key, tensor in weights_in(found, name).items():
+            if "float8" in layout[0] and tensor.ndim > 1:
+                most = own[key].abs().max().item()
+                torch.testing.assert_close(tensor, own[key], rtol=0.1, atol=0.1 * most)
+                assert not torch.equal(tensor, own[key])
+            else:
+                assert torch.equal(tensor, own[key]), key
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+@pytest.mark.parametrize("way", ["dropped", "renamed", "shortened", "added", "retyped"])
+def test_one_tensor_that_is_not_as_it_was_is_named(
+    layout: Any, tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, file = make_file(layout, tmp_path)
+    tensors = load_file(file)
+    layer = ("layers.0.", "resblocks.0.")
+    inner = sorted(n for n in tensors if any(part in n for part in layer) and "scale_" not in n)
+    told = name = inner[sum(map(ord, layout[0] + way)) % len(inner)]
+    tensor = tensors.pop(name)
+    if way == "renamed":
+        tensors[f"{name}x"] = tensor
+    elif way == "shortened":
+        tensors[name] = tensor[:-1].clone()
+    elif way == "added":
+        told = f"{name.rpartition('.')[0]}.other"
+        tensors |= {name: tensor, told: tensor.clone()}
+    elif way == "retyped":
+        tensors[name] = tensor.to(torch.int8)
+    save_file(tensors, file)
+    with refusal(BadInputFileError, told):
+        load_text_pipeline(open_model(file, single_file_config=str(model)), torch.float32)
+
+
+def test_further_layers_of_a_text_encoder_are_named(
+    sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config that takes fewer layers than there are, as some skip them; diffusers is silent."""
+    model = Path(shutil.copytree(sdxl, tmp_path / "model"))
+    config = model / "text_encoder" / "config.json"
+    layers = json.loads(config.read_text())["num_hidden_layers"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    pipeline = load_text_pipeline(open_model(model), torch.float32)
+    assert len(pipeline.text_encoder.encoder.layers) == 1 < layers
+    said = capsys.readouterr().err
+    assert "text_encoder: not used: " in said and f"encoder.layers.{layers - 1}." in said
+
+
+def test_scales_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    model, file = make_file(LAYOUTS[-1], tmp_path)
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.scale_weight"))
+    save_file(tensors | {name: torch.ones(7)}, file)
+    with refusal(BadInputFileError, f"{name} has 7 scales for the", "get the file in float16"):
+        load_text_pipeline(open_model(file, single_file_config=str(model)), torch.float32)
+
+
 def test_a_text_encoder_without_all_of_its_weights_is_refused(sdxl: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(sdxl, tmp_path / "model"))
     file = model / "text_encoder_2" / "model.safetensors"
     tensors = load_file(file)
     del tensors["text_projection.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(BadInputFileError, match="1 weights are missing, such as text_projection"):
+    with refusal(
+        BadInputFileError, "lacks 1 weight(s) of the second text encoder: text_projection.weight"
+    ):
         load_text_pipeline(open_model(model), torch.float32)
 
 

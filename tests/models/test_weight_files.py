@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from common.errors import BadInputFileError
-from common.models.find import open_checkpoint
+from common.models.find import find_weights_file, open_checkpoint
 from common.models.original_names import (
     earlier_vae_name,
     original_unet_name,
@@ -251,5 +251,28 @@ def test_a_tiny_autoencoder_is_a_vae(model: Path, tmp_path: Path) -> None:
         num_decoder_blocks=(1,) * 4,
     )
     tiny.save_pretrained(tmp_path / "taesd")
-    found = load(model, "vae", tmp_path / "taesd")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tiny.state_dict().items())
+    file = tmp_path / "taesd" / "diffusion_pytorch_model.safetensors"
+    for source in (tmp_path / "taesd", file):  # whose config stands beside it
+        found = load(model, "vae", source)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tiny.state_dict().items())
+    # Without its config it could be any; by its own names it begins with a clamp.
+    own = {
+        f"{int(n.split('.')[2]) + 1}.{n.split('.', 3)[3]}": t
+        for n, t in load_file(file).items()
+        if n.startswith("decoder.")
+    }
+    for tensors in (load_file(file), own, {f"taesd_decoder.{n}": t for n, t in own.items()}):
+        save_file(tensors, tmp_path / "taesd.safetensors")
+        with refusal(BadInputFileError, "it is a TAESD; name its folder in diffusers' layout"):
+            load(model, "vae", tmp_path / "taesd.safetensors")
+
+
+def test_endings_in_any_letter_case(model: Path, tmp_path: Path) -> None:
+    file, expected = make_file(model, LAYOUTS[0], tmp_path / "Unet.SafeTensors")
+    found = load(model, "unet", file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    settings = RunSettings(model_id=str(file), single_file_config=str(model))
+    assert open_checkpoint(settings, ["unet"]).source("unet").file == file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert find_weights_file("Unet.SafeTensors", "--lora", "FILE").is_file()

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from common.errors import BadInputFileError, BadSettingError, StageError, UnfitEnvironmentError
 from common.models.checkpoint import Checkpoint
 from common.models.find import open_checkpoint
-from common.models.text_pipeline import load_text_pipeline
 from common.models.weights import load_model
 from common.runs.generation import RunSettings
 from tests.conftest import Run
@@ -275,18 +274,6 @@ def test_weights_that_lack_some_are_refused(form: str, sdxl: Path, tmp_path: Pat
     checkpoint = open_checkpoint(RunSettings(model_id=str(sdxl), unet=str(source)), ["unet"])
     with pytest.raises(BadInputFileError, match=r"lacks 1 weight\(s\) of the UNet: conv_out"):
         load_model(checkpoint, "unet", torch.float32)
-
-
-def test_text_weights_that_are_missing_are_refused(sdxl: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(sdxl, model)
-    file = model / "text_encoder_2" / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["text_projection.weight"]
-    save_file(tensors, file, {"format": "pt"})
-    checkpoint = open_checkpoint(RunSettings(model_id=str(model)), ["text_encoder"])
-    with pytest.raises(BadInputFileError, match=r"1 weights are missing, such as text_projection"):
-        load_text_pipeline(checkpoint, torch.float32)
 
 
 def test_a_file_for_another_config_is_refused(sdxl: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.vae.tiny_vae import (
     decode_by_diffusers,
     largest_difference,
     random_latents,
+    save_tiny_autoencoder,
     save_vae,
     to_load,
 )
@@ -41,6 +42,15 @@ def test_pictures_are_those_of_diffusers(checkpoint: Checkpoint, mesh: str) -> N
     assert largest_difference(pixels, decode_by_diffusers(checkpoint, LATENTS)) <= 1
     facts = ours.facts()
     assert (facts["mesh"], facts["devices"]) == (mesh, 1 if mesh == "single" else 4)
+
+
+@pytest.mark.parametrize("mesh", ["single", "data=2,rows=2"])
+def test_a_tiny_autoencoder_decodes_as_in_diffusers(tmp_path: Path, mesh: str) -> None:
+    """TAESD, whose pictures people look at while they try prompts."""
+    checkpoint = save_tiny_autoencoder(tmp_path)
+    pixels, finite = load(checkpoint, mesh, {}).decode(LATENTS)
+    assert finite
+    assert largest_difference(pixels, decode_by_diffusers(checkpoint, LATENTS)) <= 1
 
 
 def test_programs_serve_other_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:

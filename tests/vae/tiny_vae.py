@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 
 from common.models.checkpoint import Checkpoint
@@ -30,6 +30,17 @@ def save_vae(folder: Path, *, seed: int = 0) -> Checkpoint:
     return Checkpoint(str(folder), folder)
 
 
+def save_tiny_autoencoder(folder: Path) -> Checkpoint:
+    """The same with an `AutoencoderTiny`, as TAESD is one."""
+    torch.manual_seed(0)
+    widths: dict[str, Any] = dict.fromkeys(
+        ("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8)
+    )
+    blocks: dict[str, Any] = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1, 1))
+    AutoencoderTiny(**widths, **blocks).save_pretrained(folder / "vae")
+    return Checkpoint(str(folder), folder)
+
+
 def to_load(checkpoint: Checkpoint, *, dtype: str = "float32", tile: bool = False) -> VaeToLoad:
     return VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=tile)
 
@@ -39,7 +50,9 @@ def random_latents(*shape: int, seed: int = 5) -> np.ndarray:
 
 
 def load_by_diffusers(checkpoint: Checkpoint) -> Any:
-    return AutoencoderKL.from_pretrained(checkpoint.folder / "vae")
+    config = AutoencoderKL.load_config(checkpoint.folder / "vae")
+    kind = {each.__name__: each for each in (AutoencoderKL, AutoencoderTiny)}
+    return kind[config["_class_name"]].from_pretrained(checkpoint.folder / "vae")
 
 
 @torch.no_grad()
