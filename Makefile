@@ -26,7 +26,7 @@ parity: setup
 
 # Two hundred kills and thirty terminations; takes some 40 minutes on two cores.
 faults: setup
-	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --terminations 30
+	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --signals 100
 
 # Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup

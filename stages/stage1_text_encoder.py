@@ -32,6 +32,7 @@ def main(run: StageRun) -> None:
 
     check_prompt_options(config, checkpoint)
     recipe = embeddings_recipe(config, checkpoint)
+    artifacts.refuse_long_prompts(recipe)
 
     # 2. Fresh already?
     run.lock.acquire()
@@ -44,7 +45,8 @@ def main(run: StageRun) -> None:
     run.import_libraries("peft", "scipy")
     from common.compute.backends import TORCH_FACTS
     from common.conditions.encoding import measure_encoding
-    from common.conditions.prompts import encode_prompts, unread
+    from common.conditions.prompts import encode_into, unread
+    from common.files.tensor_writer import written_in_parts
     from common.models.text_pipeline import import_text_classes, open_text_pipeline
 
     import_text_classes(checkpoint)
@@ -59,18 +61,18 @@ def main(run: StageRun) -> None:
         warn(line)
     run.keep_progress(recipe, TORCH_FACTS)
     keeps = len(config.prompts) > 1 and run.progress is not None
-    with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
-        tensors = encode_prompts(pipeline, config, run.progress, stop)
-    profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
+    provenance = {**config.model_settings(), "device": "cpu"}
+    with written_in_parts(path, recipe, provenance, len(config.prompts)) as written:
+        with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
+            encode_into(written, pipeline, config, run.progress, stop)
+        profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
 
-    # 5. Write
+    # 5. Written: the settings stand beside
     with run.report.part("writing"):
-        provenance = {**config.model_settings(), "device": "cpu"}
-        artifacts.save_tensors(path, tensors, recipe, provenance)
         run.settings_written(config)
     run.finish(
         path,
-        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
+        shapes=written.shapes,
         dtype=config.text_encoder_dtype,
         dtype_asked=config.text_encoder_dtype,
         **TORCH_FACTS,

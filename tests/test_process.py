@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,46 @@ def test_a_bad_flag_exits_2(
     assert file_contents(run_copy) == before
 
 
-def test_an_output_folder_that_cannot_be_written_exits_5(tmp_path: Path, stage: Run) -> None:
-    (tmp_path / "file").write_text("")
-    result = stage(1, "--output_dir", tmp_path / "file" / "below", "--model_id", DEMO)
-    expect(result, 5, "--output_dir")
+def dangling(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "nothing")
+    return folder / "link"
+
+
+def file_in_its_place(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (dangling, "nothing, which is not there: make that folder, or choose another"),
+        (file_in_its_place, "is a file: choose a folder"),
+        (lambda folder: file_in_its_place(folder) / "below", "cannot be made: make the folder"),
+        (lambda _: Path("/proc/run"), "cannot be made: make the folder above it writable"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_written_is_refused_at_once(
+    make: Callable[[Path], Path], words: str, tmp_path: Path, stage: Run
+) -> None:
+    """Before anything is imported that takes seconds."""
+    folder = make(tmp_path)
+    flags = ("--output_dir", folder, "--model_id", DEMO)
+    expect(stage(1, *flags), 5, f"--output_dir {folder}", words)
+    program = f"""
+import sys
+from common.files.stage_table import ENCODE
+from common.runs.stage_run import ResidentStage
+try:
+    ResidentStage(ENCODE).run(*{[*map(str, flags)]!r})
+except Exception as error:
+    large = {{"torch", "diffusers", "transformers", "jax"}}
+    print(type(error).__name__, *sorted(large & {{*sys.modules}}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=PROJECT_DIR
+    )
+    assert result.stdout == "UnfitEnvironmentError\n", result.stderr
 
 
 SAYING = FAILING_COMMAND.format(error="SystemExit").replace(

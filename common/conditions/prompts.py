@@ -1,8 +1,8 @@
 """Prompts to embeddings, by diffusers' own `encode_prompt` or by compel."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.conditions.a1111_syntax import calls_of_loras, looks_weighted
 from common.conditions.compel_prompts import encode_with_compel
@@ -23,26 +23,41 @@ if TYPE_CHECKING:
 _BREAK = re.compile(r"\s*(?<!\S)BREAK(?!\S)\s*")  # as the web UIs have it
 # A tag and the comma or full stop after it, in Latin and East Asian writing.
 _TAGS = re.compile(r"[^,.;、。，；]*[,.;、。，；]+|[^,.;、。，；]+")
+# In memory beside what is written, until it is kept.
+MOST_UNKEPT_BYTES = 1 << 28
 TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 Chunks = dict[str, list[Any] | None]  # text → its chunks, as they are read
 
 
-def encode_prompts(
+class TakesRows(Protocol):
+    """Where embeddings go as they are made, as `TensorWriter` takes them."""
+
+    def put(self, rows: "Tensors") -> None: ...
+
+
+def encode_prompts(pipeline: Any, config: ResolvedPrompts) -> "Tensors":
+    """All prompts of a run, held in memory; as `encode_into` gives them."""
+    made = Rows()
+    encode_into(made, pipeline, config)
+    return made.take()
+
+
+def encode_into(
+    made: TakesRows,
     pipeline: Any,
     config: ResolvedPrompts,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
-) -> "dict[str, torch.Tensor]":
+) -> None:
     """Encode all prompts of a run.
+
+    `made` is given prompt_embeds, negative_prompt_embeds [N, L, D], and for SDXL
+    pooled_prompt_embeds, negative_pooled_prompt_embeds [N, E] of N prompts after N prompts, all in
+    the text encoders' dtype. L is 77, or a multiple of it where prompts are encoded in chunks.
 
     Args:
         progress: where prompts are kept until all are done, unless compel encodes them at once.
         stop: asked after each prompt.
-
-    Returns:
-        prompt_embeds, negative_prompt_embeds [P, L, D], and for SDXL pooled_prompt_embeds,
-        negative_pooled_prompt_embeds [P, E], all in the text encoders' dtype. L is 77, or a
-        multiple of it where prompts are encoded in chunks.
 
     Raises:
         StoppedError: a stop was asked for; what is done is kept.
@@ -51,9 +66,10 @@ def encode_prompts(
 
     with torch.no_grad():
         if config.prompt_weighting == "compel":
-            return encode_with_compel(pipeline, config)
+            made.put(encode_with_compel(pipeline, config))
+            return
         kind = WeightedTexts if config.prompt_weighting == "a1111" else PlainTexts
-        return _encode_one_by_one(kind(pipeline, config), config, progress, stop)
+        _encode_one_by_one(made, kind(pipeline, config), config, progress, stop)
 
 
 class PlainTexts:
@@ -92,36 +108,59 @@ class PlainTexts:
 
 
 def _encode_one_by_one(
+    made: TakesRows,
     reader: PlainTexts | WeightedTexts,
     config: ResolvedPrompts,
     progress: Progress | None,
     stop: StopRequest | None,
-) -> "Tensors":
+) -> None:
     """One prompt at a time, so that its embeddings are the same bits in any company."""
     chunked = [reader.chunks_of(prompt) for prompt in config.prompts]
     length = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
-    groups = _finished_groups(progress)
-    done = sum(len(group["prompt_embeds"]) for group in groups)
-    if done:
-        say(f"  goes on after prompt {done} of {len(chunked)}")
-    encoded: list[Tensors] = []
+    done = kept = _put_finished_groups(made, progress)
+    if kept:
+        say(f"  goes on after prompt {kept} of {len(chunked)}")
+    unkept = Rows()
     known_negatives: dict[Any, Tensors] = {}
     with progress_bar(len(chunked), "encode", "prompt") as bar:
-        bar.update(done)
-        for texts in chunked[done:]:
-            encoded.append(_encode_chunks(reader, texts, length, known_negatives))
+        bar.update(kept)
+        for texts in chunked[kept:]:
+            encoded = _encode_chunks(reader, texts, length, known_negatives)
+            made.put(encoded)
             done += 1
             bar.update()
+            if progress is None:
+                continue
+            unkept.put(encoded)
             # Once: a stop that comes from here on waits for the next prompt.
             number = None if stop is None else stop.number
-            if progress is not None and (number is not None or progress.is_due()):
-                groups.append(_concatenate(encoded))
-                progress.save_group(done - len(encoded), groups[-1])
-                encoded = []
+            if number is not None or progress.is_due() or unkept.bytes > MOST_UNKEPT_BYTES:
+                progress.save_group(kept, unkept.take())
+                kept = done
             if number is not None:
-                said = f"after {done} of {len(chunked)} prompts, which are kept"
+                said = f"after {kept} of {len(chunked)} prompts, which are kept"
                 raise StoppedError(number, f"{said}: the same command goes on from there")
-    return _concatenate([*groups, *encoded])
+
+
+class Rows:
+    """Rows in memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, list[torch.Tensor]] = {}
+        self.bytes = 0
+
+    def put(self, rows: "Tensors") -> None:
+        for name, tensor in rows.items():
+            self.tensors.setdefault(name, []).append(tensor)
+            self.bytes += tensor.nbytes
+
+    def take(self) -> "Tensors":
+        """All of them, which are let go."""
+        import torch
+
+        taken = {name: torch.cat(tensors) for name, tensors in self.tensors.items()}
+        self.tensors, self.bytes = {}, 0
+        return taken
 
 
 def _encode_chunks(
@@ -157,20 +196,13 @@ def _encode_chunks(
     }
 
 
-def _concatenate(groups: "Sequence[dict[str, torch.Tensor]]") -> "dict[str, torch.Tensor]":
-    import torch
-
-    return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
-
-
-def _finished_groups(progress: Progress | None) -> "list[dict[str, torch.Tensor]]":
-    """What an earlier run kept, each group under the index of its first prompt."""
-    groups: list[dict[str, torch.Tensor]] = []
+def _put_finished_groups(made: TakesRows, progress: Progress | None) -> int:
+    """Put what an earlier run kept, each group under the index of its first prompt; how many."""
     done = 0
     while progress is not None and (group := progress.read_group(done)) is not None:
-        groups.append(group)
+        made.put(group)
         done += len(group["prompt_embeds"])
-    return groups
+    return done
 
 
 def _chunks_of(prompt: PromptSettings, pipeline: Any, config: ResolvedPrompts) -> Chunks:

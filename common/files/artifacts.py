@@ -7,7 +7,10 @@ that the present settings, inputs and weights give.
 """
 
 import hashlib
+import json
 import math
+import os
+import re
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.errors import BadInputFileError, NotFiniteError, first_refusal
+from common.errors import BadInputFileError, BadSettingError, NotFiniteError, first_refusal
 from common.files.recipe import (
     Recipe,
     age_of_format,
@@ -27,7 +30,7 @@ from common.files.recipe import (
 )
 from common.files.run_files import MAKERS, how_to_remake
 from common.text_files import parse_json
-from common.whole_files import write_bytes_whole
+from common.whole_files import replace_whole
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,8 @@ HEADER_KEY = "staged_diffusion"
 
 # Ours hold the prompts; a forged one of this size takes less than a GB as Python's objects.
 MOST_HEADER_BYTES = 16_000_000
+# Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
+MOST_PROMPTS_BYTES = 12_000_000
 
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
@@ -116,13 +121,30 @@ def save_tensors(
     Raises:
         NotFiniteError: a tensor holds an infinity or a not-a-number; nothing is written.
     """
-    from safetensors.torch import save
-
     check_finite(tensors, path, "was not written")
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     header = make_header(recipe, provenance, hash_tensors(contiguous))
-    write_bytes_whole(path, save(contiguous, metadata={HEADER_KEY: header.to_json()}))
+    save_whole(path, contiguous, {HEADER_KEY: header.to_json()})
     return header
+
+
+def save_whole(path: Path, tensors: "dict[str, torch.Tensor]", metadata: Mapping[str, str]) -> None:
+    """Save contiguous tensors as safetensors, whole or not at all, without a copy in memory.
+
+    Raises:
+        UnfitEnvironmentError: the folder cannot be written, or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replace_whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # which has the system's error in its text alone
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def make_header(recipe: Recipe, provenance: dict[str, Any], data_sha256: str) -> Header:
@@ -133,6 +155,20 @@ def make_header(recipe: Recipe, provenance: dict[str, Any], data_sha256: str) ->
         data_sha256=data_sha256,
         fingerprint=recipe.fingerprint(),
     )
+
+
+def refuse_long_prompts(recipe: Recipe) -> None:
+    """Raise `BadSettingError` where files could not be read for all the prompts in their headers.
+
+    Args:
+        recipe: of the embeddings.
+    """
+    length = len(json.dumps(to_json(recipe.model_dump()), ensure_ascii=False).encode())
+    if length > MOST_PROMPTS_BYTES:
+        raise BadSettingError(
+            f"the prompts take {length / 1e6:.0f} MB of each file's header, which holds "
+            f"{MOST_PROMPTS_BYTES / 1e6:.0f} MB of them: split them among several runs"
+        )
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -248,7 +284,9 @@ def inputs_misfit(artifact: Artifact) -> str | None:
 def check_finite(tensors: "Mapping[str, torch.Tensor]", path: Path, consequence: str) -> None:
     """Raise `NotFiniteError` where a tensor holds an infinity or a not-a-number."""
     for key, tensor in tensors.items():
-        bad = int((~tensor.isfinite()).sum())
+        # In parts: what is asked of all at once takes half as much memory again.
+        parts = tensor.flatten().split(1 << 22)
+        bad = sum(part.numel() - int(part.isfinite().sum()) for part in parts)
         if bad:
             raise NotFiniteError(
                 f"{path} {consequence}: {bad} of {tensor.numel()} values of {key!r} are not "

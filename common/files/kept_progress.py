@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import BadInputFileError
 from common.files import artifacts
-from common.whole_files import remove_file, write_bytes_whole
+from common.files.recipe import Recipe, difference, fact_differences, to_json
+from common.whole_files import remove_file
 
 if TYPE_CHECKING:
     import torch
 
 
-KEY = "staged_diffusion_progress"
+KEY, MADE_BY = "staged_diffusion_progress", "staged_diffusion_made_by"
 
 SECONDS_BETWEEN_SAVES = 30.0
 
@@ -27,15 +28,47 @@ SECONDS_BETWEEN_SAVES = 30.0
 class Progress:
     """A stage's finished groups, and the steps of the group that runs."""
 
-    def __init__(self, run_dir: Path, stage: int, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, stage: int, facts: dict[str, Any], recipe: Recipe | None = None
+    ) -> None:
         """
         Args:
-            facts: everything that must be the same for a run to go on from another's progress.
+            facts: everything that must be the same for a run to go on from another's progress,
+                the fingerprint of what it makes included.
+            recipe: of what it makes, for `why_unused`.
         """
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
         self.key = hashlib.sha256(text.encode()).hexdigest()
+        dump = None if recipe is None else recipe.model_dump()
+        self._made_by = to_json({"facts": facts, "recipe": dump})
         self.folder, self.file = progress_paths(run_dir, stage)
         self.count_from_now()
+
+    def why_unused(self) -> str | None:
+        """What keeps an earlier run's progress from being used, in words.
+
+        None where there is none, it is of this run, or it is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        own = json.loads(self._made_by)
+        for path in [self.file, *sorted(self.folder.glob("group_*.safetensors"))]:
+            try:
+                with safe_open(path, "np") as file:
+                    metadata = file.metadata()
+                if json.loads(metadata[KEY])["key"] == self.key:
+                    return None
+                made = json.loads(metadata[MADE_BY])
+                recipes = (
+                    Recipe.model_validate(made["recipe"]),
+                    Recipe.model_validate(own["recipe"]),
+                )
+                return difference(*recipes) or ", ".join(
+                    fact_differences(made["facts"], own["facts"])
+                )
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError):
+                continue
+        return None
 
     def read_group(self, index: int) -> "dict[str, torch.Tensor] | None":
         """What a finished group gave; None where it is not finished."""
@@ -68,11 +101,10 @@ class Progress:
         return self.folder / f"group_{index:04d}.safetensors"
 
     def _save(self, path: Path, facts: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
-        from safetensors.torch import save
-
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         content = self._content(facts, contiguous, artifacts.hash_tensors(contiguous))
-        write_bytes_whole(path, save(contiguous, metadata={KEY: json.dumps(content)}))
+        metadata = {KEY: json.dumps(content), MADE_BY: self._made_by}
+        artifacts.save_whole(path, contiguous, metadata)
 
     def _content(
         self, facts: dict[str, Any], names: Iterable[str], data_sha256: str
@@ -87,8 +119,9 @@ class Progress:
         try:
             found = artifacts.inspect(path)
             with safe_open(path, "pt") as file:
-                content = json.loads(file.metadata()[KEY])
-                if content != self._content(facts, found.tensors, found.data_sha256):
+                metadata = file.metadata()
+                content = self._content(facts, found.tensors, found.data_sha256)
+                if json.loads(metadata[KEY]) != content or metadata[MADE_BY] != self._made_by:
                     return None
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (BadInputFileError, SafetensorError, OSError, ValueError, LookupError, TypeError):

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,20 +12,26 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
 from common.declared import PICTURES
+from common.errors import shorten
 from common.files.artifacts import HEADER_KEY
 from common.files.recipe import FORMAT_VERSION, refuse_other_format
 from common.files.stage_table import maker_of
 from common.whole_files import remove_file
 
 ImageFormat = Literal["png", "webp", "jpg"]
+MOST_WEBP_PIXELS = 16_383  # a side, by its container specification
 
 # Grids of many pictures are larger than Pillow lets pass; this is some 2 GB decoded.
 Image.MAX_IMAGE_PIXELS = 350_000_000
 
-USER_COMMENT = int(ExifTags.Base.UserComment)
+USER_COMMENT, MAKER_NOTE = int(ExifTags.Base.UserComment), int(ExifTags.Base.MakerNote)
 EXIF_FOLDER = int(ExifTags.IFD.Exif)
 # The EXIF standard's mark of a user comment in UTF-16.
 UNICODE_MARK = b"UNICODE\0"
+# A JPEG's segment holds 65,533 bytes, its mark included (ITU T.81, B.1.1.4; EXIF's mark has six).
+MOST_JPEG_EXIF = 65_533 - 6
+# Characters that a text, and a twentieth of it items that a list keeps: the first that fit.
+_KEPT_OF_TEXTS = (8_000, 4_000, 2_000, 1_000, 400, 100, 40)
 LOSSY_QUALITY = 95
 
 OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid|trajectory)\.(png|webp|jpg)")
@@ -39,7 +45,8 @@ def picture_names(count: int, image_format: ImageFormat) -> tuple[list[str], str
     """Names of a batch's pictures and of its grid; a single picture has no number and no grid."""
     if count == 1:
         return [f"output_image.{image_format}"], None
-    names = [f"output_image_{index:04d}.{image_format}" for index in range(count)]
+    digits = max(4, len(str(count - 1)))  # so that names sort as the pictures do
+    names = [f"output_image_{index:0{digits}d}.{image_format}" for index in range(count)]
     return names, f"output_grid.{image_format}"
 
 
@@ -60,10 +67,12 @@ def encode_picture(
 ) -> bytes:
     """The file of a picture [H, W, 3] uint8, with `record` as JSON in its metadata.
 
-    PNG: a text chunk, and another one for web UIs. WebP (lossless) and JPEG: the EXIF user comment.
+    PNG: a text chunk, and another one for web UIs. WebP (lossless) and JPEG: the EXIF maker note,
+    and the user comment for web UIs.
 
     Args:
         suffix: .png, .webp or .jpg.
+        record: a JPEG's as `fit_record` gives it.
         parameters: the text for web UIs, as `web_ui_parameters` gives it.
     """
     image, file = Image.fromarray(pixels), io.BytesIO()
@@ -73,13 +82,16 @@ def encode_picture(
         chunks.add_itxt("parameters", parameters)
         image.save(file, format="PNG", pnginfo=chunks)
     elif suffix == ".webp":
-        image.save(file, format="WEBP", lossless=True, exif=_exif(record))
+        image.save(file, format="WEBP", lossless=True, exif=_exif(record, parameters))
     else:
-        image.save(file, format="JPEG", quality=LOSSY_QUALITY, subsampling=0, exif=_exif(record))
+        exif = _exif(record, parameters)
+        image.save(file, format="JPEG", quality=LOSSY_QUALITY, subsampling=0, exif=exif)
     return file.getvalue()
 
 
-def encode_animation(frames: Sequence[np.ndarray], record: dict[str, Any]) -> bytes:
+def encode_animation(
+    frames: Sequence[np.ndarray], record: dict[str, Any], parameters: str
+) -> bytes:
     """An animated WebP of frames [H, W, 3] uint8, the last one shown for longer."""
     first, *others = [Image.fromarray(frame) for frame in frames]
     file = io.BytesIO()
@@ -92,9 +104,46 @@ def encode_animation(frames: Sequence[np.ndarray], record: dict[str, Any]) -> by
         duration=durations,
         loop=0,
         quality=LOSSY_QUALITY,
-        exif=_exif(record),
+        exif=_exif(record, parameters),
     )
     return file.getvalue()
+
+
+def fit_record(
+    record: dict[str, Any], suffix: str, parameters_of: Callable[[dict[str, Any]], str]
+) -> tuple[dict[str, Any], list[str]]:
+    """What of a record a picture's metadata hold, and the names of what is shortened for that.
+
+    Args:
+        parameters_of: the text for web UIs of a record's settings.
+    """
+
+    def fits(record: dict[str, Any]) -> bool:
+        exif = _exif(record, parameters_of(record["settings"]))
+        return suffix != ".jpg" or len(exif.tobytes()) <= MOST_JPEG_EXIF
+
+    if fits(record):
+        return record, []
+    whole = {**record["settings"], "overrides": record["overrides"]}
+    for most in _KEPT_OF_TEXTS:
+        settings = {name: _shortened(value, most) for name, value in whole.items()}
+        names = [name for name, value in settings.items() if value != whole[name]]
+        overrides = settings.pop("overrides")
+        short = {**record, "settings": settings, "overrides": overrides, "shortened": names}
+        if fits(short):
+            break
+    return short, names
+
+
+def _shortened(value: Any, most: int) -> Any:
+    """A setting whose texts keep so many characters, and its lists a twentieth of it items."""
+    if isinstance(value, str):
+        return shorten(value, most)
+    if isinstance(value, list):
+        return [_shortened(each, most) for each in value[: most // 20]]
+    if isinstance(value, dict):
+        return {name: _shortened(each, most) for name, each in value.items()}
+    return value
 
 
 def _to_text(record: dict[str, Any]) -> str:
@@ -102,9 +151,11 @@ def _to_text(record: dict[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, ensure_ascii=False)
 
 
-def _exif(record: dict[str, Any]) -> Image.Exif:
+def _exif(record: dict[str, Any], parameters: str) -> Image.Exif:
     exif = Image.Exif()
-    exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = UNICODE_MARK + _to_text(record).encode("utf-16-be")
+    folder = exif.get_ifd(EXIF_FOLDER)
+    folder[USER_COMMENT] = UNICODE_MARK + parameters.encode("utf-16-be")
+    folder[MAKER_NOTE] = _to_text(record).encode()
     return exif
 
 
@@ -120,8 +171,7 @@ def read_picture_record(path: Path) -> dict[str, Any] | None:
             if path.suffix == ".png":
                 text = image.info.get(HEADER_KEY, "")
             else:
-                comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
-                text = bytes(comment).removeprefix(UNICODE_MARK).decode("utf-16-be")
+                text = bytes(image.getexif().get_ifd(EXIF_FOLDER).get(MAKER_NOTE, b"")).decode()
             record = json.loads(text)
             if path.suffix == ".png" and record["pixels_sha256"] != hash_pixels(np.asarray(image)):
                 return None
@@ -135,7 +185,7 @@ def read_picture_record(path: Path) -> dict[str, Any] | None:
 
 
 def web_ui_parameters(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The settings in the text form that the common web UIs read from a PNG.
+    """The settings in the text form that the common web UIs read from pictures.
 
     Args:
         settings: a picture's own; the sampler as web UIs call it.

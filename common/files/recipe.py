@@ -97,10 +97,13 @@ def difference(made: Recipe, expected: Recipe) -> str | None:
     words = _settings_differences(made.settings, expected.settings)
     words += [f"{key} changed" for key, _ in _differing(made.inputs, expected.inputs)]
     words += [f"weights of {key} changed" for key, _ in _differing(made.weights, expected.weights)]
-    words += [
-        f"{key} {' → '.join(pair)}" for key, pair in _differing(made.versions, expected.versions)
-    ]
+    words += fact_differences(made.versions, expected.versions)
     return ", ".join(words) or "made by another version of this program"
+
+
+def fact_differences(made: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The differences between plain values by name, such as "batch_size 1 → 2"."""
+    return [f"{key} {' → '.join(pair)}" for key, pair in _differing(made, expected)]
 
 
 def _settings_differences(

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -84,6 +85,22 @@ class RunLock:
             remove_if_stopped(path)
         if STAGE_LOCK in self.names:
             remove_leftovers(self.run_dir)
+
+    def refuse_unwritable(self) -> None:
+        """Raise `UnfitEnvironmentError` where the folder cannot take what is to be written."""
+        folder = self.run_dir
+        if not self.names:
+            return
+        try:
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            if folder.is_symlink() and not folder.exists():
+                why = f"is a link to {folder.readlink()}, which is not there: make that folder"
+            elif folder.exists():
+                why = f"cannot be written ({error.strerror}): make it writable"
+            else:
+                why = "cannot be made: make the folder above it writable"
+            raise UnfitEnvironmentError(f"--output_dir {folder} {why}, or choose another") from None
 
     def _refuse_or_wait(self, path: Path, lock: FileLock) -> None:
         holder = f"{self.run_dir} is in use by {_describe_holder(path)}"

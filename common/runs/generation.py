@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import model_validator
+
 from common.conditions.prompt_settings import AskedPrompts, PromptOptions, ResolvedPrompts
 from common.conditions.sizes import AskedSize, ResolvedSize, SizeSettings
 from common.declared import validate
 from common.errors import BadInputFileError, BadSettingError
+from common.files.picture_files import MOST_WEBP_PIXELS
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.models.model_settings import LoraSettings, ModelSettings
 from common.runs.prompts_file import make_prompts, read_prompts_file
@@ -44,6 +47,15 @@ class RunSettings(_Asked, _Shared):
 
 class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
     """Every setting of a run, resolved: the content of `generation_config.json`."""
+
+    @model_validator(mode="after")
+    def _format_holds_the_pictures(self) -> Self:
+        if self.image_format == "webp" and max(self.height, self.width) > MOST_WEBP_PIXELS:
+            raise ValueError(
+                f"image_format webp holds at most {MOST_WEBP_PIXELS} pixels a side, not "
+                f"{max(self.height, self.width)}: use png or jpg"
+            )
+        return self
 
     def image_seeds(self) -> list[int]:
         """The seed of every image, prompt-major: the prompt's own + k, or the run's + index."""
@@ -108,12 +120,8 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
     if not prompts:
         raise BadSettingError("no prompt: give --prompt, --prompts_file or a config with one")
     shared = settings.model_dump(include=set(_Shared.model_fields))
-    config = GenerationConfig(
-        prompts=prompts,
-        height=settings.height or native_size,
-        width=settings.width or native_size,
-        **shared,
-    )
+    size = {"height": settings.height or native_size, "width": settings.width or native_size}
+    config = validate(GenerationConfig, {"prompts": prompts, **size, **shared}, "flags")
     check_size(config, size_factor)
     return config
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from common.compute.clock import StageReport
 from common.compute.groups import prompt_indices
 from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
+from common.errors import listed
 from common.files import artifacts, picture_files
 from common.files.artifacts import Artifact, Header
 from common.files.recipe import Recipe, recipe_of_trajectory
 from common.files.stage_table import DENOISE
+from common.messages import warn
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
@@ -76,7 +78,7 @@ def picture_settings(header: Header | None, index: int | None) -> dict[str, Any]
 
 
 def web_ui_text(settings: dict[str, Any]) -> str:
-    """A picture's settings in the text form that the common web UIs read from a PNG."""
+    """A picture's settings in the text form that the common web UIs read."""
     names = {name: d.web_ui for name, d in declarations(RunSettings) if d.web_ui is not None}
     shown = dict(settings)
     if "scheduler" in settings:
@@ -129,10 +131,13 @@ def encode_pictures(
     """File name → content of all pictures, the grid, and a trajectory's."""
     from common.vae.grids import make_grid
 
+    shortened: dict[str, None] = {}  # settings, in the order in which they were met
+
     def encode(pixels: "np.ndarray", name: str, index: int | None) -> bytes:
-        record = facts.record(index, pixels)
-        text = web_ui_text(record["settings"])
-        return picture_files.encode_picture(pixels, Path(name).suffix, record, text)
+        suffix = Path(name).suffix
+        record, cut = picture_files.fit_record(facts.record(index, pixels), suffix, web_ui_text)
+        shortened.update(dict.fromkeys(cut))
+        return picture_files.encode_picture(pixels, suffix, record, web_ui_text(record["settings"]))
 
     names, grid_name = picture_files.picture_names(len(decoded.images), facts.config.image_format)
     encoded: dict[str, bytes] = {}
@@ -146,8 +151,13 @@ def encode_pictures(
         text = web_ui_text(record["settings"])
         strip = picture_files.encode_picture(decoded.strip, ".png", record, text)
         encoded[picture_files.TRAJECTORY_STRIP] = strip
-        animation = picture_files.encode_animation(decoded.frames, record)
+        animation = picture_files.encode_animation(decoded.frames, record, text)
         encoded[picture_files.TRAJECTORY_ANIMATION] = animation
+    if shortened:
+        warn(
+            f"a JPEG's metadata hold 64 kB: {listed([*shortened])} shortened in the pictures; the "
+            "whole is in stage3_report.json"
+        )
     return encoded
 
 

@@ -127,6 +127,7 @@ class StageRun:
             return True
         self._stale = stale if self.given.flags.skip_fresh else None
         self.lock.acquire()
+        self.lock.refuse_unwritable()
         return False
 
     def begin(self, doing: str) -> None:
@@ -182,7 +183,10 @@ class StageRun:
                 "threads": torch.get_num_threads() if devices["platform"] == "cpu" else None,
                 **facts,
             },
+            recipe,
         )
+        if why := self.progress.why_unused():
+            say(f"  what an earlier run kept is not used: {why}")
 
     @contextmanager
     def finishing_first(self, *, keeps: bool) -> Iterator[StopRequest | None]:

@@ -19,6 +19,7 @@ from common.compute.tpu_compiler import (
 )
 from common.errors import BadSettingError
 from common.files.contracts import empty_embeddings
+from common.files.run_files import GENERATION_CONFIG_FILE
 from common.messages import warn
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
@@ -169,9 +170,13 @@ def refuse_flags_of_a_run(given: Given) -> None:
 
 
 def read_settings(given: Given) -> tuple[GenerationConfig, Checkpoint]:
-    """The settings to compile for: those of a run, or the built-in ones, with the flags."""
+    """The settings to compile for: those of a run, or the built-in ones, with the flags.
+
+    A folder without a run may be named as the output's, as in a script whose other commands run.
+    """
     source_dir: Path | None = given.flags.input_dir or given.flags.output_dir
-    if source_dir is not None:
+    is_run = source_dir is not None and (source_dir / GENERATION_CONFIG_FILE).exists()
+    if source_dir is not None and (is_run or given.flags.input_dir is not None):
         config, _ = read_generation_config(source_dir).override(given.settings())
         checkpoint = _open_configs(config, given.stage.makes)
         check_size(config, checkpoint.vae_scale_factor)

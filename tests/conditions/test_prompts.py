@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.conditions.prompts import (
+    Rows,
     embeddings_names,
+    encode_into,
     encode_prompts,
     room_of,
     split_text,
@@ -92,8 +94,10 @@ def test_an_encoding_that_is_stopped_goes_on_with_the_same_bits(
     expected = encode_prompts(pipeline, config)
     stop.number = 2
     with refusal(StoppedError, "interrupted after 1 of 3 prompts, which are kept"):
-        encode_prompts(pipeline, config, Progress(tmp_path, 1, {}), stop)
-    found = encode_prompts(pipeline, config, Progress(tmp_path, 1, {}))
+        encode_into(Rows(), pipeline, config, Progress(tmp_path, 1, {}), stop)
+    rows = Rows()
+    encode_into(rows, pipeline, config, Progress(tmp_path, 1, {}))
+    found = rows.take()
     assert "goes on after prompt 1 of 3" in capsys.readouterr().out
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

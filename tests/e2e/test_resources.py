@@ -1,7 +1,9 @@
 """No room, no right to write, no memory: one sentence, exit code 5, earlier files as they were."""
 
+import json
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +71,23 @@ def test_a_read_only_folder(finished_run: Path, stage: Run, small_disk: Path) ->
     for number in (1, 2):
         result = stage(number, "--output_dir", small_disk, *NEW_SEED[number])
         check_error(result, "Read-only file system")
+
+
+@pytest.mark.slow
+def test_many_prompts_take_little_more_memory_than_their_embeddings(
+    tmp_path: Path, stage: Run
+) -> None:
+    """They are written as they are made; 400 MB are libraries."""
+    lines = (f"a large red star on background {k}\n" for k in range(10_000))
+    (tmp_path / "prompts.txt").write_text("".join(lines))
+    run_dir = tmp_path / "run"
+    result = stage(1, "--output_dir", run_dir, "--prompts_file", tmp_path / "prompts.txt")
+    assert result.returncode == 0, result.stderr
+    assert "encode: " in result.stderr and " of 10000 prompts" in result.stderr
+    report = json.loads((run_dir / "stage1_report.json").read_text())
+    data = (run_dir / "stage1_embeddings.safetensors").stat().st_size
+    assert data > 900e6 and report["peak_host_bytes"] < 1.5 * data
+    shutil.rmtree(run_dir)  # a GB
 
 
 @pytest.mark.slow

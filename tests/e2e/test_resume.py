@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from common.compute.backends import TORCH_FACTS
 from common.compute.kept import Kept
-from common.conditions.prompts import encode_prompts
+from common.conditions.prompts import Rows, encode_into, encode_prompts
 from common.files.kept_progress import Progress, remove_progress
 from common.files.recipe import Recipe
 from common.files.run_lock import HELD_BY_PARENT
@@ -106,7 +106,9 @@ def test_encoding_stopped_after_any_prompt_gives_the_same_bits(
     progress, stops, found = Progress(tmp_path, 1, {"fingerprint": "1"}), 0, None
     while found is None:
         try:
-            found = encode_prompts(ours.text_pipeline, config, progress, StopAfter(looks))
+            rows = Rows()
+            encode_into(rows, ours.text_pipeline, config, progress, StopAfter(looks))
+            found = rows.take()
         except StoppedError as error:
             stops += 1
             assert f"after {stops * (looks + 1)} of 3 prompts, which are kept" in str(error)
@@ -176,6 +178,17 @@ def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) ->
     result = stage(2, "--num_inference_steps", 2, "--output_dir", run_copy.parent / "other",
                    "--input_dir", run_copy)  # fmt: skip
     assert result.returncode == 0 and "goes on" not in result.stdout
+    result = stage(2, *flags, "--checkpoint_every", 20, "--num_inference_steps", 2)
+    said = "what an earlier run kept is not used: num_inference_steps 300 → 2"
+    assert result.returncode == 0 and said in result.stdout
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""}
+    )
+    while not progress.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    kept = int(said.split("error: terminated after step ")[1].split()[0])
     result = stage(2, *flags)
     assert f"goes on after step {kept} of 300" in result.stdout
     assert load_file(run_copy / LATENTS)["latents"].equal(expected)

@@ -1,10 +1,11 @@
 """Kill stages at random moments, and see that nothing is lost and nothing is half written.
 
-    python tests/faults/kill_stages.py --kills 200 --terminations 30
+    python tests/faults/kill_stages.py --kills 200 --signals 100
 
 After every kill each file must hold either what it held before or what an undisturbed run writes,
-and the same command must end with that run's own bits. A run that is terminated must end with 143
-and go on from the step that it said it kept.
+and the same command must end with that run's own bits. A run that a signal ends, at any moment and
+however users' tools send it, must end with the signal's code, keep its steps whenever one had
+ended, and go on from the step that it said it kept.
 """
 
 import itertools
@@ -47,7 +48,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "run_all.sh": (*RUN_ALL, *NEW, *SIZES),
     "run_all.sh alone": (*RUN_ALL, *NEW, *SIZES, "--wait"),
 }
-STEPS_TO_TERMINATE = 150
+STEPS_TO_STOP = 150
+# What users' tools send, and to whom: timeout and kill to the process, terminals and Slurm to its
+# group, supervisors to one after the other.
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+WAYS = ("process", "group", "process, then group", "group, then process")
+MOST_SECONDS_BETWEEN = 0.2
 TIMEOUT = 300
 SOON = 0.6  # seconds after the first sign of progress, for every other kill
 
@@ -57,7 +63,7 @@ class Result:
     """What was seen."""
 
     kills: int = 0
-    terminations: int = 0
+    signals: int = 0
     too_late: int = 0  # the process was done when the signal was to come; not counted as kills
     exceptions: list[str] = field(default_factory=list)
 
@@ -177,38 +183,58 @@ class Faults:
         else:
             shutil.rmtree(run_dir)
 
-    def terminate(self, number: int, seed: int, result: Result) -> None:
-        """Terminate stage 2 while it denoises, and let it go on."""
-        chance = random.Random(f"terminate {seed} {number}")
-        run_dir = self.folder / f"terminate {number}"
+    def signal(self, number: int, seed: int, result: Result) -> None:
+        """Send stage 2 a signal as users' tools do, and let it go on."""
+        chance = random.Random(f"signal {seed} {number}")
+        sent, way = chance.choice(list(CODES)), chance.choice(WAYS)
+        told = f"signal {number}, {sent.name} to {way}"
+        run_dir = self.folder / f"signal {number}"
         shutil.copytree(self.starts["stage 2"], run_dir)
-        command = (*STAGE_2, "--num_inference_steps", str(STEPS_TO_TERMINATE))
+        command = (*STAGE_2, "--num_inference_steps", str(STEPS_TO_STOP))
         process = start(command, run_dir)
-        self._wait_for_progress(process, run_dir)
-        time.sleep(chance.uniform(0, 2.0))
-        process.terminate()
+        if number % 2:  # else it would seldom denoise
+            self._wait_for_progress(process, run_dir)
+            time.sleep(chance.uniform(0, 2.0))
+        else:
+            time.sleep(chance.uniform(0, self.seconds_of_stop))
+        had_steps = bool([*run_dir.glob("stage2_progress*")])
+        for k, to in enumerate(way.split(", then ")):
+            if k:
+                time.sleep(chance.uniform(0, MOST_SECONDS_BETWEEN))
+            with suppress(ProcessLookupError):
+                (os.kill if to == "process" else os.killpg)(process.pid, sent)
         said, _ = process.communicate(timeout=TIMEOUT)
-        result.terminations += 1
-        if process.returncode != 143:
-            result.exceptions.append(f"termination {number}: ended {process.returncode}: {said}")
-        kept = re.search(r"error: terminated after step (\d+) of \d+, which are kept", said)
+        result.signals += 1
+        # Python has no handlers while it starts; a shell gives the same code then.
+        if process.returncode in (CODES[sent], -sent):
+            if "Traceback" in said:
+                result.exceptions.append(f"{told}: {said}")
+            if had_steps and not [*run_dir.glob("stage2_progress*")]:
+                result.exceptions.append(f"{told}: steps were lost: {said}")
+        elif process.returncode == 0 and not [*run_dir.glob("stage2_progress*")]:
+            result.too_late += 1
+        else:
+            result.exceptions.append(f"{told}: ended {process.returncode}: {said}")
+        kept = re.search(r"error: \w+(?: up)? after step (\d+) of \d+, which are kept", said)
         code, then = finish(command, run_dir)
         went_on = re.search(r"goes on after step (\d+) of", then)
         if code:
-            result.exceptions.append(f"termination {number}: then ended {code}: {then}")
+            result.exceptions.append(f"{told}: then ended {code}: {then}")
         if kept is not None and (went_on is None or went_on[1] != kept[1]):
-            result.exceptions.append(f"termination {number}: {kept[0]}, but then {then}")
+            result.exceptions.append(f"{told}: {kept[0]}, but then {then}")
         if content_of(run_dir / "stage2_latents.safetensors") != self.long_latents():
-            result.exceptions.append(f"termination {number}: other bits")
+            result.exceptions.append(f"{told}: other bits")
         else:
             shutil.rmtree(run_dir)
 
     def long_latents(self) -> object:
-        """The latents of an undisturbed run of as many steps as are terminated."""
+        """The latents of an undisturbed run of as many steps as are stopped."""
         run_dir = self.folder / "undisturbed long"
         if not run_dir.exists():
             shutil.copytree(self.starts["stage 2"], run_dir)
-            self._run((*STAGE_2, "--num_inference_steps", str(STEPS_TO_TERMINATE)), run_dir)
+            began = time.perf_counter()
+            self._run((*STAGE_2, "--num_inference_steps", str(STEPS_TO_STOP)), run_dir)
+            self.seconds_of_stop = time.perf_counter() - began
         return content_of(run_dir / "stage2_latents.safetensors")
 
     @staticmethod
@@ -229,15 +255,15 @@ class Faults:
 
 def main(
     kills: Annotated[int, typer.Option("--kills", help="By SIGKILL, over all cases.")] = 200,
-    terminations: Annotated[int, typer.Option("--terminations", help="By SIGTERM.")] = 30,
+    signals: Annotated[int, typer.Option("--signals", help="SIGTERM, SIGINT or SIGHUP.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Of the moments.")] = 0,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at once.")] = 2,
 ) -> None:
-    """Kill and terminate stages, and print what was found; ends with 1 where anything was wrong."""
+    """Kill and signal stages, and print what was found; ends with 1 where anything was wrong."""
     result = Result()
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(Path(folder))
-        if terminations:
+        if signals:
             faults.long_latents()
         names = list(CASES)
         with ThreadPoolExecutor(jobs) as pool:
@@ -245,17 +271,14 @@ def main(
                 pool.submit(faults.kill, names[number % len(names)], number, seed, result)
                 for number in range(kills)
             ]
-            tasks += [
-                pool.submit(faults.terminate, number, seed, result)
-                for number in range(terminations)
-            ]
+            tasks += [pool.submit(faults.signal, number, seed, result) for number in range(signals)]
             for task in tqdm(tasks, desc="faults", disable=None):
                 task.result()
     for line in result.exceptions:
         print(line)
     print(
-        f"{result.kills} kills (and {result.too_late} that came too late), "
-        f"{result.terminations} terminations, seed {seed}: {len(result.exceptions)} exceptions"
+        f"{result.kills} kills, {result.signals} signals (and {result.too_late} of both that came "
+        f"too late), seed {seed}: {len(result.exceptions)} exceptions"
     )
     raise typer.Exit(bool(result.exceptions))
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.errors import BadInputFileError, NotFiniteError
+from common.errors import BadInputFileError, BadSettingError, NotFiniteError
 from common.files import artifacts
 from common.files.recipe import Recipe
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
@@ -52,6 +52,13 @@ def test_saved_tensors_load_as_the_same_bits(tmp_path: Path) -> None:
     assert artifact.header is not None
     assert artifact.header.recipe == make_recipe(seed=42)
     assert artifact.tensors["b"] == artifacts.TensorLayout("F32", (2, 3))
+
+
+def test_prompts_that_no_header_holds_are_refused() -> None:
+    """Before they are encoded: a file with a longer header would be refused by the next stage."""
+    artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"] * 10_000))
+    with refusal(BadSettingError, "the prompts take 13 MB of each file's header", "several runs"):
+        artifacts.refuse_long_prompts(make_recipe(prompts=["星" * 1000] * 4300))
 
 
 def test_the_data_hash_is_that_of_the_bytes_in_key_order(tmp_path: Path) -> None:

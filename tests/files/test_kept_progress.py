@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import UnfitEnvironmentError
 from common.files import kept_progress
 from common.files.kept_progress import Progress, progress_paths, remove_progress
+from tests.files.test_artifacts import make_recipe
 from tests.refusals import LATENTS, refusal, zeros
 
 FACTS = {"fingerprint": "abc", "batch_size": 8}
@@ -52,6 +53,22 @@ def test_another_run_does_not_go_on_from_it(
     progress.save_steps(1, TENSORS)
     other = Progress(tmp_path, stage, facts)
     assert other.read_group(0) is None and other.read_steps(1) is None
+
+
+def test_what_keeps_progress_from_being_used_is_said(tmp_path: Path) -> None:
+    made = make_recipe(seed=1)
+    assert Progress(tmp_path, 2, FACTS, made).why_unused() is None  # there is none
+    Progress(tmp_path, 2, FACTS, made).save_group(3, TENSORS)
+    assert Progress(tmp_path, 2, FACTS, made).why_unused() is None
+    changed = FACTS | {"fingerprint": "abd"}
+    assert Progress(tmp_path, 2, changed, make_recipe(seed=2)).why_unused() == "seed 1 → 2"
+    assert Progress(tmp_path, 2, FACTS | {"batch_size": 2}, made).why_unused() == "batch_size 8 → 2"
+    newer = made.model_copy(update={"versions": {"torch": "2"}})
+    Progress(tmp_path, 2, changed, newer).save_steps(4, TENSORS)
+    assert Progress(tmp_path, 2, FACTS, made).why_unused() == "torch 2 → 1"
+    _, file = progress_paths(tmp_path, 2)
+    file.write_bytes(b"damaged")
+    assert Progress(tmp_path, 2, FACTS | {"batch_size": 2}, made).why_unused() == "batch_size 8 → 2"
 
 
 def test_what_is_damaged_or_strange_is_not_used(tmp_path: Path) -> None:

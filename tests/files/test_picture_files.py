@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sd_parsers import ParserManager
 
 from common.errors import BadInputFileError
 from common.files import picture_files
@@ -47,6 +49,57 @@ def test_the_record_reads_back(tmp_path: Path, ending: str) -> None:
     with Image.open(path) as image:
         if ending != "jpg":
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
+
+
+def test_a_record_is_shortened_to_what_a_jpeg_holds(tmp_path: Path) -> None:
+    pixels, record = make_picture()
+    long = {"prompt": "a red star, " * 4000, "negative_prompt": "星" * 9000, "loras": ["x"] * 9000}
+    record |= {"settings": SETTINGS | long, "overrides": ["seed 1 → 2"]}
+
+    def text_of(settings: dict[str, Any]) -> str:
+        return picture_files.web_ui_parameters(settings, WEB_UI)
+
+    for ending in ("png", "webp"):
+        assert picture_files.fit_record(record, f".{ending}", text_of) == (record, [])
+    short, names = picture_files.fit_record(record, ".jpg", text_of)
+    assert names == short["shortened"] == ["prompt", "negative_prompt", "loras"]
+    assert short["settings"]["prompt"].startswith("a red star, a red star, ")
+    assert short["settings"]["prompt"].endswith("…")
+    assert short["settings"] | long == record["settings"]
+    path = tmp_path / "output_image.jpg"
+    path.write_bytes(
+        picture_files.encode_picture(pixels, ".jpg", short, text_of(short["settings"]))
+    )
+    assert picture_files.read_picture_record(path) == short
+
+
+READ_BACK = (
+    "a red star",
+    "a “red” star — 星, 🌟",
+    "one line\nSteps: 3, Sampler: none of ours\nand another",
+    "(a:1.2), [b], <lora:x:1> BREAK c",
+    "x" * 5000,
+)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("prompt", READ_BACK)
+def test_the_settings_are_read_by_others(tmp_path: Path, ending: str, prompt: str) -> None:
+    """By sd-parsers, as what AUTOMATIC1111's web UI writes."""
+    pixels, record = make_picture()
+    settings = SETTINGS | {"scheduler": "DPM++ 2M Karras", "prompt": prompt, "clip_skip": 2}
+    text = picture_files.web_ui_parameters(settings, WEB_UI)
+    path = tmp_path / f"picture.{ending}"
+    path.write_bytes(picture_files.encode_picture(pixels, path.suffix, record, text))
+    found = ParserManager().parse(path)
+    assert found is not None and found.generator.name == "AUTOMATIC1111"
+    assert [each.value for each in found.prompts] == [prompt]
+    assert [each.value for each in found.negative_prompts] == ["blurry"]
+    (sampler,) = found.samplers
+    assert sampler.name == "DPM++ 2M Karras"
+    assert sampler.parameters == {"cfg_scale": "7.5", "seed": "42", "steps": "25"}
+    assert [model.name for model in found.models] == ["models/demo"]
+    assert found.metadata["Size"] == "24x16" and found.metadata["Clip skip"] == "2"
 
 
 def test_png_has_the_text_that_web_uis_read(tmp_path: Path) -> None:
@@ -109,6 +162,14 @@ def test_a_retouched_png_is_seen(tmp_path: Path) -> None:
     retouched[3, 3, 0] ^= 1
     path.write_bytes(picture_files.encode_picture(retouched, path.suffix, record, ""))
     assert picture_files.read_picture_record(path) is None
+
+
+@pytest.mark.parametrize("count", [2, 9_999, 10_000, 10_001, 123_456])
+def test_names_sort_as_the_pictures_do(count: int) -> None:
+    names, grid = picture_files.picture_names(count, "png")
+    assert sorted(names) == names and len({*names}) == count
+    assert all(picture_files.OUR_NAME.fullmatch(name) for name in (*names[-3:], grid))
+    assert names[1] == "output_image_0001.png" or count > 10_000
 
 
 def test_only_our_pictures_are_removed(tmp_path: Path) -> None:

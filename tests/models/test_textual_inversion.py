@@ -134,6 +134,34 @@ def test_layouts_for_two_encoders(
     assert ("not used: name, step" in said) == (layout == "beside other keys"), said
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("way", ["dropped", "renamed", "transposed", "added", "retyped"])
+def test_one_tensor_that_is_not_as_it_was_is_named(
+    sdxl: Path, tmp_path: Path, layout: str, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = dict(LAYOUTS[layout](pair(2)))
+    name = sorted(n for n in tensors if tensors[n].ndim == 2)[len(layout + way) % 2]
+    encoder = {32: "text_encoder", 48: "text_encoder_2"}[tensors[name].shape[1]]
+    told, tensor = {name, encoder}, tensors.pop(name)
+    if way == "renamed":
+        tensors[f"{name}x"] = tensor
+    elif way == "transposed":
+        tensors[name] = tensor.T.contiguous()
+    elif way == "added":
+        told = {"other"}
+        tensors |= {name: tensor, "other": tensor.clone()}
+    elif way == "retyped":
+        tensors[name] = tensor.to(torch.int8)
+    file = save(tmp_path / "toy.safetensors", tensors)
+    capsys.readouterr()
+    try:
+        taught(sdxl, str(file))
+        said = capsys.readouterr().err
+    except BadInputFileError as error:
+        said = str(error)
+    assert any(word in said for word in told), said
+
+
 def test_two_files_for_one_word(sdxl: Path, tmp_path: Path) -> None:
     """As diffusers' training script writes them, one for each text encoder."""
     tensors = pair(2)

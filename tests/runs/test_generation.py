@@ -217,3 +217,16 @@ def test_image_seeds_are_the_prompts_own_or_the_runs(
         prompt, k = divmod(index, images)
         expected = own[prompt]
         assert value == (seed + index if expected is None else expected + k)
+
+
+def test_a_format_that_does_not_hold_the_pictures_is_refused() -> None:
+    """Before anything is computed; by stage 3's flag as well."""
+    size = {"native_size": 128, "size_factor": 1}
+    flags = {"image_format": "webp", "width": 16_383, "height": 8}
+    assert resolve(read_run_settings(None, flags), **size).width == 16_383
+    flags |= {"width": 16_384}
+    with refusal(BadSettingError, "image_format webp holds at most 16383 pixels a side"):
+        resolve(read_run_settings(None, flags), **size)
+    wide = resolve(read_run_settings(None, flags | {"image_format": "png"}), **size)
+    with refusal(BadSettingError, "image_format webp holds at most", "use png or jpg"):
+        wide.override({"image_format": "webp"})

@@ -98,6 +98,24 @@ def test_web_uis_know_the_sampler_by_their_own_name() -> None:
     assert "Sampler: Euler a" in lines[2] and "Steps: 25" in lines[2] and "Size: 24x16" in lines[2]
 
 
+def test_what_a_jpeg_does_not_hold_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {**OF_LATENTS[EMBEDDINGS], "prompts": ["a red star, " * 9000, "a ring"]}
+    recipe = make_recipe(3, {**OF_LATENTS, EMBEDDINGS: prompts, PICTURES: {"tile": False}})
+    header = artifacts.make_header(make_recipe(2, {**OF_LATENTS, EMBEDDINGS: prompts}), {}, "")
+    config = make_config(DEMO, image_format="jpg")
+    facts = PictureFacts(config=config, header=header, recipe=recipe, overrides=[])
+    pixels = np.zeros((4, 16, 24, 3), np.uint8)
+    save_pictures(tmp_path, Decoded(images=pixels), facts, None, StageReport(3))
+    said = "a JPEG's metadata hold 64 kB: prompt shortened in the pictures; the whole is in stage3"
+    assert said in capsys.readouterr().err
+    first = read_picture_record(tmp_path / "output_image_0000.jpg")
+    assert first is not None and first["settings"]["prompt"].endswith("…")
+    last = read_picture_record(tmp_path / "output_image_0003.jpg")
+    assert last is not None and last["settings"]["prompt"] == "a ring" and "shortened" not in last
+
+
 @pytest.mark.parametrize("images", [1, 2])
 def test_pictures_take_the_place_of_another_runs(tmp_path: Path, images: int) -> None:
     (tmp_path / "output_image_0007.webp").write_bytes(b"")

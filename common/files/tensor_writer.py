@@ -1,0 +1,108 @@
+"""A file of ours written row by row, for runs whose data is larger than memory should hold."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.files.artifacts import HEADER_KEY, check_finite, make_header
+from common.files.recipe import Recipe
+from common.whole_files import replace_whole
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME_OF_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of what stages write
+
+
+class TensorWriter:
+    """A file of ours that is written row by row, so that memory never holds it.
+
+    Each tensor's rows go where they belong as they come; the header, whose length is known before,
+    is written last. The layout is that of safetensors
+    (https://github.com/huggingface/safetensors#format).
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, provenance: dict[str, Any], count: int) -> None:
+        """
+        Args:
+            path: of the file, which `written_in_parts` puts in place.
+            count: rows of every tensor.
+        """
+        self.path, self.count, self.written = path, count, 0
+        self.shapes: dict[str, list[int]] = {}
+        self._recipe, self._provenance = recipe, provenance
+        self._begins: dict[str, int] = {}
+        self._entries: dict[str, Any] = {}
+
+    def open(self, temporary: Path) -> None:
+        """Begin to write, to that place."""
+        self._temporary = temporary
+        self._file = temporary.open("w+b")
+
+    def put(self, rows: "Mapping[str, torch.Tensor]") -> None:
+        """Write the next rows, [N, …] each.
+
+        Raises:
+            NotFiniteError: a row holds an infinity or a not-a-number.
+        """
+        import torch
+
+        check_finite(rows, self.path, "was not written")
+        if not self._entries:
+            self._lay_out(rows)
+        for key, tensor in rows.items():
+            data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            self._file.seek(self._begins[key] + self.written * (data.nbytes // len(tensor)))
+            self._file.write(data)
+        self.written += len(tensor)
+
+    def close(self) -> None:
+        """Write the header: all rows are there."""
+        assert self.written == self.count
+        self._file.flush()
+        digest = hashlib.sha256()
+        self._file.seek(min(self._begins.values()))
+        while block := self._file.read(1 << 20):  # tensors stand in the order of their keys
+            digest.update(block)
+        self._file.seek(0)
+        self._file.write(self._head(digest.hexdigest()))
+        self._file.close()
+
+    def _lay_out(self, rows: "Mapping[str, torch.Tensor]") -> None:
+        end = 0
+        for key in sorted(rows):
+            tensor = rows[key]
+            begin, end = end, end + tensor[0].nbytes * self.count
+            self.shapes[key] = [self.count, *tensor.shape[1:]]
+            self._entries[key] = {
+                "dtype": _NAME_OF_DTYPE[str(tensor.dtype).removeprefix("torch.")],
+                "shape": self.shapes[key],
+                "data_offsets": [begin, end],
+            }
+        self._written_header = make_header(self._recipe, self._provenance, "0" * 64)
+        start = len(self._head("0" * 64))
+        self._begins = {key: start + each["data_offsets"][0] for key, each in self._entries.items()}
+
+    def _head(self, data_sha256: str) -> bytes:
+        """What stands before the data, as long whatever the hash is."""
+        header = self._written_header.model_copy(update={"data_sha256": data_sha256})
+        content = {"__metadata__": {HEADER_KEY: header.to_json()}, **self._entries}
+        text = json.dumps(content, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # data are aligned
+        return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def written_in_parts(
+    path: Path, recipe: Recipe, provenance: dict[str, Any], count: int
+) -> Iterator[TensorWriter]:
+    """A file that appears whole at the block's end, or not at all."""
+    writer = TensorWriter(path, recipe, provenance, count)
+    with replace_whole(path) as temporary:
+        writer.open(temporary)
+        yield writer
+        writer.close()

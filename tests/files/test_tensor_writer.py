@@ -1,0 +1,59 @@
+"""Files written row by row are those that are written at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import NotFiniteError, StageError
+from common.files import artifacts
+from common.files.stage_table import EMBEDDINGS_FILE
+from common.files.tensor_writer import written_in_parts
+from tests.files.test_artifacts import make_recipe
+from tests.refusals import refusal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_give_the_file_that_whole_tensors_give(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"prompt_embeds": (5, 3, 7), "negative_prompt_embeds": (5, 3, 7), "pooled": (5, 3)}
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+    whole, parts = tmp_path / "whole" / EMBEDDINGS_FILE, tmp_path / "parts" / EMBEDDINGS_FILE
+    artifacts.save_tensors(whole, tensors, make_recipe(seed=1), {"prompt": "a “red” star"})
+    with written_in_parts(parts, make_recipe(seed=1), {"prompt": "a “red” star"}, 5) as written:
+        for first, end in ((0, 1), (1, 4), (4, 5)):
+            assert not parts.exists()
+            written.put({name: tensor[first:end] for name, tensor in tensors.items()})
+    assert written.shapes == {name: list(shape) for name, shape in shapes.items()}
+    expected, found = artifacts.inspect(whole), artifacts.inspect(parts)
+    assert found.data_sha256 == expected.data_sha256
+    assert found.tensors == expected.tensors and found.header is not None
+    assert expected.header is not None and found.header.recipe == expected.header.recipe
+    loaded = artifacts.load_tensors(found, lambda text: pytest.fail(text))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("error", [StageError("stopped"), KeyboardInterrupt()])
+def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / EMBEDDINGS_FILE
+    path.write_bytes(b"before")
+    with (
+        pytest.raises(type(error)),
+        written_in_parts(path, make_recipe(), {}, 2) as written,
+    ):
+        written.put({"a": torch.ones(1, 4)})
+        raise error
+    assert path.read_bytes() == b"before"
+    assert [each.name for each in tmp_path.iterdir()] == [EMBEDDINGS_FILE]
+
+
+def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / EMBEDDINGS_FILE
+    with (
+        refusal(NotFiniteError, f"{path} was not written: 1 of 4 values of 'a' are not"),
+        written_in_parts(path, make_recipe(), {}, 1) as written,
+    ):
+        written.put({"a": torch.tensor([[1.0, 2.0, float("nan"), 4.0]])})
+    assert not path.exists()
