@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -35,10 +35,11 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run_script(
-    script: Path, *arguments: object, **options: object
+    script: Path, *arguments: object, variables: Mapping[str, str] | None = None, **options: object
 ) -> "subprocess.CompletedProcess":
-    """Run a script as users do, in a process of its own."""
+    """Run a script as users do, in a process of its own, with these variables besides."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment |= variables or {}
     return subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         capture_output=True,

@@ -153,6 +153,17 @@ except Exception as error:
     assert result.stdout == "UnfitEnvironmentError\n", result.stderr
 
 
+def test_what_no_file_holds_is_refused_before_computing(tmp_path: Path, stage: Run) -> None:
+    """Prompts over what a header may be, pictures over what a WebP may be."""
+    (tmp_path / "prompts.txt").write_text(f"{'星' * 1000}\n" * 4300)
+    many = ("--prompts_file", tmp_path / "prompts.txt")
+    wide = ("--image_format", "webp", "--width", 16_384)
+    for flags, words in ((many, "the prompts take 13 MB"), (wide, "at most 16383 pixels a side")):
+        run_dir = tmp_path / "run"
+        expect(stage(1, "--output_dir", run_dir, "--model_id", DEMO, *flags), 2, words)
+        assert not run_dir.exists()
+
+
 SAYING = FAILING_COMMAND.format(error="SystemExit").replace(
     "    raise SystemExit",
     "    import sys\n    for k in range(20000): print('a line', k)\n"

@@ -38,8 +38,8 @@ def encode_with_compel(pipeline: Any, config: ResolvedPrompts) -> "dict[str, tor
         found = compel(texts, **arguments)
     except Exception as error:
         raise BadSettingError(
-            f"--prompt_weighting compel: compel cannot read the prompts ({type(error).__name__}: "
-            f"{in_one_line(error)}): see its syntax, or leave the flag out"
+            f"--prompt_weighting compel: compel cannot read the prompts ({in_one_line(error)}): "
+            "see its syntax, or leave the flag out"
         ) from error
     tensors = [found.embeds, found.negative_embeds]
     if has_two_encoders(pipeline):

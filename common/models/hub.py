@@ -77,5 +77,5 @@ def _reaching_the_hub(said: str) -> Iterator[None]:
             ) from None
         raise UnfitEnvironmentError(
             f"{said} is not on this machine and cannot be had from the hub "
-            f"({type(error).__name__}: {in_one_line(error)}): check the name and the network"
+            f"({in_one_line(error)}): check the name and the network"
         ) from None

@@ -76,10 +76,10 @@ def refused_in_words(what: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
-        reason = in_one_line(error)
+        reason = in_one_line(error) or "without a reason"
         raise BadSettingError(
-            f"diffusers refuses {what} ({type(error).__name__}: {reason}): change --scheduler, "
-            "--scheduler_option or the number of steps"
+            f"diffusers refuses {what} ({reason}): change --scheduler, --scheduler_option or the "
+            "number of steps"
         ) from error
 
 
