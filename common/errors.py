@@ -6,6 +6,7 @@ Exit codes: 0 done, or fresh and skipped; 1 a defect of ours; 2 a bad flag, sett
 143 terminated.
 """
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's own message
 
 
 def in_one_line(error: BaseException) -> str:
-    """A library's message as a part of our one sentence."""
-    return " ".join(str(error).split())[:300]
+    """A library's message as a part of our one sentence, with classes by their names alone."""
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(str(error).split()))[:300]
 
 
 def first_refusal(error: "ValidationError") -> str:

@@ -54,6 +54,7 @@ STEPS_TO_STOP = 80
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 WAYS = ("process", "group", "process, then group", "group, then process")
 MOST_SECONDS_BETWEEN = 0.2
+MOST_TRIES = 8
 TIMEOUT = 300
 SOON = 0.6  # seconds after the first sign of progress, for every other kill
 
@@ -68,6 +69,12 @@ class Result:
     exceptions: list[str] = field(default_factory=list)
 
 
+def hear_all_signals() -> None:
+    """What this program ignores, as in the background or under nohup, its processes would too."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(command: tuple[str, ...], run_dir: Path) -> "subprocess.Popen[str]":
     """Start a script in a session of its own, so that all of its processes can be killed."""
     script, *flags = command
@@ -77,6 +84,7 @@ def start(command: tuple[str, ...], run_dir: Path) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_all_signals,
     )
 
 
@@ -190,7 +198,7 @@ class Faults:
         told = f"signal {number}, {sent.name} to {way}"
         run_dir = self.folder / f"signal {number}"
         command = (*STAGE_2, "--num_inference_steps", str(STEPS_TO_STOP))
-        for tries in itertools.count():
+        for tries in range(MOST_TRIES):
             shutil.copytree(self.starts["stage 2"], run_dir)
             process = start(command, run_dir)
             if number % 2 and not tries:  # else it would seldom denoise
