@@ -25,7 +25,14 @@ from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig, check_size
-from common.runs.jobs import denoising_job, make_sampler, packages_to_spare, warn_of_settings
+from common.runs.init_latents import find_init_latents
+from common.runs.jobs import (
+    denoising_job,
+    make_sampler,
+    packages_to_spare,
+    say_steps,
+    warn_of_settings,
+)
 from common.runs.outputs import save_latents
 from common.runs.recipes import (
     expected_unet_dtype,
@@ -52,8 +59,10 @@ def main(run: StageRun) -> None:
     embeddings = run.inspect_input()  # [P, L, D], pooled [P, E]
     misfit = embeddings_misfit(embeddings.tensors, len(config.prompts), checkpoint.config("unet"))
     artifacts.refuse_misfit(embeddings, prompts_misfit(embeddings.header, config) or misfit)
+    verify = not run.options.no_verify
+    init = find_init_latents(config, checkpoint, run.run_dir, verify=verify)  # [B or 1, C, h, w]
     expected = expected_unet_dtype(config.unet_dtype, path)
-    recipe = latents_recipe(config, checkpoint, embeddings, expected)
+    recipe = latents_recipe(config, checkpoint, embeddings, expected, init)
     if run.is_fresh(why_latents_stale(run.run_dir, recipe, run.options), path):
         return None
     run.begin(f"denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
@@ -65,30 +74,33 @@ def main(run: StageRun) -> None:
     run.import_libraries(*packages_to_spare(config, checkpoint))
     backend.import_denoiser()
     run.report.phase("other")
-    return denoise(run, config, checkpoint, embeddings, backend)
+    return denoise(run, config, checkpoint, (embeddings, init), backend)
 
 
 def denoise(
     run: StageRun,
     config: GenerationConfig,
     checkpoint: Checkpoint,
-    embeddings: Artifact,
+    inputs: tuple[Artifact, Artifact | None],
     backend: Backend,
 ) -> None:
-    """The part of the story that takes time."""
+    """The part of the story that takes time; `inputs` are embeddings, and latents to begin with."""
     from common.sampling.denoising import denoise_images
     from common.sampling.loading import UNetToLoad, open_denoiser
 
     # 4. What to denoise, and the UNet; what the steps refuse is said before weights are read
+    embeddings, init = inputs
     tensors = run.load_input(embeddings)
+    begin = None if init is None else run.load_input(init)["latents"]
     with run.report.part("scheduler_tables"):
         sampler = make_sampler(config, checkpoint)
     run.refuse_steps_to_profile(len(sampler.restart()))
-    job = denoising_job(config, checkpoint, tensors, sampler)
+    say_steps(sampler)
+    job = denoising_job(config, checkpoint, tensors, sampler, begin)
     dtype = backend.choose_dtype(config.unet_dtype)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
     denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
-    recipe = latents_recipe(config, checkpoint, embeddings, dtype)
+    recipe = latents_recipe(config, checkpoint, embeddings, dtype, init)
 
     # 5. Denoise, group by group; a stopped run goes on from what it kept
     facts = denoiser.facts()

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from common.compute.clock import StageReport
 from common.compute.kept import Kept
@@ -60,7 +61,8 @@ class Ours:
         """Stage 1, and what it leaves to stage 2."""
         embeddings = encode_prompts(self.text_pipeline, config)
         sampler = make_sampler(config, self.checkpoint)
-        return denoising_job(config, self.checkpoint, embeddings, sampler)
+        begin = None if config.init_latents is None else load_file(config.init_latents)["latents"]
+        return denoising_job(config, self.checkpoint, embeddings, sampler, begin)
 
     def denoised(
         self,

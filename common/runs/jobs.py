@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 from common.conditions.guidance_scale import is_told_guidance
 from common.conditions.sizes import has_own_negative
 from common.conditions.table import conditions_of
-from common.messages import warn
+from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
 from common.runs.recipes import scheduler_of
 from common.sampling.sampler import Sampler, as_pipeline_reads_it, make_scheduler
+from common.sampling.step_range import StepRange, first_timesteps, is_plms
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,43 @@ def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
     if checkpoint.pipeline_class == "StableDiffusionPipeline":
         settings = as_pipeline_reads_it(settings, class_name)
     scheduler = make_scheduler(settings, class_name, options)
-    sampler = Sampler(scheduler, **config.steps(), eta=config.eta)
+    step_range = StepRange(
+        strength=strength_of(config, checkpoint),
+        denoising_start=config.denoising_start,
+        denoising_end=config.denoising_end,
+    )
+    sampler = Sampler(
+        scheduler,
+        **config.steps(),
+        eta=config.eta,
+        step_range=step_range,
+    )
     if config.eta > 0 and not sampler.takes_eta:
         warn(f"--eta {config.eta} has no effect: {class_name} takes none")
     sampler.restart()
     return sampler
+
+
+def strength_of(config: GenerationConfig, checkpoint: Checkpoint) -> float | None:
+    """How much noise is added to given latents; by default as in diffusers' own pipelines."""
+    if config.init_latents is None or config.denoising_start is not None:
+        return None
+    if config.strength is not None:
+        return config.strength
+    return 0.3 if checkpoint.pipeline_class == "StableDiffusionXLPipeline" else 0.8
+
+
+def say_steps(sampler: Sampler) -> None:
+    """Say how many of its steps a run takes where these are not all."""
+    step_range = sampler.step_range
+    if step_range == StepRange():
+        return
+    timesteps = sampler.restart()
+    steps = len(first_timesteps(sampler.scheduler))
+    own = len(timesteps) if sampler.scheduler.order == 1 else -(-len(timesteps) // 2)
+    own -= is_plms(sampler.scheduler) and own > 1
+    said = f"{own} of {steps} steps, from timestep {float(timesteps[0]):g}"
+    say(f"  {said} ({step_range.in_words()})")
 
 
 def denoising_job(
@@ -40,25 +73,30 @@ def denoising_job(
     checkpoint: Checkpoint,
     embeddings: "dict[str, torch.Tensor]",
     sampler: Sampler,
+    init_latents: "torch.Tensor | None" = None,
 ) -> "DenoisingJob":
     """All images of a run.
 
     Args:
         embeddings: stage 1's tensors, a row for each prompt.
+        init_latents: to begin with, [B, C, h, w], or [1, C, h, w] for all.
     """
     from common.compute.groups import prompt_indices
     from common.sampling.guidance import guidance_of
     from common.sampling.job import DenoisingJob
 
     unet_config = checkpoint.config("unet")
+    seeds = config.image_seeds()
+    begin = None if init_latents is None else init_latents.float().expand(len(seeds), -1, -1, -1)
     return DenoisingJob(
         embeddings=embeddings,
         prompt_of=prompt_indices(len(config.prompts), config.num_images_per_prompt),
-        seeds=config.image_seeds(),
+        seeds=seeds,
         latent_shape=latent_shape(config, checkpoint),
         sampler=sampler,
         guidance=guidance_of(config, unet_config),
         conditions=conditions_of(config, unet_config),
+        init_latents=begin,
     )
 
 

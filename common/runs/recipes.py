@@ -72,9 +72,17 @@ def embeddings_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> Recip
 
 
 def latents_recipe(
-    config: GenerationConfig, checkpoint: Checkpoint, embeddings: Artifact, unet_dtype: str
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    embeddings: Artifact,
+    unet_dtype: str,
+    init_latents: Artifact | None = None,
 ) -> Recipe:
-    """All that determines the latents."""
+    """All that determines the latents.
+
+    Args:
+        init_latents: that they begin with.
+    """
     upstream = {EMBEDDINGS: embeddings_settings(config)}
     if embeddings.header is not None:
         upstream = embeddings.header.recipe.settings
@@ -89,6 +97,7 @@ def latents_recipe(
         "scheduler": scheduler,
         "scheduler_options": scheduler_options,
         "unet_dtype": unet_dtype,
+        "init_latents": None if init_latents is None else init_latents.data_sha256,
     }
     return Recipe(
         stage=DENOISE.number,

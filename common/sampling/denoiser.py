@@ -20,7 +20,7 @@ from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
 from common.conditions.prepare import prepare_conditions
 from common.sampling.job import DenoisingJob
-from common.sampling.noise import draw_initial_latents, prepare_noise, prepare_state
+from common.sampling.noise import first_latents, prepare_noise, prepare_state
 from common.sampling.scheduler_tables import SchedulerTables
 from common.sampling.step_plan import StepPlan, StepProgram
 
@@ -72,12 +72,15 @@ class Denoiser(ABC):
         self.done, self.is_idle = 0, True
         self.trajectory: list[np.ndarray] = []
         self.latent_shape = job.latent_shape
+        self.given = None if job.init_latents is None else job.init_latents[chosen]
         if tables is None:
             self.evaluations = len(self.sampler.restart(self.seeds))
         else:
             self.evaluations = tables.evaluations
             with self.report.part("noise"):
-                self.noise = prepare_noise(self.seeds, self.sampler, tables, self.latent_shape)
+                self.noise = prepare_noise(
+                    self.seeds, self.sampler, tables, self.latent_shape, self.given
+                )
         self.plan = StepPlan.of(self.guidance, self.evaluations)
         images = job.images(chosen, self.dtype)
         told = {
@@ -298,10 +301,14 @@ class Denoiser(ABC):
     def _ahead_on_host(self) -> Callable[[range], Any]:
         """A function that steps the scheduler itself after a model evaluation."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self.sampler.restart()
+        given = [None] * len(generators) if self.given is None else self.given.split(1)
+        first = [
+            first_latents(self.sampler, generator, self.latent_shape, own)
+            for generator, own in zip(generators, given, strict=True)
+        ]
+        self.state = (torch.cat(first),)
         timesteps = self.sampler.restart(self.seeds)
-        scale = self.sampler.initial_noise_scale
-        drawn = [draw_initial_latents(g, self.latent_shape, scale) for g in generators]
-        self.state = (torch.cat(drawn),)
 
         def advance(steps: range) -> None:
             (i,), (latents,) = steps, self.state

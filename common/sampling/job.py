@@ -23,6 +23,7 @@ class DenoisingJob:
     sampler: Sampler
     guidance: Guidance
     conditions: tuple[Condition, ...]
+    init_latents: "torch.Tensor | None" = None  # to begin with, [B, C, h, w] float32
 
     def images(self, chosen: "np.ndarray", dtype: "torch.dtype") -> ImagesOfGroup:
         """Some images, by their indices, as far as conditions need them."""

@@ -23,29 +23,46 @@ def prepare_noise(
     sampler: Sampler,
     tables: SchedulerTables,
     latent_shape: tuple[int, int, int],
+    given: torch.Tensor | None = None,
 ) -> NoiseBatch:
     """Draw the initial latents and the scheduler's noises as diffusers does.
 
-    Each image has a `torch.Generator` of its own on the CPU: first it draws the initial latents,
-    then the scheduler itself, stepped on zeros, draws its noises from it.
+    Each image has a `torch.Generator` of its own on the CPU: first it draws the initial latents, or
+    the noise on those that are given, then the scheduler itself, stepped on zeros, draws its noises
+    from it.
+
+    Args:
+        given: latents to begin with, [B, C, h, w] float32.
     """
     size = len(tables.timesteps)
     initial = np.empty((len(seeds), *latent_shape), np.float32)
     noises = np.zeros((size, len(seeds), *latent_shape), np.float32)
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        drawn = draw_initial_latents(generator, latent_shape, tables.initial_noise_scale)
-        initial[index] = drawn[0].numpy()
+        own = None if given is None else given[index : index + 1]
+        initial[index] = first_latents(sampler, generator, latent_shape, own)[0].numpy()
         if tables.noises:
             noises[: tables.noises, index] = draw_noises(sampler, seed, generator, latent_shape)
     return NoiseBatch(initial_latents=initial, noises=noises)
 
 
-def draw_initial_latents(
-    generator: torch.Generator, latent_shape: tuple[int, int, int], scale: float
+def first_latents(
+    sampler: Sampler,
+    generator: torch.Generator,
+    latent_shape: tuple[int, int, int],
+    given: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One image's initial latents [1, C, h, w] float32, the first that its generator draws."""
-    return torch.randn((1, *latent_shape), generator=generator) * scale
+    """One image's latents before the first step, [1, C, h, w] float32.
+
+    Noise, or latents that are given with noise on them or, of a run that was cut, as they are.
+    Noise is the first that an image's generator draws; the sampler is to be restarted after that.
+    """
+    if given is not None and not sampler.step_range.adds_noise:
+        return given
+    noise = torch.randn((1, *latent_shape), generator=generator)
+    if given is not None:
+        return sampler.add_noise(given, noise)
+    return noise * sampler.initial_noise_scale
 
 
 def draw_noises(

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import BadSettingError, in_one_line
 from common.sampling.schedulers import SCHEDULERS
+from common.sampling.step_range import StepRange
 
 if TYPE_CHECKING:
     import torch
 
+
+LMS_ORDER = 4  # diffusers' default
 
 # What libraries raise where a scheduler cannot do what it is asked for.
 REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
@@ -98,9 +101,11 @@ class Sampler:
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
+        step_range: StepRange = StepRange(),  # noqa: B008  # frozen
     ) -> None:
         """Give exactly one of the number of steps, the timesteps, the sigmas."""
         self.scheduler = scheduler
+        self.step_range = step_range
         self.name = type(scheduler).__name__
         self.spacing: dict[str, Any] = {
             name: value if isinstance(value, int) else list(value)
@@ -133,13 +138,20 @@ class Sampler:
             raise BadSettingError(f"--{name}: {self.name} takes none in diffusers")
         with refused_in_words(f"{self.name} with {name} {value}"):
             self.scheduler.set_timesteps(**self.spacing)
+        timesteps, first = self.step_range.cut(self.scheduler)
         if hasattr(self.scheduler, "set_begin_index"):
             # As diffusers' SDXL pipeline does. Without it the first step is looked for by its
             # timestep, and where two begin with the same one (beta sigmas, many steps) the second
             # is found, and a step is missing at the end.
-            self.scheduler.set_begin_index(0)
-        timesteps: torch.Tensor = self.scheduler.timesteps
+            self.scheduler.set_begin_index(first)
+        self._evaluated = 0
         return timesteps
+
+    def add_noise(self, latents: "torch.Tensor", noise: "torch.Tensor") -> "torch.Tensor":
+        """Latents [B, C, h, w] with as much noise as there is before the first step."""
+        timesteps = self.restart()
+        noised: torch.Tensor = self.scheduler.add_noise(latents, noise, timesteps[:1])
+        return noised
 
     @property
     def initial_noise_scale(self) -> float:
@@ -162,6 +174,11 @@ class Sampler:
         options = dict(self.extra_options)
         if self.takes_generator:
             options["generator"] = generators
+        self._evaluated += 1
+        if self.name == "LMSDiscreteScheduler":
+            # Its order grows with what it has seen. By itself it takes the order from the place in
+            # the schedule, and in the middle of one it weighs what it has not seen.
+            options["order"] = min(self._evaluated, LMS_ORDER)
         with refused_in_words(f"{self.name} with {self.spacing}"):
             stepped: torch.Tensor = self.scheduler.step(
                 model_output, timestep, sample, return_dict=False, **options

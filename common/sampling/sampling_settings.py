@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from common.declared import LATENTS, MODEL, SAMPLING, DeviceDtype, Settings, setting
+from common.declared import LATENTS, MODEL, SAMPLING, DeviceDtype, Place, Settings, setting
 from common.errors import BadSettingError
 from common.sampling.schedulers import SCHEDULER_CLASSES, SCHEDULERS
 from common.text_files import parse_yaml
@@ -51,6 +51,48 @@ class SamplingSettings(Settings):
         shown="",
         min_length=1,
         max_length=MOST_STEPS,
+    )
+    # Latents of another run to begin with in place of noise: its folder, or the file. Recipes hold
+    # their content.
+    init_latents: Place | None = setting(
+        None,
+        "A run's latents to begin with.",
+        metavar="RUN",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        recorded=False,
+        shown="",
+    )
+    strength: float | None = setting(  # None: as diffusers' pipelines, 0.3 for SDXL, else 0.8
+        None,
+        "Noise on them, 0 to 1.",
+        metavar="X",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        shown="0.3 or 0.8",
+        web_ui="Denoising strength",
+        ge=0,
+        le=1,
+    )
+    denoising_start: float | None = setting(
+        None,
+        "Go on from this share of steps.",
+        metavar="X",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        shown="",
+        gt=0,
+        lt=1,
+    )
+    denoising_end: float | None = setting(
+        None,
+        "Stop at this share of steps.",
+        metavar="X",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        shown="",
+        gt=0,
+        lt=1,
     )
     guidance_scale: float = setting(
         7.5,
@@ -169,6 +211,20 @@ class SamplingSettings(Settings):
             raise ValueError(
                 f"guidance_start {self.guidance_start} is after guidance_end {self.guidance_end}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        for name in ("strength", "denoising_start"):
+            if getattr(self, name) is not None and self.init_latents is None:
+                raise ValueError(f"{name} is for latents to begin with: give init_latents")
+        if self.denoising_start is not None and self.strength is not None:
+            raise ValueError(
+                "denoising_start goes on without new noise: leave strength out, or denoising_start"
+            )
+        start, end = self.denoising_start or 0, self.denoising_end or 1
+        if start >= end:
+            raise ValueError(f"denoising_start {start} is not before denoising_end {end}")
         return self
 
     @model_validator(mode="after")

@@ -76,6 +76,9 @@ def lay_out(root: Path) -> None:
         save_file({"weights": np.full(4, value, "float32")}, root / f"{name}.safetensors")
     for name, value in (("red", 1), ("red_copy", 1), ("blue", 2)):
         save_file({"emb": np.full((1, 4), value, "float32")}, root / f"{name}.safetensors")
+    for name, value in (("latents", 1), ("same_latents", 1), ("other_latents", 2)):
+        latents = {"latents": np.full((1, 4, 16, 16), value, "float32")}
+        save_file(latents, root / f"{name}.safetensors")
     unet, text = "unet.mid_block.to_q", "text_encoder.layers.0.q_proj"
     save_lora(root / "lora_unet.safetensors", unet, value=1)
     save_lora(root / "lora_unet_copy.safetensors", unet, value=1)

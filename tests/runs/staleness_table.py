@@ -148,6 +148,14 @@ GENERATION: dict[str, list[Case]] = {
     "sigmas": [case((14.0, 0.5, 0.0), LATENTS, of=(14.0, 1.0, 0.0), **BY_TIMESTEPS)],
     "guidance_scale": [case(5.0, LATENTS)],
     "guidance_rescale": [case(0.7, LATENTS)],
+    "init_latents": [
+        case("other_latents.safetensors", LATENTS, of="latents.safetensors"),
+        case("same_latents.safetensors", NOTHING, of="latents.safetensors"),
+        case("latents.safetensors", LATENTS),
+    ],
+    "strength": [case(0.5, LATENTS, init_latents="latents.safetensors")],
+    "denoising_start": [case(0.5, LATENTS, init_latents="latents.safetensors")],
+    "denoising_end": [case(0.5, LATENTS)],
     "guidance_start": [case(0.25, LATENTS)],
     "guidance_end": [case(0.75, LATENTS)],
     "seed": [

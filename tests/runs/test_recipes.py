@@ -30,6 +30,7 @@ from common.models.find import open_checkpoint
 from common.runs import recipes
 from common.runs.flags import Given
 from common.runs.generation import GenerationConfig, RunSettings, resolve
+from common.runs.init_latents import find_init_latents
 from common.runs.jobs import latent_shape
 from common.runs.setting_groups import SHARED
 from tests.conftest import DEMO, Run, file_contents
@@ -118,8 +119,10 @@ def recipes_of(
         config, open_checkpoint(config, loaded_for(declared.EMBEDDINGS))
     )
     checkpoint = open_checkpoint(config, loaded_for(declared.LATENTS))
+    begin = find_init_latents(config, checkpoint, Path("run"), verify=True)
+    embeddings = made(EMBEDDINGS_FILE, first, {})
     second = recipes.latents_recipe(
-        config, checkpoint, made(EMBEDDINGS_FILE, first, {}), used_on_cpu(config.unet_dtype)
+        config, checkpoint, embeddings, used_on_cpu(config.unet_dtype), begin
     )
     shape = (len(config.image_seeds()), *latent_shape(config, checkpoint))
     third = recipes.pictures_recipe(
