@@ -24,7 +24,7 @@ test-all: setup
 parity: setup
 	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" tests/parity/test_schedulers_equal_diffusers.py
 
-# Two hundred kills and thirty terminations; takes some 40 minutes on two cores.
+# Two hundred kills and a hundred other signals; takes some 40 minutes on two cores.
 faults: setup
 	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --signals 100
 

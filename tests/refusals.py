@@ -35,7 +35,8 @@ LATENTS: Shapes = {"latents": (1, 4, 8, 8)}
 TRAJECTORY: Shapes = {"latents": (2, 1, 4, 8, 8), "steps": (2,)}
 # Of libraries, in place of words for people: an exception's class, a module's path, torch's device.
 INNER_WORDS = re.compile(
-    r"\w(Error|Exception):|\bmeta (tensor|device)|\b(torch|diffusers|transformers|safetensors)\.\w"
+    r"\w(Error|Exception):|\bmeta (tensor|device)"
+    r"|(?<![\w.])(torch|diffusers|transformers|safetensors)\.\w"
 )
 DEEP = "[" * 100_000  # JSON and YAML that no parser may follow down
 

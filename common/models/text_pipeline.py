@@ -129,7 +129,11 @@ def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
         part_class = getattr(transformers, checkpoint.index()[name][1])
         if not component(name).has_weights:
             return part_class.from_pretrained(source.folder, local_files_only=True)
-        config = part_class.config_class.from_pretrained(source.folder, local_files_only=True)
+        # Attention named, so that no config can have another kind fetched from a hub.
+        own_attention = {"attn_implementation": "sdpa"}
+        config = part_class.config_class.from_pretrained(
+            source.folder, local_files_only=True, **own_attention
+        )
         with torch.device("meta"):
             module = part_class(config)
         weights = read_weights(find_all_weights(checkpoint, name, module).places, dtype)
@@ -138,6 +142,5 @@ def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
             config=config,
             state_dict=dict(weights),
             dtype=dtype,
-            # Named, so that no config can have another one fetched.
-            attn_implementation="sdpa",
+            **own_attention,
         )

@@ -83,7 +83,6 @@ def test_many_prompts_take_little_more_memory_than_their_embeddings(
     run_dir = tmp_path / "run"
     result = stage(1, "--output_dir", run_dir, "--prompts_file", tmp_path / "prompts.txt")
     assert result.returncode == 0, result.stderr
-    assert "encode: " in result.stderr and " of 10000 prompts" in result.stderr
     report = json.loads((run_dir / "stage1_report.json").read_text())
     data = (run_dir / "stage1_embeddings.safetensors").stat().st_size
     assert data > 900e6 and report["peak_host_bytes"] < 1.5 * data
