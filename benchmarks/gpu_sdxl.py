@@ -288,7 +288,8 @@ class Ours(Peer):
         from common.compute.jax_start import set_up_jax
         from common.compute.options import RunOptions
         from common.sampling.jax_denoiser import JaxDenoiser
-        from common.vae.jax_decoder import JaxDecoder
+        from common.vae.decoder import Decoder
+        from common.vae.jax_runner import JaxRunner
 
         set_up_jax()
         devices = Devices.present()
@@ -299,7 +300,7 @@ class Ours(Peer):
         unet_there = ModelOnDevices(module=unet, parameters=self.load("unet", unet), **where)
         vae_there = ModelOnDevices(module=vae, parameters=self.load("vae", vae), **where)
         self.denoiser = JaxDenoiser(unet_there, options, StageReport(2), {})
-        self.decoder = JaxDecoder(vae_there, None, StageReport(3), {})
+        self.decoder = Decoder(JaxRunner(vae_there, StageReport(3), {}), None)
 
     def load(self, prefix: str, module: Any) -> dict[str, Any]:
         """A model's numbers on the device."""

@@ -29,9 +29,10 @@ from pydantic import (
 from common.errors import BadSettingError, shorten
 
 # What stages make; a setting names those that its value shapes.
-EMBEDDINGS, LATENTS, PICTURES = "embeddings", "latents", "pictures"
+EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES = "embeddings", "image_latents", "latents", "pictures"
 # Groups of the help page.
-PROMPTS, SIZES, SAMPLING = "Prompts", "Size conditions of SDXL", "Sampling"
+PROMPTS, INPUT, SAMPLING = "Prompts", "Pictures to begin with", "Sampling"
+SIZES = "Size conditions of SDXL"
 MODEL, FILES, RUNNING, TPU = "Model", "Files", "Running", "A TPU that is not there"
 
 Dtype = Literal["float32", "bfloat16"]

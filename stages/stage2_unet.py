@@ -3,8 +3,8 @@
     python stages/stage2_unet.py
     python stages/stage2_unet.py --num_inference_steps 30 --mesh data=4
 
-Reads   generation_config.json, stage1_embeddings.safetensors, the checkpoint's UNet and scheduler
-        settings (no text encoder).
+Reads   generation_config.json, stage1_embeddings.safetensors, stage0_latents.safetensors where the
+        run begins with pictures, the checkpoint's UNet and scheduler settings (no text encoder).
 Writes  stage2_latents.safetensors   latents [B, C, h, w] float32, as the sampler leaves them
         stage2_trajectory.safetensors   with --save_trajectory N: the latents [S, B, C, h, w] after
                                      every N steps, and the numbers of those steps [S]
@@ -25,11 +25,13 @@ from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig, check_size
+from common.runs.image_latents import find_image_latents
 from common.runs.init_latents import find_init_latents
 from common.runs.jobs import (
     denoising_job,
     make_sampler,
     packages_to_spare,
+    refuse_unfit_inputs,
     say_steps,
     warn_of_settings,
 )
@@ -54,15 +56,17 @@ def main(run: StageRun) -> None:
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
     check_size(config, checkpoint.vae_scale_factor)
+    refuse_unfit_inputs(config, checkpoint)
 
     # 2. The input, whole and fitting; and are the latents fresh already?
     embeddings = run.inspect_input()  # [P, L, D], pooled [P, E]
     misfit = embeddings_misfit(embeddings.tensors, len(config.prompts), checkpoint.config("unet"))
     artifacts.refuse_misfit(embeddings, prompts_misfit(embeddings.header, config) or misfit)
     verify = not run.options.no_verify
-    init = find_init_latents(config, checkpoint, run.run_dir, verify=verify)  # [B or 1, C, h, w]
+    begin = find_image_latents(config, checkpoint, run.source_dir, verify=verify)  # [I, C, h, w]
+    begin = begin or find_init_latents(config, checkpoint, run.run_dir, verify=verify)  # [B, …]
     expected = expected_unet_dtype(config.unet_dtype, path)
-    recipe = latents_recipe(config, checkpoint, embeddings, expected, init)
+    recipe = latents_recipe(config, checkpoint, embeddings, expected, begin)
     if run.is_fresh(why_latents_stale(run.run_dir, recipe, run.options), path):
         return None
     run.begin(f"denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
@@ -74,7 +78,7 @@ def main(run: StageRun) -> None:
     run.import_libraries(*packages_to_spare(config, checkpoint))
     backend.import_denoiser()
     run.report.phase("other")
-    return denoise(run, config, checkpoint, (embeddings, init), backend)
+    return denoise(run, config, checkpoint, (embeddings, begin), backend)
 
 
 def denoise(
@@ -84,23 +88,23 @@ def denoise(
     inputs: tuple[Artifact, Artifact | None],
     backend: Backend,
 ) -> None:
-    """The part of the story that takes time; `inputs` are embeddings, and latents to begin with."""
+    """The part of the story that takes time; `inputs` are embeddings, and what is begun with."""
     from common.sampling.denoising import denoise_images
     from common.sampling.loading import UNetToLoad, open_denoiser
 
     # 4. What to denoise, and the UNet; what the steps refuse is said before weights are read
-    embeddings, init = inputs
+    embeddings, begin = inputs
     tensors = run.load_input(embeddings)
-    begin = None if init is None else run.load_input(init)["latents"]
+    given = None if begin is None else run.load_input(begin)
     with run.report.part("scheduler_tables"):
         sampler = make_sampler(config, checkpoint)
     run.refuse_steps_to_profile(len(sampler.restart()))
     say_steps(sampler)
-    job = denoising_job(config, checkpoint, tensors, sampler, begin)
+    job = denoising_job(config, checkpoint, tensors, sampler, given)
     dtype = backend.choose_dtype(config.unet_dtype)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
     denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
-    recipe = latents_recipe(config, checkpoint, embeddings, dtype, init)
+    recipe = latents_recipe(config, checkpoint, embeddings, dtype, begin)
 
     # 5. Denoise, group by group; a stopped run goes on from what it kept
     facts = denoiser.facts()

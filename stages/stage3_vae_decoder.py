@@ -3,7 +3,8 @@
     python stages/stage3_vae_decoder.py
     python stages/stage3_vae_decoder.py --image_format webp
 
-Reads   generation_config.json, stage2_latents.safetensors, the checkpoint's VAE (nothing else).
+Reads   generation_config.json, stage2_latents.safetensors, the checkpoint's VAE (nothing else);
+        stage0_latents.safetensors where what was masked is pasted into the pictures begun with.
 Writes  output_image.png when there is one image; output_image_0000.png … and output_grid.png when
         there are several; all settings in their metadata, as the latents' header records them
         output_trajectory.png, output_trajectory.webp   where stage 2 saved a trajectory: a strip,
@@ -26,6 +27,7 @@ from common.files.stage_table import DECODE
 from common.messages import say
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
+from common.runs.image_latents import find_image_latents
 from common.runs.outputs import Decoded, PictureFacts, save_pictures
 from common.runs.recipes import (
     expected_vae_dtype,
@@ -52,8 +54,12 @@ def main(run: StageRun) -> None:
     artifacts.refuse_misfit(latents, misfit or artifacts.inputs_misfit(latents))
     count = latents.tensors["latents"].shape[0]
     expected = expected_vae_dtype(config.vae_dtype, run.run_dir)
-    recipe = pictures_recipe(config, checkpoint, latents, expected)
-    trajectory = find_trajectory(run.source_dir, latents, verify=not run.options.no_verify)
+    verify = not run.options.no_verify
+    begun = None  # the pictures that these are pasted into
+    if config.pastes:
+        begun = find_image_latents(config, checkpoint, run.source_dir, verify=verify)
+    recipe = pictures_recipe(config, checkpoint, latents, expected, begun)
+    trajectory = find_trajectory(run.source_dir, latents, verify=verify)
     names, grid = picture_names(count, config.image_format)
     stale = why_pictures_stale(run.run_dir, [*names, *([grid] if grid else [])], recipe, trajectory)
     if run.is_fresh(stale or run.options.why_measure(), run.run_dir / (grid or names[0])):
@@ -63,35 +69,43 @@ def main(run: StageRun) -> None:
     # 3. Start the backend: PyTorch on CPUs, else jax
     backend = run.start_backend(torch_on_cpus=True)
     run.import_libraries("peft", "scipy", "transformers")
-    backend.import_decoder()
+    backend.import_vae()
     run.report.phase("other")
-    return decode(run, config, checkpoint, (latents, trajectory), backend)
+    return decode(run, config, checkpoint, (latents, trajectory, begun), backend)
 
 
 def decode(
     run: StageRun,
     config: GenerationConfig,
     checkpoint: Checkpoint,
-    inputs: tuple[Artifact, Artifact | None],
+    inputs: tuple[Artifact, Artifact | None, Artifact | None],
     backend: Backend,
 ) -> None:
-    """The part of the story that takes time; `inputs` are latents and their trajectory."""
+    """The part of the story that takes time.
+
+    Args:
+        inputs: latents, their trajectory, and the pictures that these are pasted into.
+    """
     from common.vae.decoding import decode_groups, decode_trajectory, measure
     from common.vae.loading import VaeToLoad, open_decoder
+    from common.vae.pasting import paste
 
     # 4. Decode, group by group; a stopped run goes on from what it kept
-    latents, trajectory = inputs
+    latents, trajectory, begun = inputs
     tensor = run.load_input(latents)["latents"].float().numpy()  # [B, C, h, w]
     upcast = bool(checkpoint.config("vae").get("force_upcast", True))  # True is diffusers' default
     dtype = backend.choose_dtype(config.vae_dtype, force_float32=upcast)
     vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
     decoder = open_decoder(run.kept, backend.name, vae, tensor.shape, run.options, run.report)
-    recipe = pictures_recipe(config, checkpoint, latents, dtype)
-    run.keep_progress(recipe, decoder.facts())
-    several = len(tensor) > decoder.group_size(len(tensor), run.options)
+    recipe = pictures_recipe(config, checkpoint, latents, dtype, begun)
+    devices = decoder.runner.facts()
+    run.keep_progress(recipe, devices)
+    several = len(tensor) > decoder.runner.group_size(len(tensor), run.options)
     with run.finishing_first(keeps=several and run.progress is not None) as stop:
         images = decode_groups(decoder, tensor, run.options, progress=run.progress, stop=stop)
     profile = measure(decoder, tensor, run.options, run.profile_folder)
+    if begun is not None:
+        images = paste(images, run.load_input(begun))
     decoded = Decoded(images=images)
     if trajectory is not None:
         kept = run.load_input(trajectory)["latents"].float().numpy()  # [S, B, C, h, w]
@@ -115,7 +129,7 @@ def decode(
         versions=recipe.versions,
         recipe=recipe.model_dump(),
         profile=profile,
-        **decoder.facts(),
+        **devices,
     )
 
 

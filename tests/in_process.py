@@ -19,6 +19,7 @@ from common.files.kept_progress import Progress
 from common.models.find import open_checkpoint
 from common.models.text_pipeline import open_text_pipeline
 from common.runs.generation import GenerationConfig
+from common.runs.image_latents import image_tensors, read_inputs
 from common.runs.jobs import denoising_job, make_sampler
 from common.sampling.denoising import Denoised, denoise_images
 from common.sampling.job import DenoisingJob
@@ -26,7 +27,9 @@ from common.sampling.loading import UNetToLoad, open_denoiser
 from common.sampling.schedulers import scheduler_choice
 from common.stopping import StopRequest
 from common.vae.decoding import decode_groups
-from common.vae.loading import VaeToLoad, open_decoder
+from common.vae.encoding import encode_parts
+from common.vae.laid_pictures import lay
+from common.vae.loading import VaeToLoad, open_decoder, open_encoder
 from tests.configs import make_config
 
 
@@ -61,8 +64,29 @@ class Ours:
         """Stage 1, and what it leaves to stage 2."""
         embeddings = encode_prompts(self.text_pipeline, config)
         sampler = make_sampler(config, self.checkpoint)
-        begin = None if config.init_latents is None else load_file(config.init_latents)["latents"]
+        begin = None if config.init_latents is None else load_file(config.init_latents)
+        begin = self.image_latents(config) if config.has_pictures else begin
         return denoising_job(config, self.checkpoint, embeddings, sampler, begin)
+
+    def image_latents(self, config: GenerationConfig) -> dict[str, torch.Tensor]:
+        """Stage 0: its tensors."""
+        inputs, factor = read_inputs(config), self.checkpoint.vae_scale_factor
+        laid = lay(
+            inputs.to_lay(),
+            (config.height, config.width),
+            resize_mode=config.resize_mode,
+            padding_mask_crop=config.padding_mask_crop,
+            factor=factor,
+        )
+        vae, parts = self.vae(), laid.to_encode()
+        shape = (sum(map(len, parts.values())), *laid.pictures.shape[1:])
+        encoder = open_encoder(self.kept, self.backend, vae, shape, self.options, self.report)
+        encoded = encode_parts(encoder, parts, self.options)
+        return image_tensors(laid, inputs, encoded, factor)
+
+    def vae(self) -> VaeToLoad:
+        """The checkpoint's."""
+        return VaeToLoad(checkpoint=self.checkpoint, dtype=self.dtype, tile=self.config.tile)
 
     def denoised(
         self,
@@ -84,9 +108,8 @@ class Ours:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Stage 3. Returns pictures [B, H, W, 3] uint8."""
-        vae = VaeToLoad(checkpoint=self.checkpoint, dtype=self.dtype, tile=self.config.tile)
         decoder = open_decoder(
-            self.kept, self.backend, vae, latents.shape, self.options, self.report
+            self.kept, self.backend, self.vae(), latents.shape, self.options, self.report
         )
         return decode_groups(decoder, latents, self.options)
 

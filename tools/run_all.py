@@ -22,12 +22,13 @@ from common.commands import flag
 from common.errors import BadSettingError, StageError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
-from common.files.stage_table import FIRST, LAST, STAGES
+from common.files.stage_table import ENCODE_PICTURES, FIRST, LAST, STAGES
 from common.messages import say, warn
 from common.models.hub import OFFLINE
 from common.process import run_command
 from common.runs.flags import add_flags
 from common.runs.in_turn import (
+    begins_with_pictures,
     flags_of_a_run,
     libraries_of,
     picture_path,
@@ -56,7 +57,7 @@ def main(
         flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
     ] = None,
 ) -> int:
-    """Make pictures from prompts: text encoder, UNet and VAE, stage by stage.
+    """Make pictures from prompts, and from pictures: stage by stage.
 
     Defaults stand in brackets; hyphens in flags work as well.
     """
@@ -68,7 +69,7 @@ def main(
         if name not in own and value not in (None, [], ())
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
-    commands = []
+    commands = {}
     if sweep is None:
         commands = plan(given, from_stage=from_stage, to_stage=to_stage, force=force)
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
@@ -80,12 +81,14 @@ def main(
     if sweep is not None:
         asked = [name for name in ("from_stage", "to_stage") if was_given(context, name)]
         return run_all_cells(run_dir, given, sweep, force=force, asked=asked)
-    code = run_in_turn(commands, libraries_of(given))
+    source_dir = Path(given.get("input_dir", run_dir))
+    settled = source_dir if from_stage == ENCODE_PICTURES.number else run_dir
+    code = run_in_turn(commands, libraries_of(given), lambda: begins_with_pictures(settled))
     if code != 0:
         return code
     if to_stage == LAST.number:
-        source_dir = Path(given.get("input_dir", run_dir)) if from_stage == to_stage else run_dir
-        picture = picture_path(run_dir, source_dir, given.get("image_format"))
+        latents_dir = source_dir if from_stage == to_stage else run_dir
+        picture = picture_path(run_dir, latents_dir, given.get("image_format"))
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return 0
 
@@ -109,11 +112,16 @@ def run_all_cells(
 
     def run(needed: CellRun) -> tuple[int, str]:
         shared = {n: v for n, v in given.items() if n != "output_dir"}
-        arguments = plan(shared, force=force)[needed.stage.number - FIRST.number]
-        arguments += [f"--{name}={value}" for name, value in needed.values.items()]
+        commands = plan(shared, force=force)
+        arguments = [f"--{name}={value}" for name, value in needed.values.items()]
+        arguments.append(f"--output_dir={needed.folder}")
         if needed.stage is not FIRST:
             arguments.append(f"--input_dir={needed.source}")
-        return run_stage_and_listen([*arguments, f"--output_dir={needed.folder}"])
+        ended = run_stage_and_listen([*commands[needed.stage], *arguments])
+        if needed.stage is FIRST and ended[0] == 0 and begins_with_pictures(needed.folder):
+            output = f"--output_dir={needed.folder}"
+            ended = run_stage_and_listen([*commands[ENCODE_PICTURES], output])
+        return ended
 
     code = run_sweep(run_dir, swept, run, say)
     failed = sum(cell.exit_code != 0 for cell in swept.cells)

@@ -1,6 +1,6 @@
 """The backends that a stage can compute with, and which one is taken.
 
-A backend is a row of `BACKENDS`: a class that says where its denoiser and its decoder are, what it
+A backend is a row of `BACKENDS`: a class that says where its denoiser and its VAE are, what it
 does not know of the options, and how it is started. Nothing else lists backends.
 """
 
@@ -28,10 +28,10 @@ class Backend(ABC):
     name: ClassVar[str]  # as `--backend` takes it
     help: ClassVar[str]  # what stands for it in the help page
     denoiser_module: ClassVar[str]
-    decoder_module: ClassVar[str]
-    # MODULE:FUNCTION, called as `sampling.loading.open_denoiser` and `vae.loading.open_decoder`.
+    vae_module: ClassVar[str]
+    # MODULE:FUNCTION, called as `sampling.loading.open_denoiser` and `vae.loading.open_runner`.
     denoiser_opener: ClassVar[str]
-    decoder_opener: ClassVar[str]
+    vae_opener: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]]  # a stage imports them while the one before it runs
     unknown_options: ClassVar[tuple[str, ...]] = ()  # those of others, which it would not heed
 
@@ -52,9 +52,9 @@ class Backend(ABC):
         import_module(self.denoiser_module)
         import_class("unet")
 
-    def import_decoder(self) -> None:
-        """Import what decoding takes."""
-        import_module(self.decoder_module)
+    def import_vae(self) -> None:
+        """Import what encoding and decoding take."""
+        import_module(self.vae_module)
         import_class("vae")
 
     def choose_dtype(self, asked: str, *, force_float32: bool = False) -> str:
@@ -70,9 +70,9 @@ class JaxBackend(Backend):
     name = "jax"
     help = "jax"
     denoiser_module = "common.sampling.jax_denoiser"
-    decoder_module = "common.vae.jax_decoder"
+    vae_module = "common.vae.jax_runner"
     denoiser_opener = "common.sampling.loading:open_jax_denoiser"
-    decoder_opener = "common.vae.loading:open_jax_decoder"
+    vae_opener = "common.vae.loading:open_jax_runner"
     libraries = (
         *("torch", "diffusers.utils"),
         *("common.compute.jax_start", "common.compute.torchax_runtime"),
@@ -98,9 +98,9 @@ class TorchBackend(Backend):
     name = "torch"
     help = "torch (on the CPU)"
     denoiser_module = "common.sampling.torch_denoiser"
-    decoder_module = "common.vae.torch_decoder"
+    vae_module = "common.vae.torch_runner"
     denoiser_opener = "common.sampling.loading:open_torch_denoiser"
-    decoder_opener = "common.vae.loading:open_torch_decoder"
+    vae_opener = "common.vae.loading:open_torch_runner"
     libraries = ("torch", "diffusers.utils")
     unknown_options = ("mesh", "steps_per_call", "operations", "distributed")
 

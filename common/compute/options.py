@@ -11,6 +11,7 @@ from common.compute.backends import BACKENDS
 from common.declared import (
     EMBEDDINGS,
     FILES,
+    IMAGE_LATENTS,
     LATENTS,
     PICTURES,
     Settings,
@@ -19,8 +20,8 @@ from common.declared import (
 )
 from common.errors import BadSettingError
 
-ON_DEVICES = (LATENTS, PICTURES)
-ALL = (EMBEDDINGS, LATENTS, PICTURES)
+ON_DEVICES = (IMAGE_LATENTS, LATENTS, PICTURES)
+ALL = (EMBEDDINGS, *ON_DEVICES)
 
 if TYPE_CHECKING:  # a type checker cannot follow the table
     BackendName = str

@@ -57,7 +57,7 @@ _traces = threading.RLock()
 
 def as_jax_function(
     module: torch.nn.Module,
-    method: str = "forward",
+    method: str | Callable[..., Any] = "forward",
     *,
     replacements: Mapping[Callable[..., Any], Callable[..., Array]] | None = None,
     finish: Callable[[str, torch.nn.Module, Array], Array] | None = None,
@@ -69,6 +69,7 @@ def as_jax_function(
     the submodules that they come from.
 
     Args:
+        method: its name, or a function that is given the module.
         replacements: torch's functions, and jax functions that stand in for them.
         finish: is given each submodule's name, itself and its output where that is one tensor;
             returns the output, with a sharding for example.
@@ -161,14 +162,16 @@ def _watched(
 
 
 class _MethodAsForward(torch.nn.Module):
-    """`functional_call` calls forward; this lets it call another method."""
+    """`functional_call` calls forward; this lets it call another method, or a function."""
 
-    def __init__(self, module: torch.nn.Module, method: str) -> None:
+    def __init__(self, module: torch.nn.Module, method: str | Callable[..., Any]) -> None:
         super().__init__()
         self.module = module
         self.method = method
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if callable(self.method):
+            return self.method(self.module, *args, **kwargs)
         return getattr(self.module, self.method)(*args, **kwargs)
 
 

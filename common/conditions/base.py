@@ -10,6 +10,8 @@ from common.declared import Settings
 if TYPE_CHECKING:
     import torch
 
+# The tensor that stands beside the latents in the UNet's sample, if a condition prepares one.
+CHANNELS_BESIDE = "channels_beside"
 # What a step may predict; guidance combines them.
 UNCONDITIONAL, CONDITIONAL = "unconditional", "conditional"
 
@@ -20,6 +22,8 @@ class ImagesOfGroup:
 
     embeddings: "Mapping[str, torch.Tensor]"  # stage 1's tensors, a row for each image [B, …]
     dtype: "torch.dtype"  # the model's
+    masks: "torch.Tensor | None" = None  # of what is made anew, [B, 1, h, w] float32
+    masked: "torch.Tensor | None" = None  # latents of the pictures without it, [B, C, h, w]
 
     @property
     def count(self) -> int:
@@ -40,6 +44,7 @@ class Condition(ABC):
     """
 
     settings: ClassVar[type[Settings] | None] = None
+    shows_masks: ClassVar[bool] = False  # whether the UNet sees what is to be made anew
 
     @classmethod
     @abstractmethod

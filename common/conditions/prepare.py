@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from common.conditions.base import Condition, ImagesOfGroup
+from common.conditions.base import CHANNELS_BESIDE, Condition, ImagesOfGroup
 
 
 def prepare_conditions(
@@ -30,3 +30,14 @@ def unet_call(conditions: Sequence[Condition], tensors: Mapping[str, Any]) -> di
     for condition in conditions:
         condition.tell(tensors, call)
     return call
+
+
+def unet_sample(latents: Any, tensors: Mapping[str, Any], arrays: Any) -> Any:
+    """The UNet's sample: the latents [N, C, h, w], and the channels that stand beside them.
+
+    Args:
+        latents: scaled, and in the model's dtype.
+        arrays: the backend's functions on arrays: `torch`, or `jax.numpy`.
+    """
+    beside = tensors.get(CHANNELS_BESIDE)
+    return latents if beside is None else arrays.concatenate([latents, beside], 1)

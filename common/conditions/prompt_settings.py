@@ -5,7 +5,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.declared import EMBEDDINGS, LATENTS, MODEL, PROMPTS, Dtype, Settings, Text, setting
+from common.declared import (
+    EMBEDDINGS,
+    LATENTS,
+    MODEL,
+    PROMPTS,
+    Dtype,
+    Place,
+    Settings,
+    Text,
+    setting,
+)
 from common.models.model_settings import TokenFile
 
 MOST_IMAGES_PER_PROMPT = 10_000  # so that a wrong number is refused before it takes memory
@@ -22,6 +32,8 @@ class PromptSettings(Settings):
     negative_prompt: Text | None
     negative_prompt_2: Text | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+    image: Place | None = None  # to begin with
+    mask_image: Place | None = None
 
     @model_validator(mode="after")
     def _second_negative_needs_the_first(self) -> Self:
@@ -88,7 +100,7 @@ class AskedPrompts(Settings):
     def _one_is_a_list_of_one(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        lists = ("prompt", "prompt_2", "embeddings", "loras")
+        lists = ("prompt", "prompt_2", "embeddings", "loras", "image", "mask_image")
         single = {name: [values[name]] for name in lists if isinstance(values.get(name), str)}
         return {**values, **single}
 

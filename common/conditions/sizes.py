@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, ValidationInfo, field_validator
 
 from common.conditions.base import UNCONDITIONAL, Condition, ImagesOfGroup
-from common.declared import LATENTS, SAMPLING, SIZES, Settings, setting
+from common.declared import IMAGE_LATENTS, LATENTS, SAMPLING, SIZES, Settings, setting
 from common.errors import BadSettingError
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ class SizeSettings(Settings):
 
 
 class AskedSize(Settings):
-    """The pictures' size as it is asked for; None: the checkpoint's own."""
+    """The pictures' size as it is asked for; None: that of `--image`, or the checkpoint's own."""
 
     height: int | None = setting(
         None,
         "Height.",
         metavar="PIXELS",
         group=SAMPLING,
-        shapes=(LATENTS,),
+        shapes=(IMAGE_LATENTS, LATENTS),
         shown="the checkpoint's own",
         ge=8,
         le=MOST_PIXELS,
@@ -75,7 +75,7 @@ class AskedSize(Settings):
         "Width.",
         metavar="PIXELS",
         group=SAMPLING,
-        shapes=(LATENTS,),
+        shapes=(IMAGE_LATENTS, LATENTS),
         shown="the checkpoint's own",
         ge=8,
         le=MOST_PIXELS,

@@ -4,8 +4,7 @@ A row of `TENSORS` is all that is known of a tensor: the checks, the empty tenso
 for, and the table in the documentation follow from it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -13,123 +12,17 @@ from pydantic import BaseModel, Field, ValidationError
 from common.declared import EMBEDDINGS, LATENTS
 from common.files.artifacts import Artifact, TensorLayout
 from common.files.run_files import GENERATION_CONFIG_FILE
-from common.files.stage_table import DECODE, DENOISE, EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE
+from common.files.stage_table import (
+    DENOISE,
+    EMBEDDINGS_FILE,
+    IMAGE_LATENTS_FILE,
+    LATENTS_FILE,
+    TRAJECTORY_FILE,
+)
+from common.files.tensor_rows import DIMENSIONS, TENSORS, TOKENS, Known, TensorRow
 
 if TYPE_CHECKING:
     import torch
-
-FLOATING_POINT = ("F64", "F32", "F16", "BF16")
-TOKENS = 77  # of one chunk of a prompt
-
-Known = Mapping[str, int]  # sizes by the letters of dimensions; others may have any size
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """What a letter in shapes stands for."""
-
-    meaning: str
-    of_unet: Callable[[Mapping[str, Any]], int] | None = None  # its size, by a UNet's config
-
-
-def _pooled_width(unet: Mapping[str, Any]) -> int:
-    six_numbers = 6 * int(unet["addition_time_embed_dim"])
-    return int(unet["projection_class_embeddings_input_dim"]) - six_numbers
-
-
-DIMENSIONS = {
-    "P": Dimension("prompts"),
-    "L": Dimension(f"tokens, {TOKENS} or a multiple"),
-    "D": Dimension(
-        "the UNet's `cross_attention_dim`", lambda unet: int(unet["cross_attention_dim"])
-    ),
-    "E": Dimension("the pooled embeddings' width, by the UNet's config", _pooled_width),
-    "B": Dimension("images"),
-    "C": Dimension("the VAE's `latent_channels`"),
-    "h": Dimension("rows of latent cells"),
-    "w": Dimension("columns of latent cells"),
-    "S": Dimension("steps that are kept"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorRow:
-    """A tensor of an artifact."""
-
-    file: str
-    name: str
-    shape: tuple[str, ...]  # of `DIMENSIONS`
-    read_by: str
-    dtypes: tuple[str, ...] = FLOATING_POINT  # as safetensors names them; none: any
-    # A key of the UNet's config and the value that needs the tensor; None: all UNets do.
-    needed_by: tuple[str, Any] | None = None
-
-    def is_needed(self, unet: Mapping[str, Any]) -> bool:
-        """Whether a UNet needs it, by its config."""
-        return self.needed_by is None or unet.get(self.needed_by[0]) == self.needed_by[1]
-
-    def fits(self, shape: tuple[int, ...], known: Known) -> bool:
-        """Whether a shape has these dimensions, those that are known in their size."""
-        return (
-            len(shape) == len(self.shape)
-            and 0 not in shape
-            and all(size == known.get(letter, size) for letter, size in self.sizes(shape))
-        )
-
-    def sizes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
-        """A shape's sizes, each with its letter."""
-        return zip(self.shape, shape, strict=True)
-
-
-_SIZES_TOO = ("addition_embed_type", "text_time")  # SDXL's
-
-TENSORS: tuple[TensorRow, ...] = (
-    TensorRow(
-        file=EMBEDDINGS_FILE,
-        name="prompt_embeds",
-        shape=("P", "L", "D"),
-        read_by=f"{DENOISE.name}: the UNet's cross-attention",
-    ),
-    TensorRow(
-        file=EMBEDDINGS_FILE,
-        name="negative_prompt_embeds",
-        shape=("P", "L", "D"),
-        read_by=f"{DENOISE.name}: the same without the prompt, for guidance",
-    ),
-    TensorRow(
-        file=EMBEDDINGS_FILE,
-        name="pooled_prompt_embeds",
-        shape=("P", "E"),
-        read_by=f"{DENOISE.name}: the UNet's added conditions",
-        needed_by=_SIZES_TOO,
-    ),
-    TensorRow(
-        file=EMBEDDINGS_FILE,
-        name="negative_pooled_prompt_embeds",
-        shape=("P", "E"),
-        read_by=f"{DENOISE.name}: the same without the prompt, for guidance",
-        needed_by=_SIZES_TOO,
-    ),
-    TensorRow(
-        file=LATENTS_FILE,
-        name="latents",
-        shape=("B", "C", "h", "w"),
-        read_by=f"{DECODE.name}: the VAE's decoder",
-    ),
-    TensorRow(
-        file=TRAJECTORY_FILE,
-        name="latents",
-        shape=("S", "B", "C", "h", "w"),
-        read_by=f"{DECODE.name}: the VAE's decoder",
-    ),
-    TensorRow(
-        file=TRAJECTORY_FILE,
-        name="steps",
-        shape=("S",),
-        read_by="nothing; the numbers of the steps",
-        dtypes=(),
-    ),
-)
 
 
 def rows_of(file: str) -> list[TensorRow]:
@@ -178,6 +71,43 @@ def latents_misfit(tensors: Mapping[str, TensorLayout], vae: Mapping[str, Any]) 
     needs = f"; the VAE needs {known['C']} channels"
     misfits = (_misfit(row, tensors[row.name], known, needs) for row in rows)
     return next(filter(None, misfits), None) or _discord(rows, tensors)
+
+
+def image_latents_misfit(
+    tensors: Mapping[str, TensorLayout],
+    vae: Mapping[str, Any],
+    *,
+    prompts: int,
+    size: tuple[int, int],
+    cells: tuple[int, int],
+    settings: Collection[str],
+) -> str | None:
+    """Compare stage 0's tensors with what a run and its VAE need.
+
+    Args:
+        size: the pictures' height and width.
+        cells: the latents'.
+        settings: those of rows' `with_setting` that the run has.
+
+    Returns what is wrong like `embeddings_misfit`.
+    """
+    rows = [
+        row
+        for row in rows_of(IMAGE_LATENTS_FILE)
+        if row.with_setting is None or row.with_setting in settings
+    ]
+    if missing := _missing(rows, tensors):
+        return f"lacks {missing}"
+    known = {"C": int(vae["latent_channels"]), "1": 1, "3": 3, "4": 4}
+    known |= dict(zip("HWhw", (*size, *cells), strict=True))
+    needs = f"; the run is of {size[1]}×{size[0]} pixels and its VAE of {known['C']} channels"
+    for row in rows:
+        if misfit := _misfit(row, tensors[row.name], known, needs):
+            return misfit
+    count = tensors["image_latents_mean"].shape[0]
+    if count not in (1, prompts):
+        return f"holds {count} pictures; {GENERATION_CONFIG_FILE} has {prompts} prompts"
+    return _discord(rows, tensors)
 
 
 def trajectory_misfit(
@@ -300,9 +230,9 @@ def tensor_table() -> str:
     lines = ["| file | tensor | shape | dtype | needed | read by |", "|---|---|---|---|---|---|"]
     for row in TENSORS:
         shape, dtypes = ", ".join(row.shape), ", ".join(row.dtypes) or "any"
-        needed = (
-            "always" if row.needed_by is None else "by UNets with `{}` {}".format(*row.needed_by)
-        )
+        needed = "always" if row.with_setting is None else f"with {row.with_setting}"
+        if row.needed_by is not None:
+            needed = "by UNets with `{}` {}".format(*row.needed_by)
         cells = (f"`{row.file}`", f"`{row.name}`", f"[{shape}]", dtypes, needed, row.read_by)
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| letter | stands for |", "|---|---|"]

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from common.declared import EMBEDDINGS, LATENTS, PICTURES
+from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES
 
+IMAGE_LATENTS_FILE = "stage0_latents.safetensors"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
 TRAJECTORY_FILE = "stage2_trajectory.safetensors"
@@ -19,6 +20,7 @@ class Stage:
     reads: str | None  # the file of the stage before
     writes: tuple[str, ...]  # files that other stages read
     dtype: str  # the setting that its `--dtype` stands for
+    of_pictures: bool = False  # only runs that begin with pictures have it
 
     @property
     def name(self) -> str:
@@ -39,6 +41,15 @@ ENCODE = Stage(
     writes=(EMBEDDINGS_FILE,),
     dtype="text_encoder_dtype",
 )
+ENCODE_PICTURES = Stage(
+    number=0,
+    script="stage0_image_encoder.py",
+    makes=IMAGE_LATENTS,
+    reads=None,
+    writes=(IMAGE_LATENTS_FILE,),
+    dtype="vae_dtype",
+    of_pictures=True,
+)
 DENOISE = Stage(
     number=2,
     script="stage2_unet.py",
@@ -55,13 +66,20 @@ DECODE = Stage(
     writes=(),
     dtype="vae_dtype",
 )
-STAGES = (ENCODE, DENOISE, DECODE)  # in the order of a run
+# In the order of a run. Pictures are encoded once all settings, their size among them, are settled.
+STAGES = (ENCODE, ENCODE_PICTURES, DENOISE, DECODE)
 FIRST, LAST = STAGES[0], STAGES[-1]  # the first one settles all settings
 
 
 def maker_of(artifact: str) -> Stage:
     """The stage that makes an artifact."""
     return next(stage for stage in STAGES if stage.makes == artifact)
+
+
+def stages_from(first: int, last: int) -> list[Stage]:
+    """The stages from one to another, by their numbers, in the order of a run."""
+    numbers = [stage.number for stage in STAGES]
+    return list(STAGES[numbers.index(first) : numbers.index(last) + 1])
 
 
 def numbered(number: int) -> Stage:

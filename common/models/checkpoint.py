@@ -16,7 +16,7 @@ from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentEr
 from common.models.component_table import (
     COMPONENTS,
     LIBRARIES,
-    SUPPORTED_PIPELINES,
+    PIPELINES,
     Component,
     component,
     config_files,
@@ -65,14 +65,14 @@ class Checkpoint:
 
     @property
     def pipeline_class(self) -> str:
-        """diffusers' pipeline class, one of `SUPPORTED_PIPELINES`."""
+        """diffusers' text-to-image pipeline with the checkpoint's parts."""
         name = self.index().get("_class_name")
-        if name not in SUPPORTED_PIPELINES:
+        if name not in PIPELINES:
             raise BadSettingError(
                 f"--model_id {self.model_id} is a checkpoint for {name}; supported: "
-                f"{', '.join(SUPPORTED_PIPELINES)}"
+                f"{', '.join(PIPELINES)}"
             )
-        return str(name)
+        return PIPELINES[name]
 
     def check_supported(self, components: Sequence[str]) -> None:
         """Raise `BadSettingError` where a component is of a class that no stage can run."""
@@ -123,15 +123,26 @@ class Checkpoint:
                 )
 
     def _check_channels(self) -> None:
-        """Raise `BadSettingError` where the UNet wants more than the latents that it predicts."""
-        config = self.config("unet")
-        takes, gives = int(config["in_channels"]), int(config.get("out_channels", 4))
-        if takes != gives:
+        """Raise `BadSettingError` where the UNet wants other channels than stages can give it."""
+        takes, gives = self.unet_channels
+        if takes not in (gives, 2 * gives + 1):
             raise BadSettingError(
                 f"{self.source('unet').said}: its UNet takes {takes} channels and gives {gives}, "
-                "as those for inpainting (9) or edits by instruction (8) do, which no stage "
-                "feeds: choose a text-to-image checkpoint"
+                f"as those for edits by instruction (8) do; stages feed {gives}, and "
+                f"{2 * gives + 1} for inpainting: choose another checkpoint"
             )
+
+    @property
+    def unet_channels(self) -> tuple[int, int]:
+        """The channels that the UNet takes, and those of the latents that it predicts."""
+        config = self.config("unet")
+        return int(config["in_channels"]), int(config.get("out_channels", 4))
+
+    @property
+    def inpaints_by_channels(self) -> bool:
+        """Whether the UNet is shown the mask and the masked picture beside its latents."""
+        takes, gives = self.unet_channels
+        return takes > gives
 
     def components_for(self, artifact: str) -> list[str]:
         """Those of the components that its stage reads to make an artifact, in their order."""

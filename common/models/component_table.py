@@ -11,10 +11,19 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.declared import EMBEDDINGS, LATENTS, PICTURES
+from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES
 from common.errors import first_refusal
 
-SUPPORTED_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
+# diffusers' pipelines that a checkpoint may name, and the text-to-image one with the same parts.
+SDXL, SD = "StableDiffusionXLPipeline", "StableDiffusionPipeline"
+PIPELINES = {
+    SDXL: SDXL,
+    "StableDiffusionXLImg2ImgPipeline": SDXL,
+    "StableDiffusionXLInpaintPipeline": SDXL,
+    SD: SD,
+    "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
+}
 # Modules that diffusers may import for a component; the last holds its own safety checker.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
@@ -104,7 +113,7 @@ class Component:
     # What its config must say for a stage to run it: key → values.
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     has_weights: bool = True
-    loaded_for: str | None = None  # the artifact whose stage reads it; None: no stage does
+    loaded_for: tuple[str, ...] = ()  # the artifacts whose stages read it
     needed: bool = False  # by every pipeline; else read where a checkpoint has it
     replaceable: bool = False  # by a setting of its name; diffusers' models only
     # What names of its weights begin with in files of a whole checkpoint, or of tools.
@@ -118,10 +127,10 @@ _TOKENIZER: dict[str, Any] = dict(
     library="transformers",
     classes=("CLIPTokenizer", "CLIPTokenizerFast"),
     has_weights=False,
-    loaded_for=EMBEDDINGS,
+    loaded_for=(EMBEDDINGS,),
 )
 _TEXT_ENCODER: dict[str, Any] = dict(
-    library="transformers", config=_TextEncoderConfig, loaded_for=EMBEDDINGS
+    library="transformers", config=_TextEncoderConfig, loaded_for=(EMBEDDINGS,)
 )
 
 # In the order in which they are checked, read and named.
@@ -137,7 +146,7 @@ COMPONENTS: tuple[Component, ...] = (
             "encoder_hid_dim_type": (None,),
             "class_embed_type": (None,),
         },
-        loaded_for=LATENTS,
+        loaded_for=(LATENTS,),
         needed=True,
         replaceable=True,
         file_prefixes=("model.diffusion_model.", "diffusion_model.", "unet."),
@@ -156,7 +165,7 @@ COMPONENTS: tuple[Component, ...] = (
         title="VAE",
         classes=("AutoencoderKL", "AutoencoderTiny"),
         config=_VaeConfig,
-        loaded_for=PICTURES,
+        loaded_for=(IMAGE_LATENTS, PICTURES),
         needed=True,
         replaceable=True,
         file_prefixes=("first_stage_model.", "vae."),
@@ -166,7 +175,7 @@ COMPONENTS: tuple[Component, ...] = (
         config=_SchedulerConfig,
         config_file="scheduler_config.json",
         has_weights=False,
-        loaded_for=LATENTS,
+        loaded_for=(LATENTS,),
         needed=True,
     ),
     Component(name="tokenizer", needed=True, **_TOKENIZER),
@@ -216,7 +225,7 @@ def component(name: str) -> Component:
 
 def loaded_for(artifact: str) -> tuple[str, ...]:
     """The components that the stage reads which makes an artifact."""
-    return tuple(row.name for row in COMPONENTS if row.loaded_for == artifact)
+    return tuple(row.name for row in COMPONENTS if artifact in row.loaded_for)
 
 
 def text_encoders() -> list[str]:

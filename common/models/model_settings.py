@@ -6,11 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import create_model, model_validator
 
-from common.declared import EMBEDDINGS, LATENTS, MODEL, PICTURES, Place, Settings, Word, setting
+from common.declared import (
+    EMBEDDINGS,
+    IMAGE_LATENTS,
+    LATENTS,
+    MODEL,
+    PICTURES,
+    Place,
+    Settings,
+    Word,
+    setting,
+)
 from common.models.component_table import Component, replaceable
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
-ALL = (EMBEDDINGS, LATENTS, PICTURES)
+ALL = (EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES)  # artifacts
 
 
 class TokenFile(Settings):
@@ -92,13 +102,12 @@ class _Checkpoint(Settings):
 
 def _replacement(row: Component) -> tuple[Any, Any]:
     """The type and the declaration of the setting that replaces a component."""
-    assert row.loaded_for is not None
     declared = setting(
         None,
         f"Another {row.title}: folder, hub id, file.",
         metavar="ID",
         group=MODEL,
-        shapes=(row.loaded_for,),
+        shapes=row.loaded_for,
         recorded=False,
         shown="",
     )

@@ -79,12 +79,31 @@ def _refuse_missing_from(source: Source, name: str, found: Found) -> None:
     missing, where = found.missing, source.file or source.folder
     # A decoder alone is all that decoding uses.
     spared = {own for own in missing if name == "vae" and own.startswith(_OF_ENCODING)}
-    is_decoder = not any(own.startswith(_OF_ENCODING) for own in found.places)
-    if missing and not (spared == missing.keys() and is_decoder):
+    if missing and not (spared == missing.keys() and not _encodes(found)):
         raise BadInputFileError(
             f"{where} lacks {len(missing)} weight(s) of the {component(name).title}: "
             f"{listed(sorted(missing.values()))}; restore it, or choose another than {source.said}"
         )
+
+
+def refuse_decoder_alone(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputFileError` where a checkpoint's VAE cannot encode."""
+    import torch
+
+    source = checkpoint.source("vae")
+    found = find_all_weights(
+        checkpoint, "vae", make_without_weights(checkpoint, "vae", torch.float32)
+    )
+    if not _encodes(found):
+        raise BadInputFileError(
+            f"{source.file or source.folder} is a VAE's decoder alone, and pictures are to be "
+            f"encoded: choose another than {source.said}"
+        )
+
+
+def _encodes(found: Found) -> bool:
+    """Whether a VAE's weights have any of its encoder."""
+    return any(own.startswith(_OF_ENCODING) for own in found.places)
 
 
 def with_weights(module: Any, weights: "Weights") -> Any:

@@ -17,6 +17,8 @@ from common.compute.options import ALL, ON_DEVICES, RunOptions, read_run_options
 from common.declared import (
     EMBEDDINGS,
     FILES,
+    IMAGE_LATENTS,
+    INPUT,
     MODEL,
     PICTURES,
     PROMPTS,
@@ -33,11 +35,11 @@ from common.declared import (
 from common.errors import BadSettingError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.stage_table import FIRST, Stage
-from common.runs.generation import RunSettings
+from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.setting_groups import ASKED, SHARED
 from common.sampling.sampling_settings import parse_scheduler_options
 
-GROUPS = (PROMPTS, SAMPLING, SIZES, MODEL, FILES, RUNNING, TPU)  # as the help page has them
+GROUPS = (PROMPTS, INPUT, SAMPLING, SIZES, MODEL, FILES, RUNNING, TPU)  # as the help page has them
 IN_BRACKETS = "Defaults stand in brackets; hyphens in flags work as well."
 
 
@@ -108,10 +110,10 @@ class StageFlags(Settings):
     )
     pictures_shape: str | None = option(
         None,
-        "What to decode.",
+        "Of which pictures.",
         metavar="N,H,W",
         group=TPU,
-        helps_make=(PICTURES,),
+        helps_make=(IMAGE_LATENTS, PICTURES),
         alone=True,
         shown="1, the checkpoint's own",
     )
@@ -146,8 +148,16 @@ class Flag:
     name: str  # without its hyphens
 
     def is_of(self, stage: Stage) -> bool:
-        """The first stage settles all settings; a later one takes what shapes what it makes."""
-        return stage.makes in self.declared.makes or (self.declared.determines and stage is FIRST)
+        """The first stage settles all settings; a later one takes what shapes what it makes.
+
+        Of what is resolved into another form, such as prompts, it takes nothing.
+        """
+        if self.declared.determines:
+            if stage is FIRST:
+                return True
+            if self.field not in GenerationConfig.model_fields:
+                return False
+        return stage.makes in self.declared.makes
 
     @property
     def has_value(self) -> bool:

@@ -17,20 +17,28 @@ from common.errors import BadInputFileError, BadSettingError
 from common.files.picture_files import MOST_WEBP_PIXELS
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.models.model_settings import LoraSettings, ModelSettings
+from common.runs.inputs import refuse_odd_inputs, size_of_pictures, with_inputs
 from common.runs.prompts_file import make_prompts, read_prompts_file
 from common.runs.setting_groups import ASKED, SHARED
 from common.sampling.sampling_settings import SamplingSettings, merge_settings
 from common.text_files import MOST_YAML_BYTES, parse_json, parse_yaml, read_text
+from common.vae.input_settings import AskedInputs, InputSettings
 from common.vae.vae_settings import VaeSettings
 from common.whole_files import write_text_whole
 
 if TYPE_CHECKING:  # a type checker cannot follow the lists
 
     class _Shared(
-        VaeSettings, LoraSettings, ModelSettings, SamplingSettings, SizeSettings, PromptOptions
+        VaeSettings,
+        LoraSettings,
+        ModelSettings,
+        SamplingSettings,
+        InputSettings,
+        SizeSettings,
+        PromptOptions,
     ): ...
 
-    class _Asked(AskedSize, AskedPrompts): ...
+    class _Asked(AskedSize, AskedInputs, AskedPrompts): ...
 
 else:
 
@@ -56,6 +64,26 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
                 f"{max(self.height, self.width)}: use png or jpg"
             )
         return self
+
+    @model_validator(mode="after")
+    def _inputs_go_together(self) -> Self:
+        refuse_odd_inputs(self)
+        return self
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the run begins with pictures."""
+        return self.prompts[0].image is not None
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether a part of each picture is made anew."""
+        return self.prompts[0].mask_image is not None or self.outpaint is not None
+
+    @property
+    def pastes(self) -> bool:
+        """Whether pictures are pasted into those that they began with."""
+        return self.keep_unmasked or self.padding_mask_crop is not None
 
     def image_seeds(self) -> list[int]:
         """The seed of every image, prompt-major: the prompt's own + k, or the run's + index."""
@@ -117,10 +145,12 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
         prompts = read_prompts_file(settings.prompts_file, settings)
     else:
         prompts = make_prompts(settings)
+    prompts = with_inputs(prompts, settings)
     if not prompts:
         raise BadSettingError("no prompt: give --prompt, --prompts_file or a config with one")
     shared = settings.model_dump(include=set(_Shared.model_fields))
-    size = {"height": settings.height or native_size, "width": settings.width or native_size}
+    own = size_of_pictures(prompts, settings, size_factor) or (native_size, native_size)
+    size = {"height": settings.height or own[0], "width": settings.width or own[1]}
     config = validate(GenerationConfig, {"prompts": prompts, **size, **shared}, "flags")
     check_size(config, size_factor)
     return config

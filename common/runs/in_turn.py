@@ -17,12 +17,13 @@ from common.files.picture_files import picture_names
 from common.files.stage_table import (
     DECODE,
     DENOISE,
+    ENCODE_PICTURES,
     FIRST,
     LAST,
     LATENTS_FILE,
     STAGES,
     Stage,
-    numbered,
+    stages_from,
 )
 from common.models.model_settings import PROJECT_DIR
 from common.runs.flags import Flag, all_flags
@@ -71,17 +72,20 @@ def plan(
     from_stage: int = FIRST.number,
     to_stage: int = LAST.number,
     force: bool = False,
-) -> list[list[str]]:
+) -> dict[Stage, list[str]]:
     """The command of each stage to run, for the flags that were given.
 
     Raises:
         BadSettingError: stages out of order, or a flag that no stage to run knows.
     """
     given = dict(given)
-    if not FIRST.number <= from_stage <= to_stage <= LAST.number:
+    order = [stage.number for stage in STAGES]
+    if not (
+        {from_stage, to_stage} <= {*order} and order.index(from_stage) <= order.index(to_stage)
+    ):
         raise BadSettingError(
-            f"--from_stage {from_stage} --to_stage {to_stage}: stages are {FIRST.number} to "
-            f"{LAST.number}, in this order"
+            f"--from_stage {from_stage} --to_stage {to_stage}: stages are "
+            f"{', '.join(map(str, order))}, in this order"
         )
     for_all: set[str] = set()
     if "dtype" in given:
@@ -91,12 +95,12 @@ def plan(
         given = dict.fromkeys(dtypes, dtype) | given
     if "input_dir" in given:
         given.setdefault("output_dir", given["input_dir"])
-    commands, known = [], set()
-    for number in range(from_stage, to_stage + 1):
-        arguments, names = arguments_for(numbered(number), given, first=number == from_stage)
+    commands, known = {}, set()
+    for stage in stages_from(from_stage, to_stage):
+        arguments, names = arguments_for(stage, given, first=stage.number == from_stage)
         known |= names
         skipping = [] if force else ["--skip_fresh"]
-        commands.append([sys.executable, script_of(numbered(number)), *arguments, *skipping])
+        commands[stage] = [sys.executable, script_of(stage), *arguments, *skipping]
     unused = given.keys() - known - for_all
     if unused:
         flags = ", ".join(f"--{name}" for name in sorted(unused))
@@ -113,7 +117,8 @@ def libraries_of(given: Mapping[str, Any]) -> dict[str, list[str]] | None:
     if given.keys() & {"debug", "repeat", "profile", "profile_dir", "profile_steps"}:
         return None
     dtype = given.get("unet_dtype") or given.get("dtype") or "auto"
-    torch_on_cpus = {DENOISE: dtype not in ("auto", "float32"), DECODE: True}
+    in_16_bits = dtype not in ("auto", "float32")
+    torch_on_cpus = {ENCODE_PICTURES: True, DENOISE: in_16_bits, DECODE: True}
     name = given.get("backend")
     options = RunOptions(backend=name) if name in BACKENDS else RunOptions()
     return {
@@ -122,32 +127,49 @@ def libraries_of(given: Mapping[str, Any]) -> dict[str, list[str]] | None:
     }
 
 
-def run_in_turn(commands: list[list[str]], libraries: dict[str, list[str]] | None) -> int:
+def run_in_turn(
+    commands: Mapping[Stage, list[str]],
+    libraries: dict[str, list[str]] | None,
+    of_pictures: Callable[[], bool] = lambda: True,
+) -> int:
     """Run stages one after the other. Returns the exit code of the first that failed, or 0.
 
     Args:
         libraries: what each stage's script imports while the one before it runs; None: nothing.
+        of_pictures: whether the run has the stages that are for pictures alone; asked when one's
+            turn has come.
     """
-    ahead: PreloadedStage | None = None
+    ahead: tuple[str, PreloadedStage] | None = None
 
     def prepare(command: list[str]) -> None:
         nonlocal ahead
         assert libraries is not None
-        ahead = PreloadedStage(command[1], libraries[command[1]])
+        ahead = command[1], PreloadedStage(command[1], libraries[command[1]])
 
-    for command, following in zip(commands, [*commands[1:], None], strict=True):
-        process = ahead.begin(command[2:]) if ahead is not None else None
-        ahead = None
+    waiting = [*commands]
+    while waiting:
+        stage = waiting.pop(0)
+        if stage.of_pictures and not of_pictures():
+            continue
+        command, process = commands[stage], None
+        if ahead is not None and ahead[0] == command[1]:
+            process, ahead = ahead[1].begin(command[2:]), None
+        following = next((each for each in waiting if not each.of_pictures), None)
         meanwhile = None
-        if libraries is not None and following is not None:
-            meanwhile = partial(prepare, following)
+        if libraries is not None and following is not None and ahead is None:
+            meanwhile = partial(prepare, commands[following])
         process = process or subprocess.Popen(command, text=True)
         code = wait_for_stage(process, meanwhile=meanwhile)
         if code != 0:
             if ahead is not None:
-                ahead.give_up()
+                ahead[1].give_up()
             return code
     return 0
+
+
+def begins_with_pictures(run_dir: Path) -> bool:
+    """Whether the run that a folder has the settings of begins with pictures."""
+    return read_generation_config(run_dir).has_pictures
 
 
 def run_stage_and_listen(command: list[str]) -> tuple[int, str]:

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 from common.conditions.guidance_scale import is_told_guidance
 from common.conditions.sizes import has_own_negative
 from common.conditions.table import conditions_of
+from common.errors import BadSettingError
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
+from common.models.component_table import SD, SDXL
 from common.runs.generation import GenerationConfig
+from common.runs.image_latents import cells_of
 from common.runs.recipes import scheduler_of
 from common.sampling.sampler import Sampler, as_pipeline_reads_it, make_scheduler
 from common.sampling.step_range import StepRange, first_timesteps, is_plms
@@ -15,6 +18,7 @@ from common.sampling.step_range import StepRange, first_timesteps, is_plms
 if TYPE_CHECKING:
     import torch
 
+    from common.sampling.beginning import Beginning
     from common.sampling.job import DenoisingJob
 
 
@@ -26,7 +30,7 @@ def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
     """
     class_name, options = scheduler_of(config, checkpoint)
     settings = checkpoint.config("scheduler")
-    if checkpoint.pipeline_class == "StableDiffusionPipeline":
+    if checkpoint.pipeline_class == SD:
         settings = as_pipeline_reads_it(settings, class_name)
     scheduler = make_scheduler(settings, class_name, options)
     step_range = StepRange(
@@ -47,12 +51,16 @@ def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
 
 
 def strength_of(config: GenerationConfig, checkpoint: Checkpoint) -> float | None:
-    """How much noise is added to given latents; by default as in diffusers' own pipelines."""
-    if config.init_latents is None or config.denoising_start is not None:
+    """How much noise is added to what a run begins with; by default as diffusers' pipelines."""
+    begins = config.has_pictures or config.init_latents is not None
+    if not begins or config.denoising_start is not None:
         return None
     if config.strength is not None:
         return config.strength
-    return 0.3 if checkpoint.pipeline_class == "StableDiffusionXLPipeline" else 0.8
+    is_sdxl = checkpoint.pipeline_class == SDXL
+    if config.inpaints:
+        return 0.9999 if is_sdxl else 1.0
+    return 0.3 if is_sdxl else 0.8
 
 
 def say_steps(sampler: Sampler) -> None:
@@ -73,43 +81,79 @@ def denoising_job(
     checkpoint: Checkpoint,
     embeddings: "dict[str, torch.Tensor]",
     sampler: Sampler,
-    init_latents: "torch.Tensor | None" = None,
+    begin: "dict[str, torch.Tensor] | None" = None,
 ) -> "DenoisingJob":
     """All images of a run.
 
     Args:
         embeddings: stage 1's tensors, a row for each prompt.
-        init_latents: to begin with, [B, C, h, w], or [1, C, h, w] for all.
+        begin: stage 0's tensors, or those of `--init_latents`.
     """
     from common.compute.groups import prompt_indices
     from common.sampling.guidance import guidance_of
     from common.sampling.job import DenoisingJob
 
     unet_config = checkpoint.config("unet")
-    seeds = config.image_seeds()
-    begin = None if init_latents is None else init_latents.float().expand(len(seeds), -1, -1, -1)
+    prompt_of = prompt_indices(len(config.prompts), config.num_images_per_prompt)
     return DenoisingJob(
         embeddings=embeddings,
-        prompt_of=prompt_indices(len(config.prompts), config.num_images_per_prompt),
-        seeds=seeds,
+        prompt_of=prompt_of,
+        seeds=config.image_seeds(),
         latent_shape=latent_shape(config, checkpoint),
         sampler=sampler,
         guidance=guidance_of(config, unet_config),
         conditions=conditions_of(config, unet_config),
-        init_latents=begin,
+        begin=beginning_of(config, checkpoint, prompt_of.tolist(), begin),
     )
+
+
+def beginning_of(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    prompt_of: list[int],
+    begin: "dict[str, torch.Tensor] | None",
+) -> "Beginning":
+    """What the images of a run begin with.
+
+    Args:
+        prompt_of: each image's prompt.
+        begin: as `denoising_job`.
+    """
+    from common.sampling.beginning import FromLatents, FromMaskedPictures, FromNoise, FromPictures
+
+    if begin is None:
+        return FromNoise()
+    if not config.has_pictures:
+        return FromLatents(begin["latents"].float().expand(len(prompt_of), -1, -1, -1))
+    pictures = len(begin["image_latents_mean"])
+    rows = prompt_of if pictures > 1 else [0] * len(prompt_of)
+    vae = checkpoint.config("vae")
+    if not config.inpaints:
+        return FromPictures(begin, rows, vae)
+    return FromMaskedPictures(begin, rows, vae, by_channels=checkpoint.inpaints_by_channels)
+
+
+def refuse_unfit_inputs(config: GenerationConfig, checkpoint: Checkpoint) -> None:
+    """Raise `BadSettingError` where a UNet for inpainting is to do something else."""
+    if checkpoint.inpaints_by_channels and not config.inpaints:
+        raise BadSettingError(
+            f"{checkpoint.source('unet').said}: its UNet inpaints and is shown a mask: give "
+            "--image and --mask_image, or another checkpoint"
+        )
 
 
 def latent_shape(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[int, int, int]:
     """One image's latents, [C, h, w]."""
-    factor, channels = checkpoint.vae_scale_factor, checkpoint.config("unet")["in_channels"]
-    return channels, config.height // factor, config.width // factor
+    return checkpoint.unet_channels[1], *cells_of(config, checkpoint)
 
 
 def warn_of_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
     """Say which settings change nothing, as diffusers leaves them without a word."""
     for line in checkpoint.said_by_file():
         warn(f"{checkpoint.source('unet').file} says {line}")
+    is_sdxl = checkpoint.pipeline_class == SDXL
+    if is_sdxl and checkpoint.inpaints_by_channels and strength_of(config, checkpoint) == 1.0:
+        warn("--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99")
     partial = (config.negative_original_size is None) != (config.negative_target_size is None)
     if partial or (
         config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.compute.options import RunOptions
 from common.conditions.sizes import recorded_sizes
-from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
+from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES, declarations
 from common.errors import BadInputFileError
 from common.files import artifacts, picture_files
 from common.files.artifacts import Artifact, Header
@@ -24,13 +24,22 @@ from common.files.recipe import (
 )
 from common.files.report import read_report
 from common.files.run_files import GENERATION_CONFIG_FILE
-from common.files.stage_table import DECODE, DENOISE, EMBEDDINGS_FILE, ENCODE, TRAJECTORY_FILE
+from common.files.stage_table import (
+    DECODE,
+    DENOISE,
+    EMBEDDINGS_FILE,
+    ENCODE,
+    ENCODE_PICTURES,
+    TRAJECTORY_FILE,
+    Stage,
+)
 from common.messages import warn
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import text_encoders
 from common.models.lora import lora_settings
 from common.models.textual_inversion import embedding_settings
 from common.runs.generation import GenerationConfig, RunSettings
+from common.runs.image_latents import ReadInputs, cells_of
 from common.sampling.schedulers import scheduler_choice
 from common.vae.vae_settings import in_tiles
 
@@ -71,21 +80,47 @@ def embeddings_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> Recip
     )
 
 
+def image_latents_recipe(
+    config: GenerationConfig, checkpoint: Checkpoint, inputs: ReadInputs, vae_dtype: str
+) -> Recipe:
+    """All that determines the latents of pictures."""
+    shape = (1, 1, *cells_of(config, checkpoint))
+    own = {
+        **recorded(config, IMAGE_LATENTS),
+        **inputs.hashes(),
+        "vae_dtype": vae_dtype,
+        "tile": in_tiles(config.tile, checkpoint, shape),
+    }
+    return Recipe(
+        stage=ENCODE_PICTURES.number,
+        settings={IMAGE_LATENTS: own},
+        inputs={},
+        weights=checkpoint.fingerprints_for(IMAGE_LATENTS),
+        versions=package_versions("torch", "torchax", "jax", "jaxlib", "diffusers", "pillow"),
+    )
+
+
 def latents_recipe(
     config: GenerationConfig,
     checkpoint: Checkpoint,
     embeddings: Artifact,
     unet_dtype: str,
-    init_latents: Artifact | None = None,
+    begin: Artifact | None = None,
 ) -> Recipe:
     """All that determines the latents.
 
     Args:
-        init_latents: that they begin with.
+        begin: the latents, or pictures', that they begin with.
     """
     upstream = {EMBEDDINGS: embeddings_settings(config)}
     if embeddings.header is not None:
         upstream = embeddings.header.recipe.settings
+    inputs = {EMBEDDINGS_FILE: embeddings.data_sha256}
+    init_latents = None if begin is None else begin.data_sha256
+    if config.has_pictures and begin is not None:
+        inputs[begin.path.name], init_latents = begin.data_sha256, None
+        if begin.header is not None:
+            upstream = {**upstream, **begin.header.recipe.settings}
     scheduler, scheduler_options = scheduler_of(config, checkpoint)
     loras = lora_settings(config.loras, ("unet",))
     own = {
@@ -97,12 +132,12 @@ def latents_recipe(
         "scheduler": scheduler,
         "scheduler_options": scheduler_options,
         "unet_dtype": unet_dtype,
-        "init_latents": None if init_latents is None else init_latents.data_sha256,
+        "init_latents": init_latents,
     }
     return Recipe(
         stage=DENOISE.number,
         settings={**upstream, LATENTS: own},
-        inputs={EMBEDDINGS_FILE: embeddings.data_sha256},
+        inputs=inputs,
         weights=checkpoint.fingerprints_for(LATENTS),
         versions=package_versions(
             *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
@@ -111,9 +146,17 @@ def latents_recipe(
 
 
 def pictures_recipe(
-    config: GenerationConfig, checkpoint: Checkpoint, latents: Artifact, vae_dtype: str
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    latents: Artifact,
+    vae_dtype: str,
+    begun: Artifact | None = None,
 ) -> Recipe:
-    """All that determines the pictures, what is written into them included."""
+    """All that determines the pictures, what is written into them included.
+
+    Args:
+        begun: the pictures that they are pasted into.
+    """
     upstream = latents.header.recipe.settings if latents.header is not None else {}
     own = {
         **recorded(config, PICTURES),
@@ -123,7 +166,7 @@ def pictures_recipe(
     return Recipe(
         stage=DECODE.number,
         settings={**upstream, PICTURES: own},
-        inputs={latents.path.name: latents.data_sha256},
+        inputs={each.path.name: each.data_sha256 for each in (latents, begun) if each is not None},
         weights=checkpoint.fingerprints_for(PICTURES),
         versions=package_versions("torch", "torchax", "jax", "jaxlib", "diffusers", "pillow"),
     )
@@ -156,9 +199,9 @@ def expected_unet_dtype(asked: str, latents_file: Path) -> str:
     return asked
 
 
-def expected_vae_dtype(asked: str, run_dir: Path) -> str:
-    """The dtype to expect of fresh pictures: `auto` stands for what it gave when they were made."""
-    report = read_report(run_dir, DECODE.number)
+def expected_vae_dtype(asked: str, run_dir: Path, stage: Stage = DECODE) -> str:
+    """The dtype to expect of what a VAE made: `auto` stands for what it gave then."""
+    report = read_report(run_dir, stage.number)
     if asked == "auto" and report is not None and report.dtype_asked == "auto":
         return report.dtype
     return asked

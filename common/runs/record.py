@@ -15,6 +15,8 @@ from common.files.stage_table import (
     DECODE,
     DENOISE,
     ENCODE,
+    ENCODE_PICTURES,
+    IMAGE_LATENTS_FILE,
     LATENTS_FILE,
     STAGES,
     TRAJECTORY_FILE,
@@ -23,10 +25,13 @@ from common.files.stage_table import (
 from common.models.checkpoint import Checkpoint
 from common.models.find import open_checkpoint
 from common.runs.generation import GenerationConfig, read_generation_config
+from common.runs.image_latents import read_inputs
+from common.runs.init_latents import find_init_latents
 from common.runs.recipes import (
     embeddings_recipe,
     expected_unet_dtype,
     expected_vae_dtype,
+    image_latents_recipe,
     latents_recipe,
     pictures_recipe,
     trajectory_pictures_recipe,
@@ -109,7 +114,7 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
         _read_artifact(_find(name, [run_dir, *sources]), stage.number, found)
         for stage in STAGES
         for name in stage.writes
-        if name != TRAJECTORY_FILE or (run_dir / name).exists()
+        if (run_dir / name).exists() or _is_expected(name, config)
     ]
     files += _read_pictures(run_dir)
 
@@ -135,6 +140,13 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
     return RunRecord(run_dir=run_dir, config=config, problem=problem, files=files, reports=reports)
 
 
+def _is_expected(name: str, config: GenerationConfig | None) -> bool:
+    """Whether a run lacks a file that is not there."""
+    if name == IMAGE_LATENTS_FILE:
+        return config is not None and config.has_pictures
+    return name != TRAJECTORY_FILE
+
+
 def _find(name: str, folders: Sequence[Path]) -> Path:
     """A file in the first of some folders that has it."""
     return next((f / name for f in folders if (f / name).exists()), folders[0] / name)
@@ -150,16 +162,23 @@ def _recipe_now(
     """The recipe that a stage would use now; None where its input is not there."""
     if stage is ENCODE:
         return embeddings_recipe(config, checkpoint)
-    source = found.get(stage.reads or "")
+    if stage is ENCODE_PICTURES:
+        if not config.has_pictures:
+            return None
+        dtype = expected_vae_dtype(config.vae_dtype, run_dir, stage)
+        return image_latents_recipe(config, checkpoint, read_inputs(config), dtype)
+    source, begun = found.get(stage.reads or ""), found.get(IMAGE_LATENTS_FILE)
     if source is None:
         return None
     if stage is DENOISE:
         latents = found.get(LATENTS_FILE)
         path = run_dir / LATENTS_FILE if latents is None else latents.path
         dtype = expected_unet_dtype(config.unet_dtype, path)
-        return latents_recipe(config, checkpoint, source, dtype)
+        if not config.has_pictures:
+            begun = find_init_latents(config, checkpoint, run_dir, verify=False)
+        return latents_recipe(config, checkpoint, source, dtype, begun)
     dtype = expected_vae_dtype(config.vae_dtype, run_dir)
-    return pictures_recipe(config, checkpoint, source, dtype)
+    return pictures_recipe(config, checkpoint, source, dtype, begun if config.pastes else None)
 
 
 def _read_artifact(path: Path, stage: int, found: dict[str, Artifact]) -> FileRecord:

@@ -9,13 +9,15 @@ from common.conditions.table import CONDITIONS
 from common.declared import Settings
 from common.models.model_settings import LoraSettings, ModelSettings
 from common.sampling.sampling_settings import SamplingSettings
+from common.vae.input_settings import AskedInputs, InputSettings
 from common.vae.vae_settings import VaeSettings
 
 # What is asked for in one form, and resolved into another one.
-ASKED: list[type[Settings]] = [AskedPrompts, AskedSize]
+ASKED: list[type[Settings]] = [AskedPrompts, AskedInputs, AskedSize]
 # What means the same before and after it is resolved.
 SHARED: list[type[Settings]] = [
     *(condition.settings for condition in CONDITIONS if condition.settings is not None),
+    InputSettings,
     SamplingSettings,
     ModelSettings,
     LoraSettings,

@@ -23,7 +23,7 @@ from common.files.kept_progress import Progress, remove_progress
 from common.files.recipe import Recipe
 from common.files.report import Profile
 from common.files.run_lock import RunLock
-from common.files.stage_table import Stage
+from common.files.stage_table import FIRST, Stage
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
@@ -215,7 +215,7 @@ class StageRun:
 
     def settings_written(self, config: GenerationConfig) -> None:
         """Let the settings stand beside what was made by them; what was kept has served."""
-        if self.stage.reads is None or self.run_dir.resolve() != self.source_dir.resolve():
+        if self.stage is FIRST or self.run_dir.resolve() != self.source_dir.resolve():
             write_generation_config(self.run_dir, config)
         remove_progress(self.run_dir, self.stage.number)
 
@@ -266,7 +266,7 @@ class ResidentStage:
         quiet_libraries()
         for module in ("torch", "diffusers"):
             import_module(module)
-        if self.stage.reads is not None:
+        if self.stage is not FIRST:
             with self.command.make_context(self.stage.name, list(arguments)) as context:
                 start_backend(Given(self.stage, context.params).options, torch_on_cpus=True)
 

@@ -13,10 +13,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import BadInputFileError, BadSettingError
-from common.files.stage_table import STAGES, Stage, maker_of
+from common.files.stage_table import FIRST, STAGES, Stage, maker_of
 from common.runs.flags import Flag, all_flags
+from common.stopping import STOP_SIGNALS
 from common.whole_files import write_text_whole
 
+# Pictures are encoded where their run's settings are settled, by the first stage.
+SWEPT_STAGES = [stage for stage in STAGES if not stage.of_pictures]
+# Settings by which a run may begin with pictures.
+OF_PICTURES = ("image", "prompts_file", "config")
 SWEEP_FILE = "sweep.json"
 SWEEP_FOLDER = "sweep"
 MOST_NAME, MOST_FOLDER = 40, 200  # bytes of a value and of a whole folder's name
@@ -41,6 +46,7 @@ class Sweep(BaseModel):
 
     axes: dict[str, list[str]]
     cells: list[Cell]
+    of_pictures: bool = False  # whether the runs may begin with pictures
 
 
 @dataclass(frozen=True)
@@ -96,18 +102,26 @@ def parse_sweep(text: str, given: Mapping[str, Any]) -> Sweep:
     if not axes:
         raise BadSettingError("--sweep names no flag: give FLAG=VALUE,VALUE,…")
     cells = []
+    pictures = any(name in given or name in axes for name in OF_PICTURES)
     for combination in product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
-        sources = [folder_of(chosen, stage, known) for stage in STAGES[:-1]]
+        sources = [folder_of(chosen, stage, known, pictures) for stage in SWEPT_STAGES[:-1]]
         folder = f"{SWEEP_FOLDER}/{name_of(chosen)}"
         cells.append(Cell(values=chosen, folder=folder, sources=sources))
-    return Sweep(axes=axes, cells=cells)
+    return Sweep(axes=axes, cells=cells, of_pictures=pictures)
 
 
-def stage_of(flag: Flag) -> Stage:
-    """The first stage whose output depends on a flag."""
+def stage_of(flag: Flag, pictures: bool) -> Stage:
+    """The first stage whose output depends on a flag.
+
+    Args:
+        pictures: whether the runs may begin with pictures.
+    """
     makers = [maker_of(artifact) for artifact in flag.declared.makes]
-    return min(makers, key=lambda stage: stage.number)
+    others = [stage for stage in makers if stage in SWEPT_STAGES]
+    if len(others) < len(makers) and (pictures or not others):
+        return FIRST
+    return next(stage for stage in SWEPT_STAGES if stage in others)
 
 
 def name_of(values: Mapping[str, str]) -> str:
@@ -123,25 +137,28 @@ def name_of(values: Mapping[str, str]) -> str:
     return f"{whole[:MOST_FOLDER]}~{sha256(whole.encode()).hexdigest()[:6]}"
 
 
-def folder_of(values: Mapping[str, str], stage: Stage, known: Mapping[str, Flag]) -> str:
+def folder_of(
+    values: Mapping[str, str], stage: Stage, known: Mapping[str, Flag], pictures: bool
+) -> str:
     """A stage's folder below the run directory, by the values that its output depends on."""
-    shaping = {n: v for n, v in values.items() if stage_of(known[n]).number <= stage.number}
+    until = SWEPT_STAGES[: SWEPT_STAGES.index(stage) + 1]
+    shaping = {n: v for n, v in values.items() if stage_of(known[n], pictures) in until}
     return f"{SWEEP_FOLDER}/{name_of(shaping)}" if shaping else "."
 
 
-def stage_runs(run_dir: Path, cell: Cell) -> Iterator[CellRun]:
+def stage_runs(run_dir: Path, cell: Cell, pictures: bool) -> Iterator[CellRun]:
     """What a cell needs, each stage in the folder of the values that its output depends on."""
     known, source = sweepable(), run_dir
-    for stage, folder in zip(STAGES, [*cell.sources, cell.folder], strict=True):
-        own = {name: value for name, value in cell.values.items() if is_for(known[name], stage)}
+    for stage, folder in zip(SWEPT_STAGES, [*cell.sources, cell.folder], strict=True):
+        own = {n: v for n, v in cell.values.items() if is_for(known[n], stage, pictures)}
         yield CellRun(stage=stage, source=source, folder=run_dir / folder, values=own)
         source = run_dir / folder
 
 
-def is_for(flag: Flag, stage: Stage) -> bool:
+def is_for(flag: Flag, stage: Stage, pictures: bool) -> bool:
     """Whether a stage is given a swept flag: how to compute goes to all that take it."""
     if flag.declared.determines:
-        return stage is stage_of(flag)
+        return stage is stage_of(flag, pictures)
     return flag.is_of(stage)
 
 
@@ -163,7 +180,7 @@ def run_sweep(
     for number, cell in enumerate(sweep.cells, 1):
         said = ", ".join(f"{name} {value}" for name, value in cell.values.items())
         say(f"cell {number} of {len(sweep.cells)}: {said}")
-        for needed in stage_runs(run_dir, cell):
+        for needed in stage_runs(run_dir, cell, sweep.of_pictures):
             key = (needed.stage.number, needed.folder)
             if key not in ended:
                 ended[key] = run(needed)
@@ -171,7 +188,7 @@ def run_sweep(
             if cell.exit_code != 0:
                 break
         write_sweep(run_dir, sweep)
-        if cell.exit_code in (130, 143):
+        if cell.exit_code in {code for _, code in STOP_SIGNALS.values()}:
             return cell.exit_code
     return next((cell.exit_code for cell in sweep.cells if cell.exit_code), 0)
 

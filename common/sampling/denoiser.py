@@ -20,7 +20,7 @@ from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
 from common.conditions.prepare import prepare_conditions
 from common.sampling.job import DenoisingJob
-from common.sampling.noise import first_latents, prepare_noise, prepare_state
+from common.sampling.noise import Drawn, KeptArea, draw_all_noises, draw_first, prepare_state
 from common.sampling.scheduler_tables import SchedulerTables
 from common.sampling.step_plan import StepPlan, StepProgram
 
@@ -37,6 +37,7 @@ def prepare_schedule(tables: SchedulerTables) -> dict[str, np.ndarray]:
         "input_scales": tables.input_scales,
         "coefficients": tables.coefficients,
         "noise_coefficients": tables.noise_coefficients,
+        "kept_scales": tables.kept_scales,
     }
 
 
@@ -66,23 +67,24 @@ class Denoiser(ABC):
             chosen: the group's images, by their indices.
             tables: the sampler's; None steps the sampler itself on the host.
         """
-        self.sampler, self.tables = job.sampler, tables
+        self.job, self.chosen, self.sampler, self.tables = job, chosen, job.sampler, tables
         self.seeds = [job.seeds[index] for index in chosen]
         self.guidance, self.conditions = job.guidance, job.conditions
         self.done, self.is_idle = 0, True
         self.trajectory: list[np.ndarray] = []
         self.latent_shape = job.latent_shape
-        self.given = None if job.init_latents is None else job.init_latents[chosen]
-        if tables is None:
-            self.evaluations = len(self.sampler.restart(self.seeds))
-        else:
-            self.evaluations = tables.evaluations
-            with self.report.part("noise"):
-                self.noise = prepare_noise(
-                    self.seeds, self.sampler, tables, self.latent_shape, self.given
-                )
+        with self.report.part("noise"):
+            drawn = self._draw_first()
+            masks = job.begin.masks if job.keeps_area else None
+            self.kept_area = KeptArea.of(None if masks is None else masks[chosen], drawn.first)
+            if tables is None:
+                self.evaluations = len(self.sampler.restart(self.seeds))
+            else:
+                self.evaluations = tables.evaluations
+                self.first = drawn.first.latents.numpy()
+                self.noises = draw_all_noises(drawn, self.seeds, self.sampler, tables)
         self.plan = StepPlan.of(self.guidance, self.evaluations)
-        images = job.images(chosen, self.dtype)
+        images = job.images(chosen, self.dtype, drawn.first.masked)
         told = {
             program: prepare_conditions(self.conditions, images, program.predictions)
             for program in self.plan.programs()
@@ -101,8 +103,13 @@ class Denoiser(ABC):
         """Compile what the group needs and is not compiled yet."""
 
     def _first_state(self) -> State:
-        """The state before the first step, by `noise`."""
-        return self._restore(*prepare_state(self.noise), 0)
+        """The state before the first step."""
+        return self._restore(*prepare_state(self.first, len(self.noises)), 0)
+
+    def _draw_first(self) -> Drawn:
+        return draw_first(
+            self.job.begin, self.chosen.tolist(), self.seeds, self.sampler, self.latent_shape
+        )
 
     @abstractmethod
     def _start_steps(self, state: State, steps: range, program: StepProgram) -> tuple[State, Any]:
@@ -300,21 +307,20 @@ class Denoiser(ABC):
 
     def _ahead_on_host(self) -> Callable[[range], Any]:
         """A function that steps the scheduler itself after a model evaluation."""
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.sampler.restart()
-        given = [None] * len(generators) if self.given is None else self.given.split(1)
-        first = [
-            first_latents(self.sampler, generator, self.latent_shape, own)
-            for generator, own in zip(generators, given, strict=True)
-        ]
-        self.state = (torch.cat(first),)
+        drawn = self._draw_first()
+        self.state = (drawn.first.latents,)
         timesteps = self.sampler.restart(self.seeds)
+        kept = {name: torch.from_numpy(a) for name, a in self.kept_area.arrays().items()}
 
         def advance(steps: range) -> None:
             (i,), (latents,) = steps, self.state
             model_input = self.sampler.scale_model_input(latents, timesteps[i])
             noise_pred = self._predict(model_input, float(timesteps[i]), self.plan.steps[i])
-            self.state = (self.sampler.step(noise_pred, timesteps[i], latents, generators),)
+            latents = self.sampler.step(noise_pred, timesteps[i], latents, drawn.generators)
+            if self.job.keeps_area:
+                stays = self.sampler.noised_after(i, kept["original"], kept["noise"])
+                latents = torch.where(kept["masks"] > 0, latents, stays)
+            self.state = (latents,)
 
         return advance
 

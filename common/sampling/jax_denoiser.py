@@ -31,7 +31,7 @@ from common.compute.sharding import (
     split_weight,
 )
 from common.compute.torchax_runtime import Parameters, as_jax_function, to_numpy
-from common.conditions.prepare import unet_call
+from common.conditions.prepare import unet_call, unet_sample
 from common.models.submodules import prompt_projections
 from common.sampling.denoiser import Conditions, Denoiser, State, prepare_schedule
 from common.sampling.step_plan import StepProgram
@@ -80,7 +80,9 @@ def denoise_step(
     latents += jnp.tensordot(
         schedule["noise_coefficients"][i], arguments["noises"], 1, precision=HIGHEST
     )
-    return latents, history
+    kept, (of_original, of_noise) = arguments["kept"], schedule["kept_scales"][i]
+    stays = of_original * kept["original"] + of_noise * kept["noise"]
+    return jnp.where(kept["masks"] > 0, latents, stays), history
 
 
 def spread_weights(unet: ModelOnDevices) -> dict[str, NamedSharding]:
@@ -122,7 +124,8 @@ class JaxDenoiser(Denoiser):
         self.weights = self.put(self.guidance.weights(), replicated(self.mesh))
         if self.tables is None:
             return
-        self.noises = self.put(self.noise.noises, split_latents(self.mesh, axis=1))
+        self.noises_there = self.put(self.noises, split_latents(self.mesh, axis=1))
+        self.kept = self.put(self.kept_area.arrays(), split_latents(self.mesh))
         self.schedule = self.put(prepare_schedule(self.tables), replicated(self.mesh))
 
     def _restore(self, latents: np.ndarray, history: np.ndarray, step: int) -> State:
@@ -242,7 +245,7 @@ class JaxDenoiser(Denoiser):
             with products_for(dtype):
                 output = unet(
                     parameters,
-                    repeated.astype(dtype),
+                    unet_sample(repeated.astype(dtype), told, jnp),
                     timestep,
                     given=given,
                     **unet_call(self.conditions, told),
@@ -294,7 +297,8 @@ class JaxDenoiser(Denoiser):
         return {
             "conditions": self.told[program],
             "guidance": self.weights,
-            "noises": self.noises,
+            "noises": self.noises_there,
+            "kept": self.kept,
             "schedule": self.schedule,
         }
 

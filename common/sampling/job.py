@@ -1,9 +1,10 @@
 """What a run asks a denoiser to compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.conditions.base import Condition, ImagesOfGroup
+from common.sampling.beginning import Beginning, FromNoise
 from common.sampling.guidance import Guidance
 from common.sampling.sampler import Sampler
 
@@ -23,9 +24,23 @@ class DenoisingJob:
     sampler: Sampler
     guidance: Guidance
     conditions: tuple[Condition, ...]
-    init_latents: "torch.Tensor | None" = None  # to begin with, [B, C, h, w] float32
+    begin: Beginning = field(default_factory=FromNoise)
 
-    def images(self, chosen: "np.ndarray", dtype: "torch.dtype") -> ImagesOfGroup:
-        """Some images, by their indices, as far as conditions need them."""
+    def images(
+        self, chosen: "np.ndarray", dtype: "torch.dtype", masked: "torch.Tensor | None" = None
+    ) -> ImagesOfGroup:
+        """Some images, by their indices, as far as conditions need them.
+
+        Args:
+            masked: their masked pictures' latents, [B, C, h, w].
+        """
         rows = {name: tensor[self.prompt_of[chosen]] for name, tensor in self.embeddings.items()}
-        return ImagesOfGroup(embeddings=rows, dtype=dtype)
+        masks = None if self.begin.masks is None else self.begin.masks[chosen]
+        return ImagesOfGroup(embeddings=rows, dtype=dtype, masks=masks, masked=masked)
+
+    @property
+    def keeps_area(self) -> bool:
+        """Whether a part of each image stays what it is, which no UNet is told of."""
+        return self.begin.masks is not None and not any(
+            condition.shows_masks for condition in self.conditions
+        )

@@ -6,69 +6,63 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.sampling.beginning import Beginning, First
 from common.sampling.sampler import Sampler
 from common.sampling.scheduler_tables import SchedulerTables
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseBatch:
-    """What is drawn for a batch of B images, float32, by one generator per image."""
+class Drawn:
+    """What each image's generator drew before the first step, and the generators, to go on."""
 
-    initial_latents: np.ndarray  # [B, C, h, w], scaled by the scheduler's initial_noise_scale
-    noises: np.ndarray  # [S, B, C, h, w]; zeros after the K that the scheduler draws
+    first: First  # [B, C, h, w]
+    generators: list[torch.Generator]  # on the CPU, one for each image
 
 
-def prepare_noise(
+def draw_first(
+    begin: Beginning,
+    chosen: Sequence[int],
     seeds: Sequence[int],
     sampler: Sampler,
-    tables: SchedulerTables,
-    latent_shape: tuple[int, int, int],
-    given: torch.Tensor | None = None,
-) -> NoiseBatch:
-    """Draw the initial latents and the scheduler's noises as diffusers does.
-
-    Each image has a `torch.Generator` of its own on the CPU: first it draws the initial latents, or
-    the noise on those that are given, then the scheduler itself, stepped on zeros, draws its noises
-    from it.
+    shape: tuple[int, int, int],
+) -> Drawn:
+    """Let each image's own generator draw what the image begins with.
 
     Args:
-        given: latents to begin with, [B, C, h, w] float32.
+        chosen: the images, by their indices.
+        seeds: theirs.
+        shape: of one image's latents, [C, h, w].
     """
-    size = len(tables.timesteps)
-    initial = np.empty((len(seeds), *latent_shape), np.float32)
-    noises = np.zeros((size, len(seeds), *latent_shape), np.float32)
-    for index, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        own = None if given is None else given[index : index + 1]
-        initial[index] = first_latents(sampler, generator, latent_shape, own)[0].numpy()
-        if tables.noises:
-            noises[: tables.noises, index] = draw_noises(sampler, seed, generator, latent_shape)
-    return NoiseBatch(initial_latents=initial, noises=noises)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sampler.restart()
+    each = [
+        begin.draw(index, sampler, generator, shape)
+        for index, generator in zip(chosen, generators, strict=True)
+    ]
+    return Drawn(first=First.of(each), generators=generators)
 
 
-def first_latents(
-    sampler: Sampler,
-    generator: torch.Generator,
-    latent_shape: tuple[int, int, int],
-    given: torch.Tensor | None,
-) -> torch.Tensor:
-    """One image's latents before the first step, [1, C, h, w] float32.
+def draw_all_noises(
+    drawn: Drawn, seeds: Sequence[int], sampler: Sampler, tables: SchedulerTables
+) -> np.ndarray:
+    """Let the scheduler draw its noises for each image, as diffusers does.
 
-    Noise, or latents that are given with noise on them or, of a run that was cut, as they are.
-    Noise is the first that an image's generator draws; the sampler is to be restarted after that.
+    Returns:
+        [S, B, C, h, w] float32; zeros after the K that the scheduler draws.
     """
-    if given is not None and not sampler.step_range.adds_noise:
-        return given
-    noise = torch.randn((1, *latent_shape), generator=generator)
-    if given is not None:
-        return sampler.add_noise(given, noise)
-    return noise * sampler.initial_noise_scale
+    shape = drawn.first.latents.shape
+    noises = np.zeros((len(tables.timesteps), *shape), np.float32)
+    if tables.noises:
+        for index, (seed, generator) in enumerate(zip(seeds, drawn.generators, strict=True)):
+            own = draw_noises(sampler, seed, generator, tuple(shape[1:]))
+            noises[: tables.noises, index] = own
+    return noises
 
 
 def draw_noises(
-    sampler: Sampler, seed: int, generator: torch.Generator, latent_shape: tuple[int, int, int]
+    sampler: Sampler, seed: int, generator: torch.Generator, latent_shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Let a scheduler draw all its noises for one image. Returns [K, C, h, w] float32."""
+    """Let a scheduler, stepped on zeros, draw its noises for one image: [K, C, h, w] float32."""
     drawn: list[np.ndarray] = []
 
     def keep(_: tuple[int, ...], draw: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -85,11 +79,35 @@ def draw_noises(
     return np.stack(drawn)
 
 
-def prepare_state(noise: NoiseBatch) -> tuple[np.ndarray, np.ndarray]:
+def prepare_state(latents: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Latents [B, C, h, w] and history [1 + S, B, C, h, w] before the first step.
 
-    The history holds the initial latents and the model's outputs so far.
+    The history holds the first latents and the model's outputs so far.
+
+    Args:
+        size: S.
     """
-    history = np.zeros((1 + len(noise.noises), *noise.initial_latents.shape), np.float32)
-    history[0] = noise.initial_latents
-    return noise.initial_latents, history
+    history = np.zeros((1 + size, *latents.shape), np.float32)
+    history[0] = latents
+    return latents, history
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptArea:
+    """What stays of pictures that are inpainted, and is laid over the latents after every step."""
+
+    masks: np.ndarray  # [B, 1, h, w]: 1 is made anew, 0 stays
+    original: np.ndarray  # [B, C, h, w], without noise
+    noise: np.ndarray  # [B, C, h, w]
+
+    @classmethod
+    def of(cls, masks: torch.Tensor | None, first: First) -> "KeptArea":
+        """That of images that have drawn; nothing stays of them without masks."""
+        if masks is None or first.original is None or first.noise is None:
+            zeros = np.zeros(first.latents.shape, np.float32)
+            return cls(masks=np.ones_like(zeros[:, :1]), original=zeros, noise=zeros)
+        return cls(masks=masks.numpy(), original=first.original.numpy(), noise=first.noise.numpy())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By their names."""
+        return {"masks": self.masks, "original": self.original, "noise": self.noise}

@@ -138,19 +138,35 @@ class Sampler:
             raise BadSettingError(f"--{name}: {self.name} takes none in diffusers")
         with refused_in_words(f"{self.name} with {name} {value}"):
             self.scheduler.set_timesteps(**self.spacing)
-        timesteps, first = self.step_range.cut(self.scheduler)
+        self.cut = self.step_range.cut(self.scheduler)
         if hasattr(self.scheduler, "set_begin_index"):
             # As diffusers' SDXL pipeline does. Without it the first step is looked for by its
             # timestep, and where two begin with the same one (beta sigmas, many steps) the second
             # is found, and a step is missing at the end.
-            self.scheduler.set_begin_index(first)
+            self.scheduler.set_begin_index(self.cut.first)
         self._evaluated = 0
-        return timesteps
+        return self.cut.timesteps
 
     def add_noise(self, latents: "torch.Tensor", noise: "torch.Tensor") -> "torch.Tensor":
         """Latents [B, C, h, w] with as much noise as there is before the first step."""
         timesteps = self.restart()
         noised: torch.Tensor = self.scheduler.add_noise(latents, noise, timesteps[:1])
+        return noised
+
+    def noised_after(
+        self, evaluation: int, latents: "torch.Tensor", noise: "torch.Tensor"
+    ) -> "torch.Tensor":
+        """Latents [B, C, h, w] with as much noise as there is after a model evaluation.
+
+        Args:
+            evaluation: the last that was stepped, from 0.
+        """
+        following = self.cut.timesteps[evaluation + 1 : evaluation + 2]
+        if len(following) == 0 and self.cut.following is not None:
+            following = self.cut.following
+        if len(following) == 0:
+            return latents
+        noised: torch.Tensor = self.scheduler.add_noise(latents, noise, following)
         return noised
 
     @property

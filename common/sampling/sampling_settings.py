@@ -63,13 +63,13 @@ class SamplingSettings(Settings):
         recorded=False,
         shown="",
     )
-    strength: float | None = setting(  # None: as diffusers' pipelines, 0.3 for SDXL, else 0.8
+    strength: float | None = setting(  # None: as diffusers' pipelines, see `strength_of`
         None,
-        "Noise on them, 0 to 1.",
+        "Noise on it, 0 to 1.",
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
-        shown="0.3 or 0.8",
+        shown="diffusers'",
         web_ui="Denoising strength",
         ge=0,
         le=1,
@@ -215,9 +215,10 @@ class SamplingSettings(Settings):
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Self:
-        for name in ("strength", "denoising_start"):
-            if getattr(self, name) is not None and self.init_latents is None:
-                raise ValueError(f"{name} is for latents to begin with: give init_latents")
+        if self.denoising_start is not None and self.init_latents is None:
+            raise ValueError(
+                "denoising_start goes on from latents with noise in them: give init_latents"
+            )
         if self.denoising_start is not None and self.strength is not None:
             raise ValueError(
                 "denoising_start goes on without new noise: leave strength out, or denoising_start"

@@ -41,10 +41,16 @@ class SchedulerTables:
     input_scales: np.ndarray  # [S]
     coefficients: np.ndarray  # [S, 1 + S]
     noise_coefficients: np.ndarray  # [S, S]
+    # Of a picture's latents and of the noise on them, where they stay what they are: after each
+    # model evaluation [S, 2]. Zeros where nothing stays.
+    kept_scales: np.ndarray
 
 
-def make_tables(sampler: Sampler) -> SchedulerTables:
+def make_tables(sampler: Sampler, *, keeps_area: bool = False) -> SchedulerTables:
     """Probe a scheduler on the CPU; its state is overwritten.
+
+    Args:
+        keeps_area: whether a part of the pictures stays, for `kept_scales`.
 
     Raises:
         BadSettingError: diffusers refuses the settings.
@@ -69,13 +75,17 @@ def make_tables(sampler: Sampler) -> SchedulerTables:
         return _basis_vector(dimension, count + drawn).reshape(shape)
 
     rows = np.zeros((count, dimension))
-    input_scales = np.zeros(count)
+    input_scales, kept_scales = np.zeros(count), np.zeros((count, 2))
+    original, noise = torch.eye(2).reshape(2, 1, 1, 1, 2)
     sample = _basis_vector(dimension, 0)
     with sampler.intercepted_noises(hear_basis):
         for i, timestep in enumerate(timesteps):
             input_scales[i] = _ratio(sampler.scale_model_input(sample, timestep), sample)
             sample = sampler.step(_basis_vector(dimension, 1 + i), timestep, sample, _unused())
             rows[i] = sample.double().flatten().numpy()
+            if keeps_area:
+                kept = sampler.noised_after(i, original, noise)
+                kept_scales[i] = kept.double().flatten().numpy()
     if not (np.isfinite(rows).all() and np.isfinite(input_scales).all()):
         raise NotFiniteError(
             f"{sampler.name} gives coefficients that are not finite with {sampler.spacing} and "
@@ -84,19 +94,23 @@ def make_tables(sampler: Sampler) -> SchedulerTables:
     _check_linear(sampler, rows[:, : first_noise + drawn], input_scales)
 
     size = math.ceil(count / BUCKET) * BUCKET
-    coefficients = np.zeros((size, 1 + size), np.float32)
-    coefficients[:count, : 1 + count] = rows[:, :first_noise]
-    noise_coefficients = np.zeros((size, size), np.float32)
-    noise_coefficients[:count, :drawn] = rows[:, first_noise : first_noise + drawn]
+    noise_rows = rows[:, first_noise : first_noise + drawn]
     return SchedulerTables(
         evaluations=count,
         noises=drawn,
         initial_noise_scale=sampler.initial_noise_scale,
-        timesteps=np.pad(timesteps.to(torch.float32).numpy(), (0, size - count)),
-        input_scales=np.pad(input_scales, (0, size - count)).astype(np.float32),
-        coefficients=coefficients,
-        noise_coefficients=noise_coefficients,
+        timesteps=_padded(timesteps.to(torch.float32).numpy(), size),
+        input_scales=_padded(input_scales, size),
+        coefficients=_padded(rows[:, :first_noise], size, 1 + size),
+        noise_coefficients=_padded(noise_rows, size, size),
+        kept_scales=_padded(kept_scales, size, 2),
     )
+
+
+def _padded(values: np.ndarray, *shape: int) -> np.ndarray:
+    """Values with zeros after them, float32."""
+    after = [(0, to - size) for size, to in zip(values.shape, shape, strict=True)]
+    return np.pad(values, after).astype(np.float32)
 
 
 def _check_linear(sampler: Sampler, rows: np.ndarray, input_scales: np.ndarray) -> None:

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What is taken of a schedule."""
+
+    timesteps: "torch.Tensor"  # one for each model evaluation
+    first: int = 0  # index of the first of them
+    following: "torch.Tensor | None" = None  # the one after them [1]; none where all noise is gone
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRange:
     """A part of a schedule's steps, in the words of diffusers' pipelines."""
 
@@ -28,8 +37,8 @@ class StepRange:
         """Whether given latents are noised: those of a run that was cut hold their noise."""
         return self.denoising_start is None
 
-    def cut(self, scheduler: Any) -> "tuple[torch.Tensor, int]":
-        """The timesteps of the model evaluations, and the index of the first one.
+    def cut(self, scheduler: Any) -> "Cut":
+        """What is taken of a schedule.
 
         Args:
             scheduler: diffusers', its timesteps set.
@@ -39,7 +48,7 @@ class StepRange:
         """
         timesteps: torch.Tensor = scheduler.timesteps
         if self == StepRange():
-            return timesteps, 0
+            return Cut(timesteps=timesteps)
         steps = first_timesteps(scheduler)
         first, end = self._first_step(steps, scheduler), self._end_step(steps, scheduler)
         if first >= end:
@@ -51,9 +60,12 @@ class StepRange:
             # The first step is two evaluations, the second one a timestep early.
             own = steps[first:end]
             second = own[1:2] if len(own) > 1 else own[:0]
-            return timesteps.new_tensor([*own[:2], *second, *own[2:]]), 0
-        order = int(scheduler.order)
-        return timesteps[first * order : end * order], first * order
+            taken = timesteps.new_tensor([*own[:2], *second, *own[2:]])
+            return Cut(timesteps=taken, following=steps[end : end + 1])
+        begin, stop = first * int(scheduler.order), end * int(scheduler.order)
+        return Cut(
+            timesteps=timesteps[begin:stop], first=begin, following=timesteps[stop : stop + 1]
+        )
 
     def _first_step(self, steps: "torch.Tensor", scheduler: Any) -> int:
         if self.denoising_start is not None:

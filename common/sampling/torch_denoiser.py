@@ -14,7 +14,7 @@ from common.compute.backends import TORCH_FACTS
 from common.compute.clock import StageReport
 from common.compute.options import RunOptions
 from common.compute.torch_profiler import TorchProfiler
-from common.conditions.prepare import unet_call
+from common.conditions.prepare import unet_call, unet_sample
 from common.models.submodules import bypassed, prompt_projections
 from common.sampling.denoiser import Conditions, Denoiser, State, prepare_schedule
 from common.sampling.step_plan import StepProgram
@@ -68,7 +68,8 @@ class TorchDenoiser(Denoiser):
             return
         schedule = prepare_schedule(self.tables)
         self.schedule = {name: torch.from_numpy(array) for name, array in schedule.items()}
-        self.noises = torch.from_numpy(self.noise.noises)
+        self.own_noises = torch.from_numpy(self.noises)
+        self.kept = {n: torch.from_numpy(a) for n, a in self.kept_area.arrays().items()}
 
     def compile(self) -> None:
         pass
@@ -89,7 +90,10 @@ class TorchDenoiser(Denoiser):
             known = i + 2  # what later steps give has no weight yet
             latents = torch.tensordot(schedule["coefficients"][i, :known], history[:known], 1)
             if self.tables is not None and self.tables.noises:
-                latents += torch.tensordot(schedule["noise_coefficients"][i], self.noises, 1)
+                latents += torch.tensordot(schedule["noise_coefficients"][i], self.own_noises, 1)
+            of_original, of_noise = schedule["kept_scales"][i]
+            stays = of_original * self.kept["original"] + of_noise * self.kept["noise"]
+            latents = torch.where(self.kept["masks"] > 0, latents, stays)
         return (latents, history), None
 
     def _wait_for(self, done: Any) -> None:
@@ -112,7 +116,8 @@ class TorchDenoiser(Denoiser):
             self.projected[program] = {n: m(attended) for n, m in projections.items()}
         repeated = model_input.repeat_interleave(len(predictions), 0)  # [N, C, h, w]
         with bypassed(self.unet, self.projected[program]):
-            output = self.unet(repeated.to(self.dtype), timestep, **call)[0].float()
+            sample = unet_sample(repeated.to(self.dtype), self.told[program], torch)
+            output = self.unet(sample, timestep, **call)[0].float()
         by_prediction = output.unflatten(0, (-1, len(predictions))).unbind(1)
         predicted = dict(zip(predictions, by_prediction, strict=True))
         combined: torch.Tensor = self.guidance.combine(predicted, self.weights, torch)

@@ -41,7 +41,8 @@ def decode_groups(
     """
     import torch
 
-    size = decoder.group_size(len(latents), options)
+    runner = decoder.runner
+    size = runner.group_size(len(latents), options)
     decoded = []
     with progress_bar(len(latents), "decode", "image", hidden=not bar) as shown:
         for number, (chosen, real) in enumerate(groups(len(latents), size)):
@@ -52,7 +53,7 @@ def decode_groups(
                 continue
             pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
             if not finite:
-                dtype = str(decoder.dtype).removeprefix("torch.")
+                dtype = str(runner.dtype).removeprefix("torch.")
                 raise NotFiniteError(
                     f"the VAE in {dtype} gave values that are not finite, so no picture "
                     "was written: use --vae_dtype float32"
@@ -74,12 +75,10 @@ def measure(
     decoder: "Decoder", latents: np.ndarray, options: RunOptions, profile_folder: Path
 ) -> "Profile | None":
     """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
-    size = decoder.group_size(len(latents), options)
+    runner = decoder.runner
+    size = runner.group_size(len(latents), options)
     first = latents[next(groups(len(latents), size))[0]]
-    decoder.repeat(first, options.repeat)
-    if not options.profile:
-        return None
-    return decoder.profile(first, profile_folder)
+    return runner.measure(lambda: decoder.decode(first), options, profile_folder)
 
 
 def decode_trajectory(
@@ -93,7 +92,7 @@ def decode_trajectory(
     """
     columns, frames = [], []
     shown = progress_bar(len(trajectory), "trajectory", "step")
-    with decoder.counting_as("trajectory"), shown:
+    with decoder.runner.counting_as("trajectory"), shown:
         for latents in trajectory:
             images = decode_groups(decoder, latents, options, bar=False)
             columns.append(np.concatenate([shrink(image, MOST_STRIP_PIXELS) for image in images]))

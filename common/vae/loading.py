@@ -1,4 +1,4 @@
-"""Load a VAE to decode with: by PyTorch, or for the devices of a mesh that suits the pictures."""
+"""Load a VAE: by PyTorch, or for the devices of a mesh that suits the pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,12 @@ from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.models.checkpoint import Checkpoint
-from common.models.weights import load_model, make_without_weights, with_weights
+from common.models.weights import (
+    load_model,
+    make_without_weights,
+    refuse_decoder_alone,
+    with_weights,
+)
 from common.vae.vae_settings import in_tiles
 
 if TYPE_CHECKING:
@@ -21,18 +26,20 @@ if TYPE_CHECKING:
 
     from common.compute.devices import Devices, ModelOnDevices
     from common.vae.decoder import Decoder
-    from common.vae.jax_decoder import JaxDecoder, Programs
+    from common.vae.encoder import Encoder
+    from common.vae.jax_runner import JaxRunner, Programs
+    from common.vae.runner import VaeRunner
     from common.vae.tiles import Tiles
-    from common.vae.torch_decoder import TorchDecoder
+    from common.vae.torch_runner import TorchRunner
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeToLoad:
-    """A VAE, and how it is to decode."""
+    """A VAE, and how it is to compute."""
 
     checkpoint: Checkpoint
     dtype: str  # that it computes in
-    tile: bool  # whether pictures larger than a tile are decoded in tiles
+    tile: bool  # whether pictures larger than a tile are computed in tiles
 
     def key(self, backend: str, *more: Any) -> tuple[Any, ...]:
         """What tells the loaded VAE from others: its content, not where it was found."""
@@ -57,19 +64,88 @@ def open_decoder(
         BadSettingError: `--mesh` asks for more devices than there are.
         BadInputFileError: the weights cannot be loaded.
     """
-    opener = resolve_name(BACKENDS[backend].decoder_opener)
-    decoder: Decoder = opener(kept, vae, shape, options, report)
-    return decoder
+    from common.vae.decoder import Decoder
+
+    tiles = make_tiles(vae, shape)
+    images = images_to_decode(shape, tiles)
+    return Decoder(open_runner(kept, backend, vae, images, options, report), tiles)
 
 
-def open_torch_decoder(
-    kept: Kept, vae: VaeToLoad, shape: Sequence[int], options: RunOptions, report: StageReport
-) -> "TorchDecoder":
-    """`open_decoder` of PyTorch's backend."""
-    from common.vae.torch_decoder import TorchDecoder
+def open_encoder(
+    kept: Kept,
+    backend: str,
+    vae: VaeToLoad,
+    shape: Sequence[int],
+    options: RunOptions,
+    report: StageReport,
+) -> "Encoder":
+    """An encoder for one run, as `open_decoder`.
+
+    Args:
+        shape: of all pictures, [B, 3, H, W].
+
+    Raises:
+        BadInputFileError: also where the weights are a decoder's alone.
+    """
+    from common.vae.encoder import Encoder
+
+    refuse_decoder_alone(vae.checkpoint)
+    tiles = make_tiles(vae, latents_of_pictures(shape, vae.checkpoint))
+    images = images_to_encode(shape, tiles, vae.checkpoint)
+    return Encoder(open_runner(kept, backend, vae, images, options, report), tiles)
+
+
+def latents_of_pictures(shape: Sequence[int], checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The shape [B, C, h, w] of the latents of pictures [B, 3, H, W]."""
+    factor, channels = checkpoint.vae_scale_factor, checkpoint.config("vae")["latent_channels"]
+    return shape[0], channels, shape[2] // factor, shape[3] // factor
+
+
+@dataclass(frozen=True)
+class ImagesToSplit:
+    """What a mesh is chosen for."""
+
+    count: int
+    rows_of_levels: list[int]
+
+
+def images_to_decode(shape: Sequence[int], tiles: "Tiles | None") -> ImagesToSplit:
+    """Those of latents [B, C, h, w], whose rows the decoder only doubles."""
+    return ImagesToSplit(shape[0], [shape[2]] if tiles is None else tiles.rows(shape[2]))
+
+
+def images_to_encode(
+    shape: Sequence[int], tiles: "Tiles | None", checkpoint: Checkpoint
+) -> ImagesToSplit:
+    """Those of pictures [B, 3, H, W], whose rows the encoder halves level by level."""
+    levels = checkpoint.vae_scale_factor.bit_length()
+    pictures = [shape[2]] if tiles is None else tiles.sample_rows(shape[2])
+    rows = [rows for each in pictures for rows in sharding.rows_of_levels(each, levels)]
+    return ImagesToSplit(shape[0], rows)
+
+
+def open_runner(
+    kept: Kept,
+    backend: str,
+    vae: VaeToLoad,
+    images: ImagesToSplit,
+    options: RunOptions,
+    report: StageReport,
+) -> "VaeRunner":
+    """The VAE for one run, by its backend."""
+    opener = resolve_name(BACKENDS[backend].vae_opener)
+    runner: VaeRunner = opener(kept, vae, images, options, report)
+    return runner
+
+
+def open_torch_runner(
+    kept: Kept, vae: VaeToLoad, images: ImagesToSplit, options: RunOptions, report: StageReport
+) -> "TorchRunner":
+    """`open_runner` of PyTorch's backend."""
+    from common.vae.torch_runner import TorchRunner
 
     module = kept.model(vae.key(TorchBackend.name), partial(load_torch_vae, vae, report))
-    return TorchDecoder(module, make_tiles(vae, shape), report)
+    return TorchRunner(module, report)
 
 
 def load_torch_vae(vae: VaeToLoad, report: StageReport) -> Any:
@@ -81,44 +157,42 @@ def load_torch_vae(vae: VaeToLoad, report: StageReport) -> Any:
         return with_weights(module, report.watch_memory(weights))
 
 
-def open_jax_decoder(
-    kept: Kept, vae: VaeToLoad, shape: Sequence[int], options: RunOptions, report: StageReport
-) -> "JaxDecoder":
-    """`open_decoder` of jax's backend."""
+def open_jax_runner(
+    kept: Kept, vae: VaeToLoad, images: ImagesToSplit, options: RunOptions, report: StageReport
+) -> "JaxRunner":
+    """`open_runner` of jax's backend."""
     from common.compute.devices import Devices
     from common.compute.programs import compiled_in
-    from common.vae.jax_decoder import JaxDecoder
+    from common.vae.jax_runner import JaxRunner
 
-    devices, tiles = Devices.present(), make_tiles(vae, shape)
-    mesh = settle_mesh(options, shape, tiles, devices)
+    devices = Devices.present()
+    mesh = settle_mesh(options, images, devices)
     loaded = kept.model(
         vae.key(JaxBackend.name, mesh, options.operations),
         partial(load_vae_on_devices, vae, mesh, devices, options.operations, report),
     )
     programs = kept.programs(compiled_in(loaded.module, mesh, options.operations))
-    return JaxDecoder(loaded, tiles, report, programs)
+    return JaxRunner(loaded, report, programs)
 
 
-def load_jax_decoder(
+def load_jax_runner(
     vae: VaeToLoad,
-    shape: Sequence[int],
+    images: ImagesToSplit,
     options: RunOptions,
     report: StageReport,
     devices: "Devices",
     programs: "Programs",
-) -> "JaxDecoder":
+) -> "JaxRunner":
     """The VAE as jax compiles it, of which nothing is kept; also for devices that are not there.
 
     Args:
-        shape: of all latents, [B, C, h, w].
-        programs: as `JaxDecoder` takes them.
+        programs: as `JaxRunner` takes them.
     """
-    from common.vae.jax_decoder import JaxDecoder
+    from common.vae.jax_runner import JaxRunner
 
-    tiles = make_tiles(vae, shape)
-    mesh = settle_mesh(options, shape, tiles, devices)
+    mesh = settle_mesh(options, images, devices)
     loaded = load_vae_on_devices(vae, mesh, devices, options.operations, report)
-    return JaxDecoder(loaded, tiles, report, programs)
+    return JaxRunner(loaded, report, programs)
 
 
 def load_vae_on_devices(
@@ -145,7 +219,7 @@ def load_vae_on_devices(
 
 
 def make_tiles(vae: VaeToLoad, shape: Sequence[int]) -> "Tiles | None":
-    """How latents [B, C, h, w] are cut; None where they are decoded whole."""
+    """How latents [B, C, h, w] are cut; None where they stay whole."""
     if not in_tiles(vae.tile, vae.checkpoint, shape):
         return None
     import torch
@@ -155,13 +229,11 @@ def make_tiles(vae: VaeToLoad, shape: Sequence[int]) -> "Tiles | None":
     return Tiles(make_without_weights(vae.checkpoint, "vae", getattr(torch, vae.dtype)))
 
 
-def settle_mesh(
-    options: RunOptions, shape: Sequence[int], tiles: "Tiles | None", devices: "Devices"
-) -> "Mesh":
+def settle_mesh(options: RunOptions, images: ImagesToSplit, devices: "Devices") -> "Mesh":
     """The mesh that is asked for, or that is best for so many images.
 
-    A decoding has one prediction of an image and splits no weights: `cfg` and `tensor` of a mesh
-    that is asked for go to the rows.
+    A VAE has one prediction of an image and splits no weights: `cfg` and `tensor` of a mesh that
+    is asked for go to the rows.
     """
     asked = sharding.parse_mesh(options.mesh)
     if asked is not None:
@@ -169,10 +241,9 @@ def settle_mesh(
         asked = sharding.SINGLE | {"data": asked["data"], "rows": rows}
     choice = devices.choose_mesh(
         asked,
-        images=min(shape[0], options.batch_size),
+        images=min(images.count, options.batch_size),
         predictions=1,
-        # The decoder only doubles rows.
-        rows_of_levels=[shape[2]] if tiles is None else tiles.rows(shape[2]),
+        rows_of_levels=images.rows_of_levels,
     )
     for note in choice.notes:
         messages.warn(note)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.declared import FILES, MODEL, PICTURES, DeviceDtype, Settings, setting
+from common.declared import FILES, IMAGE_LATENTS, MODEL, PICTURES, DeviceDtype, Settings, setting
 from common.errors import BadSettingError
 from common.files.picture_files import ImageFormat
 from common.models.checkpoint import Checkpoint
@@ -16,16 +16,16 @@ class VaeSettings(Settings):
         "float32, bfloat16, auto.",
         metavar="DTYPE",
         group=MODEL,
-        shapes=(PICTURES,),
+        shapes=(IMAGE_LATENTS, PICTURES),
         recorded=False,
     )
     # Recipes hold whether anything is cut.
     tile: bool = setting(
         False,
-        "Decode large pictures in tiles.",
+        "Large pictures in tiles.",
         metavar=" ",
         group=MODEL,
-        shapes=(PICTURES,),
+        shapes=(IMAGE_LATENTS, PICTURES),
         recorded=False,
         shown="",
     )
@@ -39,7 +39,7 @@ def in_tiles(tile: bool, checkpoint: Checkpoint, shape: Sequence[int]) -> bool:
     config = checkpoint.config("vae")
     if tile and config.get("_class_name") == "AutoencoderTiny":
         raise BadSettingError(
-            f"--tile: {checkpoint.source('vae').said} is an AutoencoderTiny, which decodes whole "
+            f"--tile: {checkpoint.source('vae').said} is an AutoencoderTiny, which takes whole "
             "pictures in little memory: leave the flag out"
         )
     sample_size = config.get("sample_size", 32)

@@ -18,7 +18,7 @@ from common.compute.backends import (
 from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.sampling.denoiser import Denoiser
-from common.vae.decoder import Decoder
+from common.vae.runner import VaeRunner
 
 
 def test_what_auto_is_where_there_are_only_cpus() -> None:
@@ -61,11 +61,11 @@ def test_rows_name_what_there_is() -> None:
     choices = get_args(RunOptions.model_fields["backend"].annotation)
     assert choices == ("auto", *BACKENDS)
     for row in BACKENDS.values():
-        for module, base in ((row.denoiser_module, Denoiser), (row.decoder_module, Decoder)):
+        for module, base in ((row.denoiser_module, Denoiser), (row.vae_module, VaeRunner)):
             found = vars(import_module(module)).values()
             classes = [each for each in found if isinstance(each, type) and issubclass(each, base)]
             assert [each for each in classes if each is not base], module
-        for opener in (row.denoiser_opener, row.decoder_opener):
+        for opener in (row.denoiser_opener, row.vae_opener):
             assert callable(resolve_name(opener)), opener
         for module in row.libraries:
             assert find_spec(module) is not None, module

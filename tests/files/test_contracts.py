@@ -15,7 +15,8 @@ from common.files import contracts
 from common.files.artifacts import Artifact, TensorLayout, make_header
 from common.files.contracts import header_misfit
 from common.files.recipe import Recipe
-from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE, STAGES, TRAJECTORY_FILE
+from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE
+from common.files.tensor_rows import Dimension, TensorRow
 from tests.conftest import Run
 from tests.refusals import (
     EMBEDDINGS,
@@ -183,14 +184,14 @@ def test_files_in_each_others_place_exit_3(run_copy: Path, stage: Run) -> None:
     expect(stage(3, "--output_dir", run_copy), 3, LATENTS_FILE, "lacks latents")
 
 
-A_ROW = contracts.TensorRow(
+A_ROW = TensorRow(
     file=EMBEDDINGS_FILE,
     name="image_embeds",
-    shape=("P", "I", "D"),
+    shape=("P", "K", "D"),
     read_by="stage 2: an adapter's cross-attention",
     needed_by=("encoder_hid_dim_type", "ip_image_proj"),
 )
-A_DIMENSION = contracts.Dimension("image tokens", lambda unet: int(unet["image_tokens"]))
+A_DIMENSION = Dimension("image tokens", lambda unet: int(unet["image_tokens"]))
 UNET = {"cross_attention_dim": 8}
 
 
@@ -201,7 +202,7 @@ def layouts(**shapes: tuple[int, ...]) -> dict[str, TensorLayout]:
 def test_a_tensor_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its row, a tensor is demanded, checked, made empty and documented."""
     monkeypatch.setattr(contracts, "TENSORS", (*contracts.TENSORS, A_ROW))
-    monkeypatch.setitem(contracts.DIMENSIONS, "I", A_DIMENSION)
+    monkeypatch.setitem(contracts.DIMENSIONS, "K", A_DIMENSION)
     adapted = UNET | {"encoder_hid_dim_type": "ip_image_proj", "image_tokens": 4}
     texts = layouts(prompt_embeds=(2, 77, 8), negative_prompt_embeds=(2, 77, 8))
 
@@ -226,17 +227,15 @@ def test_a_tensor_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
         "image_embeds": (2, 4, 8),
     }
     table = contracts.tensor_table().splitlines()
-    assert table[-1] == "| I | image tokens |"
+    assert table[-1] == "| K | image tokens |"
     (line,) = (line for line in table if "image_embeds" in line)
-    assert "[P, I, D]" in line and "`encoder_hid_dim_type` ip_image_proj" in line
+    assert "[P, K, D]" in line and "`encoder_hid_dim_type` ip_image_proj" in line
 
 
 def test_a_row_of_latents_is_demanded_and_must_agree_with_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    row = contracts.TensorRow(
-        file=LATENTS_FILE, name="mask", shape=("B", "h", "w"), read_by="stage 3"
-    )
+    row = TensorRow(file=LATENTS_FILE, name="mask", shape=("B", "h", "w"), read_by="stage 3")
     monkeypatch.setattr(contracts, "TENSORS", (*contracts.TENSORS, row))
     latents, vae = layouts(latents=(2, 4, 8, 16)), {"latent_channels": 4}
     assert contracts.latents_misfit(latents, vae) == "lacks mask"
@@ -245,9 +244,60 @@ def test_a_row_of_latents_is_demanded_and_must_agree_with_the_others(
     assert other == "holds latents and mask of different shapes"
 
 
-def test_what_stages_write_has_its_rows() -> None:
-    """Every tensor file that a stage writes for another one, and letters that are explained."""
-    assert {row.file for row in contracts.TENSORS} == {f for s in STAGES for f in s.writes}
-    assert {letter for row in contracts.TENSORS for letter in row.shape} == (
-        contracts.DIMENSIONS.keys()
+def image_layouts(**changes: tuple[int, ...]) -> dict[str, TensorLayout]:
+    """Stage 0's tensors of two pictures of 64×32 with masks; a changed shape is floating point."""
+    cells = (2, 4, 4, 8)
+    names = [f"{part}image_latents_{kind}" for part in ("", "masked_") for kind in ("mean", "std")]
+    return {
+        **layouts(**dict.fromkeys(names, cells), latent_masks=(2, 1, 4, 8)),
+        "pictures": TensorLayout("U8", (2, 32, 64, 3)),
+        "masks": TensorLayout("U8", (2, 32, 64)),
+        **layouts(**changes),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "said"),
+    [
+        ({}, 2, None),
+        ({}, 3, "holds 2 pictures; generation_config.json has 3 prompts"),
+        ({"masks": (2, 32, 64)}, 2, "holds masks of shape"),
+        ({"latent_masks": (2, 1, 4, 4)}, 2, "the run is of 64×32 pixels"),
+        ({"latent_masks": (1, 1, 4, 8)}, 2, "of different shapes"),
+        ({"image_latents_std": (2, 16, 4, 8)}, 2, "its VAE of 4 channels"),
+    ],
+)
+def test_pictures_latents_are_of_the_run(
+    changes: dict[str, tuple[int, ...]], prompts: int, said: str | None
+) -> None:
+    found = contracts.image_latents_misfit(
+        image_layouts(**changes),
+        {"latent_channels": 4},
+        prompts=prompts,
+        size=(32, 64),
+        cells=(4, 8),
+        settings=["a mask"],
     )
+    if "masks" in changes:
+        said = "holds masks as F32"
+    assert found is None if said is None else found is not None and said in found
+
+
+def test_tensors_of_settings_are_demanded_with_them_alone() -> None:
+    tensors = {n: t for n, t in image_layouts().items() if "mask" not in n}
+
+    def misfit(*settings: str) -> str | None:
+        return contracts.image_latents_misfit(
+            tensors,
+            {"latent_channels": 4},
+            prompts=2,
+            size=(32, 64),
+            cells=(4, 8),
+            settings=settings,
+        )
+
+    assert misfit() is None
+    lacked = misfit("a mask")
+    assert lacked is not None and "lacks masked_image_latents_mean" in lacked
+    lacked = misfit("`--padding_mask_crop`")
+    assert lacked is not None and "lacks crops" in lacked

@@ -20,7 +20,7 @@ from common.errors import BadInputFileError
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import (
     COMPONENTS,
-    SUPPORTED_PIPELINES,
+    PIPELINES,
     Component,
     config_misfit,
     index_misfit,
@@ -80,7 +80,7 @@ def said(call, error):
 # Its flag, for the stages that settle or need it
 (flag,) = (flag for flag in all_flags() if flag.name == "controlnet")
 assert flag.text() == "Another ControlNet: folder, hub id, file."
-assert [flag.is_of(stage) for stage in STAGES] == [True, True, False]
+assert [flag.is_of(stage) for stage in STAGES] == [True, False, True, False]
 
 # Found as a replacement, and loaded by the stage; nothing where no checkpoint has one
 assert open_with(None).components_for("latents") == ["unet", "scheduler"]
@@ -143,7 +143,7 @@ def test_a_component_is_one_row(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", SUPPORTED_PIPELINES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_part_of_diffusers_pipelines_has_a_row(name: str) -> None:
     """A part without one could be loaded and run unseen."""
     pipeline_class = getattr(diffusers, name)

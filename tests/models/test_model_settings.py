@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
+from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES, declarations
 from common.models.component_table import replaceable
 from common.models.model_settings import LoraFile, ModelSettings, TokenFile
 from common.runs.generation import RunSettings
@@ -51,8 +51,8 @@ def test_what_may_be_replaced_has_a_setting_after_the_others() -> None:
         *(row.name for row in replaceable()),
     ]
     assert declared["unet"].makes == (LATENTS,)
-    assert declared["vae"].makes == (PICTURES,)
-    assert declared["model_id"].makes == (EMBEDDINGS, LATENTS, PICTURES)
+    assert declared["vae"].makes == (IMAGE_LATENTS, PICTURES)
+    assert declared["model_id"].makes == (EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES)
     assert declared["vae"].text == "Another VAE: folder, hub id, file."
 
 

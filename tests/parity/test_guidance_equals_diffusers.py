@@ -72,7 +72,7 @@ def test_stepping_on_the_host_equals_tables(
     config = make_config(tiny_sdxl, height=64, width=64, batch=2, num_inference_steps=6, **settings)
     by_tables = ours.denoise(config)
 
-    def refuse(_: object) -> None:
+    def refuse(_: object, **__: object) -> None:
         raise NotLinearError("as if it clipped")
 
     monkeypatch.setattr("common.sampling.denoising.make_tables", refuse)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.conftest import DEMO
@@ -87,6 +88,16 @@ def lay_out(root: Path) -> None:
     save_lora(root / "lora_text_other.safetensors", text, value=2)
     save_lora(root / "lora_both.safetensors", unet, text, value=1)
     (root / "prompts.txt").write_text("a green ring\n")
+
+    grey = np.full((128, 128, 3), 90, np.uint8)
+    for name, value in (("star", 90), ("star_copy", 90), ("other_star", 91)):
+        Image.fromarray(np.full_like(grey, value)).save(root / f"{name}.png")
+    for name, rows in (("mask", 64), ("other_mask", 32)):
+        mask = np.zeros((128, 128), np.uint8)
+        mask[:rows] = 255
+        Image.fromarray(mask).save(root / f"{name}.png")
+    clear = np.concatenate([grey, np.zeros_like(grey[..., :1])], 2)
+    Image.fromarray(clear).save(root / "clear.png")
 
     put_into_hub(root / "hub", root / "same", "a" * 40, "main")
     put_into_hub(root / "hub", root / "same", "b" * 40, "retagged")

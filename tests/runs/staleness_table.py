@@ -20,10 +20,13 @@ NOTHING: frozenset[int] = frozenset()
 PICTURES = frozenset({3})
 LATENTS = frozenset({2, 3})
 EVERYTHING = frozenset({1, 2, 3})
+BEGUN = frozenset({0, 2, 3})  # of runs that begin with pictures
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REPOSITORY = "someone/checkpoint"
 PROMPT = {"prompt": "a large red star", "negative_prompt": "blurry"}
+BEGINS = PROMPT | {"image": "star.png"}
+MASKED = BEGINS | {"mask_image": "mask.png"}
 # Those of a run, and those of the settings within its settings. Paths are in the folder `places`.
 BASE: dict[type[BaseModel], dict[str, Any]] = {
     GenerationConfig: {"prompts": [PROMPT], "height": 128, "width": 128},
@@ -105,6 +108,7 @@ GENERATION: dict[str, list[Case]] = {
         case(f"models/demo/vae/{WEIGHTS}", NOTHING),
         case("other", PICTURES, "weights of vae changed"),
         case(f"other/vae/{WEIGHTS}", PICTURES, "weights of vae changed"),
+        case("other", BEGUN, "weights of vae changed", prompts=[BEGINS]),
         # Four pixels a latent cell in place of eight: the latents get another shape.
         case("vae_of_factor_4", LATENTS, "vae"),
     ],
@@ -153,7 +157,19 @@ GENERATION: dict[str, list[Case]] = {
         case("same_latents.safetensors", NOTHING, of="latents.safetensors"),
         case("latents.safetensors", LATENTS),
     ],
-    "strength": [case(0.5, LATENTS, init_latents="latents.safetensors")],
+    "strength": [
+        case(0.5, LATENTS, init_latents="latents.safetensors"),
+        case(0.5, LATENTS, prompts=[BEGINS]),
+    ],
+    "resize_mode": [case("crop", BEGUN, prompts=[BEGINS])],
+    "padding_mask_crop": [case(8, BEGUN, prompts=[MASKED])],
+    "outpaint": [case((8, 0, 0, 0), BEGUN, of=(0, 8, 0, 0), prompts=[BEGINS])],
+    "keep_unmasked": [case(True, PICTURES, prompts=[MASKED])],
+    # It counts by the pixels that it gives.
+    "image_background": [
+        case("#000000", BEGUN, "pictures", prompts=[PROMPT | {"image": "clear.png"}]),
+        case("#000000", NOTHING, prompts=[BEGINS]),
+    ],
     "denoising_start": [case(0.5, LATENTS, init_latents="latents.safetensors")],
     "denoising_end": [case(0.5, LATENTS)],
     "guidance_start": [case(0.25, LATENTS)],
@@ -179,16 +195,18 @@ GENERATION: dict[str, list[Case]] = {
         case("float32", NOTHING),
     ],
     "vae_dtype": [
+        case("bfloat16", BEGUN, prompts=[BEGINS]),
         case("bfloat16", PICTURES),
         case("float32", NOTHING),
     ],
     "tile": [
         case(True, PICTURES, height=256),
+        case(True, BEGUN, height=256, prompts=[BEGINS]),
         case(True, NOTHING),  # all of it is in one tile
     ],
     "image_format": [case("webp", PICTURES)],
     "prompts": [case([PROMPT, PROMPT | {"prompt": "a ring"}], EVERYTHING)],
-    "height": [case(256, LATENTS)],
+    "height": [case(256, LATENTS), case(256, BEGUN, prompts=[BEGINS])],
     "width": [case(256, LATENTS)],
 }
 # Of the settings as they are asked for, those that are gone once they are resolved.
@@ -204,6 +222,14 @@ ASKED: dict[str, list[Case]] = {
         case(None, EVERYTHING, "negative_prompts"),
     ],
     "negative_prompt_2": [case("ugly", EVERYTHING, "negative_prompts_2")],
+    "image": [
+        case(("other_star.png",), BEGUN, "pictures", of=("star.png",)),
+        case(("star_copy.png",), NOTHING, of=("star.png",)),
+    ],
+    "mask_image": [
+        case(("other_mask.png",), BEGUN, "masks", of=("mask.png",), image=("star.png",)),
+        case(("mask.png",), BEGUN, "masks", image=("star.png",)),
+    ],
     "height": [case(256, LATENTS), case(128, NOTHING)],
     "width": [case(256, LATENTS), case(128, NOTHING)],
 }
@@ -230,6 +256,15 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
         "seed": [
             case(7, LATENTS, "seeds"),
             case(42, NOTHING),  # the run's own
+        ],
+        "image": [
+            case("other_star.png", BEGUN, "pictures", of="star.png"),
+            case("star_copy.png", NOTHING, of="star.png"),
+            case("star.png", LATENTS, "stage0_latents.safetensors changed"),
+        ],
+        "mask_image": [
+            case("other_mask.png", BEGUN, "masks", of="mask.png", image="star.png"),
+            case("mask.png", BEGUN, "masks", image="star.png"),
         ],
     },
     TokenFile: {

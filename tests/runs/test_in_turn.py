@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.files.stage_table import LATENTS_FILE
+from common.errors import BadSettingError
+from common.files.stage_table import DENOISE, ENCODE, LATENTS_FILE, STAGES
 from common.runs import in_turn
 from tests.conftest import DEMO, Run, file_contents
 from tests.printed import ran
+from tests.refusals import refusal
 
 
 def test_without_another_process_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +22,8 @@ def test_without_another_process_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(in_turn, "PreloadedStage", refuse)
     monkeypatch.setattr(in_turn, "SECONDS_OF_A_FRESH_STAGE", 0)
-    commands = [[sys.executable, "-c", "import time; time.sleep(0.5)"] for _ in range(2)]
+    command = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    commands = dict.fromkeys((ENCODE, DENOISE), command)
     assert in_turn.run_in_turn(commands, {"-c": []}) == 0
 
 
@@ -63,7 +66,29 @@ def test_fresh_stages_are_skipped_unless_forced(tmp_path: Path) -> None:
     given = {"output_dir": tmp_path, "seed": 7}
     for force in (False, True):
         commands = in_turn.plan(given, from_stage=1, to_stage=3, force=force)
-        assert ["--skip_fresh" in command for command in commands] == [not force] * 3
+        skipped = {stage: "--skip_fresh" in command for stage, command in commands.items()}
+        assert skipped == dict.fromkeys(STAGES, not force)
+
+
+def test_the_order_of_stages_is_that_of_a_run() -> None:
+    def order(first: int, last: int) -> list[int]:
+        return [stage.number for stage in in_turn.plan({}, from_stage=first, to_stage=last)]
+
+    assert (order(1, 3), order(0, 3), order(1, 0)) == ([1, 0, 2, 3], [0, 2, 3], [1, 0])
+    for first, last in ((0, 1), (3, 2), (1, 4)):
+        with refusal(BadSettingError, f"--from_stage {first}", "stages are 1, 0, 2, 3"):
+            order(first, last)
+
+
+@pytest.mark.parametrize("of_pictures", [False, True])
+def test_a_run_without_pictures_has_no_stage_for_them(tmp_path: Path, of_pictures: bool) -> None:
+    def command(number: int) -> list[str]:
+        return [sys.executable, "-c", f"open({str(tmp_path / str(number))!r}, 'w')"]
+
+    commands = {stage: command(stage.number) for stage in STAGES}
+    assert in_turn.run_in_turn(commands, None, lambda: of_pictures) == 0
+    ran = {int(path.name) for path in tmp_path.iterdir()}
+    assert ran == ({0, 1, 2, 3} if of_pictures else {1, 2, 3})
 
 
 def test_a_damaged_output_is_made_again(run_copy: Path, run_all: Run) -> None:

@@ -63,8 +63,11 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"strength": 0.5}, "strength is for latents to begin with: give init_latents"),
-        ({"denoising_start": 0.5}, "denoising_start is for latents to begin with"),
+        ({"strength": 0.5}, "strength is for what a run begins with: give image or init_latents"),
+        (
+            {"denoising_start": 0.5},
+            "denoising_start goes on from latents with noise in them: give init_latents",
+        ),
         (
             {"init_latents": "a", "denoising_start": 0.5, "strength": 0.3},
             "denoising_start goes on without new noise",

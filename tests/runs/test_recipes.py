@@ -23,13 +23,20 @@ from common.errors import BadInputFileError, BadSettingError, StageError
 from common.files import artifacts, recipe
 from common.files.artifacts import Artifact, TensorLayout
 from common.files.recipe import Recipe, difference
-from common.files.stage_table import DENOISE, EMBEDDINGS_FILE, LATENTS_FILE, STAGES
+from common.files.stage_table import (
+    DENOISE,
+    EMBEDDINGS_FILE,
+    IMAGE_LATENTS_FILE,
+    LATENTS_FILE,
+    STAGES,
+)
 from common.models.component_table import COMPONENTS as ROWS
 from common.models.component_table import loaded_for
 from common.models.find import open_checkpoint
 from common.runs import recipes
 from common.runs.flags import Given
 from common.runs.generation import GenerationConfig, RunSettings, resolve
+from common.runs.image_latents import read_inputs
 from common.runs.init_latents import find_init_latents
 from common.runs.jobs import latent_shape
 from common.runs.setting_groups import SHARED
@@ -39,6 +46,8 @@ from tests.runs.staleness_places import change_file, change_json, lay_out
 from tests.runs.staleness_table import (
     AS_BEFORE,
     BASE,
+    BEGINS,
+    BEGUN,
     COMPONENTS,
     EVERYTHING,
     LATENTS,
@@ -103,7 +112,7 @@ def used_on_cpu(dtype: str) -> str:
 def recipes_of(
     config: GenerationConfig, checksum: Callable[[Recipe], str] = from_fingerprint
 ) -> dict[int, Recipe]:
-    """The three stages' own recipes, each with the files of those before it as its input.
+    """The stages' own recipes, each with the files of those before it as its input.
 
     Args:
         checksum: of the data that a stage makes by a recipe.
@@ -119,7 +128,14 @@ def recipes_of(
         config, open_checkpoint(config, loaded_for(declared.EMBEDDINGS))
     )
     checkpoint = open_checkpoint(config, loaded_for(declared.LATENTS))
-    begin = find_init_latents(config, checkpoint, Path("run"), verify=True)
+    of_vae = open_checkpoint(config, loaded_for(declared.PICTURES))
+    found = {1: first}
+    if config.has_pictures:
+        vae_dtype = used_on_cpu(config.vae_dtype)
+        found[0] = recipes.image_latents_recipe(config, of_vae, read_inputs(config), vae_dtype)
+        begin: Artifact | None = made(IMAGE_LATENTS_FILE, found[0], {})
+    else:
+        begin = find_init_latents(config, checkpoint, Path("run"), verify=True)
     embeddings = made(EMBEDDINGS_FILE, first, {})
     second = recipes.latents_recipe(
         config, checkpoint, embeddings, used_on_cpu(config.unet_dtype), begin
@@ -127,11 +143,12 @@ def recipes_of(
     shape = (len(config.image_seeds()), *latent_shape(config, checkpoint))
     third = recipes.pictures_recipe(
         config,
-        open_checkpoint(config, loaded_for(declared.PICTURES)),
+        of_vae,
         made(LATENTS_FILE, second, {"latents": TensorLayout("F32", shape)}),
         used_on_cpu(config.vae_dtype),
+        begin if config.pastes else None,
     )
-    return {1: first, 2: second, 3: third}
+    return found | {2: second, 3: third}
 
 
 def base_config(**changes: Any) -> GenerationConfig:
@@ -225,7 +242,9 @@ def test_every_case_is_stale_to_the_end() -> None:
     """Pictures are made of latents, and latents of embeddings."""
     for rows in TABLE.values():
         for cases in rows.values():
-            assert all(one.stale in (NOTHING, PICTURES, LATENTS, EVERYTHING) for one in cases)
+            assert all(
+                one.stale in (NOTHING, PICTURES, LATENTS, BEGUN, EVERYTHING) for one in cases
+            )
 
 
 # --- how a stage computes ------------------------------------------------------------------------
@@ -266,11 +285,17 @@ def test_how_a_stage_computes_makes_nothing_stale(
 
 
 def test_no_recipe_is_told_how_a_stage_computes() -> None:
-    for make in (recipes.embeddings_recipe, recipes.latents_recipe, recipes.pictures_recipe):
+    begun = base_config(prompts=[BEGINS])
+    for make in (
+        recipes.embeddings_recipe,
+        recipes.image_latents_recipe,
+        recipes.latents_recipe,
+        recipes.pictures_recipe,
+    ):
         kinds = [p.annotation for p in inspect.signature(make).parameters.values()]
         assert GenerationConfig in kinds and RunOptions not in kinds
     for stage in STAGES:
-        for settings in recipes_of(base_config())[stage.number].settings.values():
+        for settings in recipes_of(begun)[stage.number].settings.values():
             assert not settings.keys() & RunOptions.model_fields.keys()
 
 
@@ -333,7 +358,7 @@ def test_the_table_knows_every_package_that_recipes_name() -> None:
 
 
 def test_the_table_knows_every_component() -> None:
-    assert COMPONENTS.keys() == {row.name for row in ROWS if row.loaded_for is not None}
+    assert COMPONENTS.keys() == {row.name for row in ROWS if row.loaded_for}
     made = recipes_of(base_config()).values()
     assert COMPONENTS.keys() == set[str]().union(*(one.weights for one in made))
 

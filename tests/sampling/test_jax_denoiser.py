@@ -121,7 +121,10 @@ def test_devices_of_the_other_half_have_work_without_guidance(checkpoint: Checkp
 
 
 def test_a_step_is_the_tables_row() -> None:
-    """x = Σ coefficients·(x₀, ε₁, …) + Σ noise_coefficients·noises, whatever predicts ε."""
+    """x = Σ coefficients·(x₀, ε₁, …) + Σ noise_coefficients·noises, whatever predicts ε.
+
+    Where nothing is made anew, x is the picture with the noise of the step.
+    """
     random = np.random.default_rng(0)
     shape, steps, i = (2, 4, 3, 3), 5, 2
     schedule = {
@@ -129,6 +132,7 @@ def test_a_step_is_the_tables_row() -> None:
         "timesteps": random.normal(size=steps),
         "coefficients": random.normal(size=(steps, 1 + steps)),
         "noise_coefficients": random.normal(size=(steps, steps)),
+        "kept_scales": random.normal(size=(steps, 2)),
     }
     noises, history = random.normal(size=(steps, *shape)), random.normal(size=(1 + steps, *shape))
     latents = random.normal(size=shape)
@@ -136,13 +140,21 @@ def test_a_step_is_the_tables_row() -> None:
     def predict(sample: Any, timestep: Any, _: Any) -> Any:
         return jnp.tanh(sample + timestep)
 
-    arguments = {"schedule": {n: jnp.asarray(a) for n, a in schedule.items()}, "noises": noises}
+    masks = random.integers(0, 2, (2, 1, 3, 3)).astype(np.float32)
+    of_picture, of_noise = random.normal(size=(2, *shape))
+    arguments = {
+        "schedule": {n: jnp.asarray(a) for n, a in schedule.items()},
+        "noises": noises,
+        "kept": {"masks": masks, "original": of_picture, "noise": of_noise},
+    }
     state = jnp.asarray(latents), jnp.asarray(history)
     found, kept = denoise_step(predict, state, arguments, jnp.int32(i))
     sample = latents * schedule["input_scales"][i]
     history[i + 1] = np.tanh(sample + schedule["timesteps"][i])
     expected = np.tensordot(schedule["coefficients"][i], history, 1)
     expected += np.tensordot(schedule["noise_coefficients"][i], noises, 1)
+    stays = schedule["kept_scales"][i] @ np.stack([of_picture, of_noise]).reshape(2, -1)
+    expected = np.where(masks > 0, expected, stays.reshape(shape))
     np.testing.assert_allclose(kept, history, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -13,10 +13,12 @@ from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 
 from common.errors import BadSettingError, NotFiniteError
-from common.sampling.noise import prepare_noise
+from common.sampling.beginning import FromNoise
+from common.sampling.noise import draw_all_noises, draw_first
 from common.sampling.sampler import Sampler, make_scheduler
 from common.sampling.scheduler_tables import BUCKET, NotLinearError, make_tables
 from common.sampling.schedulers import SCHEDULERS
+from common.sampling.step_range import StepRange
 from tests.refusals import refusal
 from tests.tiny_checkpoints import SCHEDULER
 
@@ -62,9 +64,9 @@ def run_diffusers(name: str, seed: int, steps: int, eta: float, **changes: Any) 
 def run_tables(sampler: Sampler, seed: int) -> torch.Tensor:
     """The same loop from the tables alone, in float64."""
     tables = make_tables(sampler)
-    noise = prepare_noise([seed], sampler, tables, SHAPE)
-    x = torch.from_numpy(noise.initial_latents)
-    noises = torch.from_numpy(noise.noises).double()
+    drawn = draw_first(FromNoise(), [0], [seed], sampler, SHAPE)
+    x = drawn.first.latents
+    noises = torch.from_numpy(draw_all_noises(drawn, [seed], sampler, tables)).double()
     history = [x.double()]
     for i in range(tables.evaluations):
         model_input = (x * tables.input_scales[i]).float()
@@ -107,17 +109,6 @@ def test_eta_reaches_the_schedulers_that_have_it(name: str) -> None:
     assert_tables_equal_the_scheduler(name, eta=0.7)
     plain, noisy = build(name), build(name, eta=0.7)
     assert make_tables(plain).noises == 0 < make_tables(noisy).noises
-
-
-def test_noises_are_the_images_own() -> None:
-    sampler = build("dpmpp_sde")
-    tables = make_tables(sampler)
-    together = prepare_noise([5, 6], sampler, tables, SHAPE)
-    for index, seed in enumerate((5, 6)):
-        alone = prepare_noise([seed], sampler, tables, SHAPE)
-        assert np.array_equal(together.noises[:, index], alone.noises[:, 0])
-        assert np.array_equal(together.initial_latents[index], alone.initial_latents[0])
-    assert not np.array_equal(together.noises[:, 0], together.noises[:, 1])
 
 
 @example(  # sigmas up to 1000, of which float32 keeps 6e-5
@@ -256,3 +247,28 @@ class Wasteful(EulerAncestralDiscreteScheduler):
 def test_a_scheduler_that_draws_too_many_noises() -> None:
     with refusal(BadSettingError, "Wasteful draws more noises than it has evaluations"):
         make_tables(Sampler(Wasteful(), num_inference_steps=4))
+
+
+@pytest.mark.parametrize("end", [None, 0.6])
+@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - {"edm_euler"}))
+def test_what_stays_is_noised_as_diffusers_does_it(name: str, end: float | None) -> None:
+    """After every step by the level of the next; at the end of all steps not at all."""
+    row, step_range = SCHEDULERS[name], StepRange(denoising_end=end)
+    scheduler = make_scheduler(SDXL_SETTINGS, row.class_name, row.options)
+    sampler = Sampler(scheduler, num_inference_steps=9, step_range=step_range)
+    tables = make_tables(sampler, keeps_area=True)
+    generator = torch.Generator().manual_seed(1)
+    picture, noise = torch.randn((2, 1, *SHAPE), generator=generator)
+    timesteps = sampler.restart()
+    following = [*timesteps[1:], *(sampler.cut.following if end else [])]
+    for i, timestep in enumerate(timesteps):
+        sampler.scale_model_input(picture, timestep)
+        sampler.step(picture, timestep, picture, [generator])
+        expected = picture
+        if i < len(following):
+            expected = sampler.scheduler.add_noise(picture, noise, following[i][None])
+        of_picture, of_noise = tables.kept_scales[i].tolist()
+        found = of_picture * picture + of_noise * noise
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert (of_noise == 0) == (end is None)
+    assert not make_tables(sampler).kept_scales.any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import BadSettingError
-from common.sampling.noise import first_latents
+from common.sampling.beginning import FromLatents, FromNoise
 from common.sampling.sampler import Sampler, make_scheduler
 from common.sampling.schedulers import SCHEDULERS
 from common.sampling.step_range import StepRange, first_timesteps
@@ -50,8 +50,9 @@ def part(name: str, step_range: StepRange, given: torch.Tensor | None = None) ->
     """A run of a range of steps, from noise or from given latents."""
     sampler = build(name, step_range)
     sampler.restart()
-    first = first_latents(sampler, torch.Generator().manual_seed(0), SHAPE, given)
-    return denoise(sampler, first)
+    begin = FromNoise() if given is None else FromLatents(given)
+    first = begin.draw(0, sampler, torch.Generator().manual_seed(0), SHAPE)
+    return denoise(sampler, first.latents)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.8])
@@ -104,11 +105,3 @@ def test_strength_counts_steps_as_diffusers_does() -> None:
         build("edm_euler", StepRange(denoising_start=0.5)).restart()
     with refusal(BadSettingError, "PNDMScheduler with Runge–Kutta steps", "skip_prk_steps=true"):
         build("pndm", StepRange(strength=0.5), skip_prk_steps=False).restart()
-
-
-def test_latents_of_a_cut_run_get_no_noise() -> None:
-    given, generator = torch.ones(1, *SHAPE), torch.Generator().manual_seed(0)
-    cut = build("euler", StepRange(denoising_start=0.5))
-    assert first_latents(cut, generator, SHAPE, given) is given
-    noised = first_latents(build("euler", StepRange(strength=0.5)), generator, SHAPE, given)
-    assert not torch.equal(noised, given)

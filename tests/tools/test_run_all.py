@@ -77,7 +77,7 @@ def test_run_all_refuses_before_anything_runs(tmp_path: Path, run_all: Run) -> N
     for arguments, words in (
         (["--num_inference_step", "3"], ["--num_inference_step"]),
         (["--from_stage", "3", "--to_stage", "2"], ["--from_stage 3"]),
-        (["--from_stage", "0"], ["--from_stage 0"]),
+        (["--from_stage", "4"], ["--from_stage 4"]),
         (["--to_stage", "1", "--mesh", "single"], ["--mesh", "no stage from 1 to 1"]),
         (["--from_stage", "3", "--seed", "1"], ["--seed", "no stage from 3 to 3"]),
     ):

@@ -67,13 +67,13 @@ def test_one_group_keeps_nothing(decoder: Decoder, tmp_path: Path) -> None:
 
 def test_it_measures_what_is_asked_for(decoder: Decoder, tmp_path: Path) -> None:
     assert measure(decoder, LATENTS, RunOptions(), tmp_path / "profile") is None
-    assert decoder.report.repeats == [] and not (tmp_path / "profile").exists()
+    assert decoder.runner.report.repeats == [] and not (tmp_path / "profile").exists()
     options = RunOptions(repeat=3, profile=True, batch_size=2)
     profile = measure(decoder, LATENTS, options, tmp_path / "profile")
-    assert len(decoder.report.repeats) == 3
+    assert len(decoder.runner.report.repeats) == 3
     assert profile is not None and profile.steps is None
     assert any(o.module.startswith("vae.decoder") for o in profile.operations)
-    assert (tmp_path / "profile" / "decode.pt.trace.json.gz").exists()
+    assert (tmp_path / "profile" / "vae.pt.trace.json.gz").exists()
 
 
 def test_a_trajectory_is_a_strip_and_frames(decoder: Decoder) -> None:
@@ -85,7 +85,7 @@ def test_a_trajectory_is_a_strip_and_frames(decoder: Decoder) -> None:
     assert len(frames) == 3
     for frame, step in zip(frames, pictures, strict=True):
         np.testing.assert_array_equal(frame, make_grid(step))
-    assert decoder.report.parts()["trajectory"] > 0
+    assert decoder.runner.report.parts()["trajectory"] > 0
 
 
 @pytest.fixture(scope="module")

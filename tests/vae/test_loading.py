@@ -14,15 +14,18 @@ from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.models.checkpoint import Checkpoint
-from common.vae.jax_decoder import JaxDecoder
+from common.vae.jax_runner import JaxRunner
 from common.vae.loading import (
+    ImagesToSplit,
     VaeToLoad,
-    load_jax_decoder,
+    images_to_decode,
+    images_to_encode,
+    load_jax_runner,
     make_tiles,
     open_decoder,
     settle_mesh,
 )
-from common.vae.torch_decoder import TorchDecoder
+from common.vae.torch_runner import TorchRunner
 from common.vae.vae_settings import in_tiles
 from tests.vae.tiny_vae import (
     TILE,
@@ -97,12 +100,12 @@ def test_programs_survive_the_weights_and_weights_do_not_survive_their_place(
         report = StageReport(3)
         vae = to_load(save_vae(tmp_path / str(seed), seed=seed))
         decoder = open_decoder(kept, "jax", vae, LATENTS.shape, RunOptions(mesh="single"), report)
-        assert isinstance(decoder, JaxDecoder)
+        assert isinstance(decoder.runner, JaxRunner)
         decoder.decode(LATENTS)
         compiled += len(report.programs.each)
         gc.collect()
         assert old is None or old() is None
-        old = weakref.ref(decoder.vae.parameters["post_quant_conv.weight"])
+        old = weakref.ref(decoder.runner.vae.parameters["post_quant_conv.weight"])
         del decoder
     assert compiled == 1
 
@@ -112,10 +115,9 @@ def test_devices_that_are_not_there_need_no_weights(tmp_path: Path) -> None:
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     devices = Devices.described(jax.devices()[:1], 2**30)
     options = RunOptions(mesh="single")
-    decoder = load_jax_decoder(
-        to_load(checkpoint), LATENTS.shape, options, StageReport(3), devices, {}
-    )
-    assert "convolution" in decoder.lower(LATENTS.shape).as_text()
+    images, report = ImagesToSplit(1, [LATENTS.shape[2]]), StageReport(3)
+    runner = load_jax_runner(to_load(checkpoint), images, options, report, devices, {})
+    assert "convolution" in runner.lower("decode_whole", LATENTS.shape).as_text()
 
 
 @pytest.mark.parametrize(
@@ -140,8 +142,8 @@ def test_tiles_and_whole_pictures_share_the_weights(checkpoint: Checkpoint, back
         decoder = open_decoder(kept, backend, vae, latents.shape, options, StageReport(3))
         found, _ = decoder.decode(latents)
         assert largest_difference(found, decode_by_diffusers(checkpoint, latents, tile=tile)) <= 1
-        assert tile != ("weights_bytes" in decoder.report.facts)
-        assert isinstance(decoder, TorchDecoder if backend == "torch" else JaxDecoder)
+        assert tile != ("weights_bytes" in decoder.runner.report.facts)
+        assert isinstance(decoder.runner, TorchRunner if backend == "torch" else JaxRunner)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +155,8 @@ def test_tiles_and_whole_pictures_share_the_weights(checkpoint: Checkpoint, back
         ("rows=4", 6, "1 2"),  # 4 does not divide 6 rows
     ],
 )
-def test_the_mesh_of_a_decoding(asked: str, rows: int, expected: str) -> None:
-    mesh = settle_mesh(RunOptions(mesh=asked), (4, 4, rows, 8), None, Devices.present())
+def test_the_mesh_of_a_vae(asked: str, rows: int, expected: str) -> None:
+    mesh = settle_mesh(RunOptions(mesh=asked), ImagesToSplit(4, [rows]), Devices.present())
     assert f"{mesh.shape['data']} {mesh.shape['rows']}" == expected
     assert mesh.shape["cfg"] == mesh.shape["tensor"] == 1
 
@@ -164,8 +166,17 @@ def test_rows_divide_those_of_every_tile(
 ) -> None:
     shape = (1, 4, 20, 8)
     tiles = make_tiles(to_load(checkpoint, tile=True), shape)
-    mesh = settle_mesh(RunOptions(mesh="rows=8"), shape, tiles, Devices.present())
+    mesh = settle_mesh(RunOptions(mesh="rows=8"), images_to_decode(shape, tiles), Devices.present())
     assert mesh.shape["rows"] == 2  # the last tile has two rows
     assert "warning: rows=8 does not divide the rows" in capsys.readouterr().err
     with pytest.raises(BadSettingError, match="--mesh needs 64 devices"):
-        settle_mesh(RunOptions(mesh="data=64"), shape, None, Devices.present())
+        settle_mesh(RunOptions(mesh="data=64"), images_to_decode(shape, None), Devices.present())
+
+
+def test_the_rows_of_an_encoding(checkpoint: Checkpoint) -> None:
+    """Every level of every picture or tile: this VAE has two."""
+    shape = (3, 3, 40, 16)
+    assert images_to_encode(shape, None, checkpoint) == ImagesToSplit(3, [40, 20])
+    tiles = make_tiles(to_load(checkpoint, tile=True), (3, 4, 20, 8))
+    found = images_to_encode(shape, tiles, checkpoint)
+    assert found.rows_of_levels == [16, 8, 16, 8, 16, 8, 4, 2]

@@ -37,9 +37,31 @@ def test_pictures_are_those_of_diffusers_tiling(
     assert sorted(set(heights)) == sorted(set(tiles.rows(size[0])))
 
 
+@pytest.mark.parametrize("size", [(2 * TILE + 2, 8), (40, 26)])
+@torch.no_grad()
+def test_moments_are_those_of_diffusers_tiling(
+    checkpoint: Checkpoint, size: tuple[int, int]
+) -> None:
+    pictures = random_latents(2, 3, *size)
+    vae, whole = load_by_diffusers(checkpoint), load_by_diffusers(checkpoint)
+    vae.enable_tiling()
+    expected = vae.encode(torch.from_numpy(pictures)).latent_dist.parameters.numpy()
+    heights = []
+
+    def encode(tile: np.ndarray) -> np.ndarray:
+        heights.append(tile.shape[2])
+        found: np.ndarray = whole.encode(torch.from_numpy(tile)).latent_dist.parameters.numpy()
+        return found
+
+    tiles = tiles_of(checkpoint)
+    np.testing.assert_array_equal(tiles.encode(pictures, encode), expected)
+    assert sorted(set(heights)) == sorted(set(tiles.sample_rows(size[0])))
+
+
 def test_the_rows_of_tiles(checkpoint: Checkpoint) -> None:
     """A quarter of each overlaps the next."""
     tiles = tiles_of(checkpoint)
     assert tiles.size == TILE
     assert tiles.rows(TILE) == [8, 2]
     assert tiles.rows(20) == [8, 8, 8, 2]
+    assert tiles.sample_size == 2 * TILE and tiles.sample_rows(24) == [16, 12]

@@ -4,16 +4,18 @@ from typing import Any, get_args
 
 import pytest
 
-from common.declared import PICTURES, declarations, validate
+from common.declared import IMAGE_LATENTS, PICTURES, declarations, validate
 from common.errors import BadSettingError
 from common.files.picture_files import ImageFormat
 from common.vae.vae_settings import VaeSettings
 
 
-def test_its_settings_shape_pictures_alone() -> None:
+def test_its_settings_shape_what_a_vae_makes() -> None:
     found = dict(declarations(VaeSettings))
     assert found.keys() == {"vae_dtype", "tile", "image_format"}
-    assert all(declared.makes == (PICTURES,) for declared in found.values())
+    both = (IMAGE_LATENTS, PICTURES)
+    assert found["vae_dtype"].makes == found["tile"].makes == both
+    assert found["image_format"].makes == (PICTURES,)
 
 
 @pytest.mark.parametrize(

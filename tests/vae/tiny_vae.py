@@ -68,6 +68,20 @@ def decode_by_diffusers(
     return np.asarray((pictures * 255).round().astype(np.uint8))
 
 
+@torch.no_grad()
+def encode_by_diffusers(
+    checkpoint: Checkpoint, pictures: np.ndarray, *, tile: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures [B, 3, H, W] to the posterior's mean and standard deviation by diffusers' VAE."""
+    vae = load_by_diffusers(checkpoint)
+    if tile:
+        vae.enable_tiling()
+    encoded = vae.encode(torch.from_numpy(pictures))
+    if hasattr(encoded, "latents"):
+        return encoded.latents.numpy(), np.zeros_like(encoded.latents.numpy())
+    return encoded.latent_dist.mean.numpy(), encoded.latent_dist.std.numpy()
+
+
 def largest_difference(actual: np.ndarray, expected: np.ndarray) -> int:
     """Of two sets of 8-bit pictures."""
     return int(np.abs(actual.astype(int) - expected.astype(int)).max())

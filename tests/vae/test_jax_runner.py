@@ -11,9 +11,10 @@ from common.compute.clock import StageReport
 from common.compute.devices import Devices
 from common.compute.options import RunOptions
 from common.models.checkpoint import Checkpoint
-from common.vae import decoder, jax_decoder
-from common.vae.jax_decoder import JaxDecoder, Programs
-from common.vae.loading import load_jax_decoder
+from common.vae import jax_runner, runner
+from common.vae.decoder import Decoder
+from common.vae.jax_runner import Programs
+from common.vae.loading import ImagesToSplit, load_jax_runner
 from tests.vae.tiny_vae import (
     decode_by_diffusers,
     largest_difference,
@@ -26,12 +27,11 @@ from tests.vae.tiny_vae import (
 LATENTS = random_latents(2, 4, 6, 4)
 
 
-def load(
-    checkpoint: Checkpoint, mesh: str, programs: Programs, dtype: str = "float32"
-) -> JaxDecoder:
+def load(checkpoint: Checkpoint, mesh: str, programs: Programs, dtype: str = "float32") -> Decoder:
     vae, options = to_load(checkpoint, dtype=dtype), RunOptions(mesh=mesh)
     report, devices = StageReport(3), Devices.present()
-    return load_jax_decoder(vae, LATENTS.shape, options, report, devices, programs)
+    images = ImagesToSplit(len(LATENTS), [LATENTS.shape[2]])
+    return Decoder(load_jax_runner(vae, images, options, report, devices, programs), None)
 
 
 @pytest.mark.parametrize("mesh", ["single", "data=2,rows=2"])
@@ -40,7 +40,7 @@ def test_pictures_are_those_of_diffusers(checkpoint: Checkpoint, mesh: str) -> N
     pixels, finite = ours.decode(LATENTS)
     assert finite and pixels.dtype == np.uint8
     assert largest_difference(pixels, decode_by_diffusers(checkpoint, LATENTS)) <= 1
-    facts = ours.facts()
+    facts = ours.runner.facts()
     assert (facts["mesh"], facts["devices"]) == (mesh, 1 if mesh == "single" else 4)
 
 
@@ -58,22 +58,22 @@ def test_programs_serve_other_weights(checkpoint: Checkpoint, tmp_path: Path) ->
     programs: Programs = {}
     first = load(checkpoint, "single", programs)
     first.decode(LATENTS, warm_up=True)
-    assert [each.name for each in first.report.programs.each] == ["decode_whole"]
+    assert [each.name for each in first.runner.report.programs.each] == ["decode_whole"]
     other = save_vae(tmp_path, seed=1)
     second = load(other, "single", programs)
     pixels, _ = second.decode(LATENTS, warm_up=True)
-    assert second.report.programs.each == []
-    assert {"run", "warm_up"} <= second.report.parts().keys()
-    assert not second.report.parts().keys() & {"trace", "compile"}
+    assert second.runner.report.programs.each == []
+    assert {"run", "warm_up"} <= second.runner.report.parts().keys()
+    assert not second.runner.report.parts().keys() & {"trace", "compile"}
     assert largest_difference(pixels, decode_by_diffusers(other, LATENTS)) <= 1
     assert largest_difference(pixels, decode_by_diffusers(checkpoint, LATENTS)) > 10
 
 
 def test_a_program_rounds_as_the_host_does() -> None:
     images = np.random.default_rng(2).normal(size=(2, 3, 16, 8)).astype(np.float32)
-    expected, finite = decoder.to_pixels(images)
-    pixels, also = jax.jit(jax_decoder.to_pixels)(images)
+    expected, finite = runner.to_pixels(images)
+    pixels, also = jax.jit(jax_runner.to_pixels)(images)
     np.testing.assert_array_equal(pixels, expected)
     assert bool(also) and finite
     images[0, 0, 0, 0] = np.nan
-    assert not jax.jit(jax_decoder.to_pixels)(jnp.asarray(images))[1]
+    assert not jax.jit(jax_runner.to_pixels)(jnp.asarray(images))[1]

@@ -1,0 +1,175 @@
+"""What images begin with: noise, latents, or pictures that are drawn from a VAE's posterior.
+
+Every image's generator draws in diffusers' order: the picture's sample, the noise, the masked
+picture's sample; then the scheduler draws its own noises.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.sampling.sampler import Sampler
+from common.vae.latent_scale import scale_latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class First:
+    """Images before their first step, each [B, C, h, w] float32."""
+
+    latents: torch.Tensor
+    original: torch.Tensor | None = None  # of a picture, without noise
+    noise: torch.Tensor | None = None  # that lies on it
+    masked: torch.Tensor | None = None  # of the picture without what is masked
+
+    @classmethod
+    def of(cls, each: "Sequence[First]") -> "First":
+        """Several as one."""
+        tensors: dict[str, Any] = {}
+        for name in cls.__annotations__:
+            found = [getattr(first, name) for first in each]
+            tensors[name] = None if found[0] is None else torch.cat(found)
+        return cls(**tensors)
+
+
+class Beginning(ABC):
+    """What the images of a run begin with."""
+
+    masks: torch.Tensor | None = None  # [B, 1, h, w] float32: 1 is made anew, 0 stays
+
+    @abstractmethod
+    def draw(
+        self,
+        index: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        shape: tuple[int, int, int],
+    ) -> First:
+        """One image before its first step; the sampler is to be restarted after that.
+
+        Args:
+            index: of the image.
+            generator: its own, which draws here first.
+            shape: of its latents, [C, h, w].
+        """
+
+
+class FromNoise(Beginning):
+    """Images of a text alone."""
+
+    def draw(
+        self,
+        index: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        shape: tuple[int, int, int],
+    ) -> First:
+        noise = torch.randn((1, *shape), generator=generator)
+        return First(latents=noise * sampler.initial_noise_scale)
+
+
+class FromLatents(Beginning):
+    """Images that begin with latents: noised, or those of a run that was cut, as they are."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        """`latents` are [B, C, h, w] float32."""
+        self.latents = latents
+
+    def draw(
+        self,
+        index: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        shape: tuple[int, int, int],
+    ) -> First:
+        given = self.latents[index : index + 1]
+        if not sampler.step_range.adds_noise:
+            return First(latents=given)
+        noise = torch.randn((1, *shape), generator=generator)
+        return First(latents=sampler.add_noise(given, noise))
+
+
+class FromPictures(Beginning):
+    """Images that begin with pictures, one or several of each."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        rows: Sequence[int],
+        vae: Mapping[str, Any],
+    ) -> None:
+        """
+        Args:
+            tensors: stage 0's.
+            rows: of the tensors, each image's own [B].
+            vae: the VAE's config.
+        """
+        self.tensors, self.rows, self.vae = tensors, rows, vae
+        # A VAE that gives latents alone draws nothing.
+        self.draws = vae.get("_class_name") != "AutoencoderTiny"
+
+    def draw(
+        self,
+        index: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        shape: tuple[int, int, int],
+    ) -> First:
+        original = self._sample("image_latents", index, generator)
+        noise = torch.randn((1, *shape), generator=generator)
+        return First(latents=sampler.add_noise(original, noise), original=original, noise=noise)
+
+    def _sample(self, name: str, index: int, generator: torch.Generator) -> torch.Tensor:
+        """A sample of a posterior, as the UNet takes it, [1, C, h, w]."""
+        row = slice(self.rows[index], self.rows[index] + 1)
+        sample = self.tensors[f"{name}_mean"][row].float()
+        if self.draws:
+            noise = torch.randn(sample.shape, generator=generator)
+            sample = sample + self.tensors[f"{name}_std"][row].float() * noise
+        return torch.from_numpy(scale_latents(np.asarray(sample.numpy()), self.vae))
+
+
+class FromMaskedPictures(FromPictures):
+    """Pictures of which a part is made anew."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        rows: Sequence[int],
+        vae: Mapping[str, Any],
+        *,
+        by_channels: bool,
+    ) -> None:
+        """
+        Args:
+            by_channels: the UNet is shown the mask and the masked picture; else what stays is laid
+                over the latents after every step.
+        """
+        super().__init__(tensors, rows, vae)
+        self.by_channels = by_channels
+        self.masks = tensors["latent_masks"].float()[list(rows)]
+
+    def draw(
+        self,
+        index: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        shape: tuple[int, int, int],
+    ) -> First:
+        # As in diffusers: such an image begins with noise alone.
+        from_noise = sampler.step_range.strength == 1.0
+        original = None
+        if not (from_noise and self.by_channels):
+            original = self._sample("image_latents", index, generator)
+        noise = torch.randn((1, *shape), generator=generator)
+        if from_noise or original is None:
+            sampler.restart()
+            latents = noise * sampler.initial_noise_scale
+        else:
+            latents = sampler.add_noise(original, noise)
+        # Drawn for four channels as well, which are not shown it.
+        masked = self._sample("masked_image_latents", index, generator)
+        return First(latents=latents, original=original, noise=noise, masked=masked)

@@ -1,0 +1,102 @@
+"""Pictures and masks as the VAE takes them: brought to the run's size by diffusers' processor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+MASKED_FROM = 128  # of 255: diffusers' 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Pictures as they were read, each with its mask, if the run has masks."""
+
+    pictures: list[np.ndarray]  # [H, W, 3] uint8
+    masks: list[np.ndarray]  # [H, W] uint8; none, or as many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laid:
+    """Pictures in the run's size, I of them."""
+
+    pictures: torch.Tensor  # [I, 3, H, W] float32 in [-1, 1]
+    masks: torch.Tensor | None = None  # [I, 1, H, W] float32; not yet taken for 0 and 1
+    crops: torch.Tensor | None = None  # what of each picture is laid: [I, 4], x, y, x2, y2
+
+    @property
+    def binary(self) -> torch.Tensor:
+        """[I, 1, H, W] float32: 1 is made anew, 0 stays, as diffusers' `binarize`."""
+        assert self.masks is not None
+        return (self.masks >= 0.5).float()
+
+    def to_encode(self) -> dict[str, np.ndarray]:
+        """Pictures [I, 3, H, W] float32, by what begins the names of their latents."""
+        parts = {"image_latents": self.pictures.numpy()}
+        if self.masks is not None:  # zeros where something is made anew
+            parts["masked_image_latents"] = (self.pictures * (self.binary < 0.5)).numpy()
+        return parts
+
+    def latent_masks(self, factor: int) -> torch.Tensor:
+        """[I, 1, h, w]: those of latent cells, each by its top left pixel."""
+        size = [extent // factor for extent in self.pictures.shape[2:]]
+        return torch.nn.functional.interpolate(self.binary, size=size)
+
+
+def lay(
+    inputs: Inputs,
+    size: tuple[int, int],
+    *,
+    resize_mode: str = "default",
+    padding_mask_crop: int | None = None,
+    factor: int = 8,
+) -> Laid:
+    """Bring pictures and masks to a size (height, width), as diffusers' inpainting does.
+
+    Args:
+        padding_mask_crop: lay only what is masked and so many pixels around it, in the size's
+            proportions.
+        factor: pixels per latent cell.
+    """
+    height, width = size
+    of_pictures = VaeImageProcessor(vae_scale_factor=factor)
+    of_masks = VaeImageProcessor(
+        vae_scale_factor=factor, do_normalize=False, do_convert_grayscale=True
+    )
+    crops: list[tuple[int, int, int, int]] = []
+    if padding_mask_crop is not None:
+        resize_mode = "fill"
+        crops = [_crop_of(mask, size, padding_mask_crop) for mask in inputs.masks]
+
+    def laid(processor: Any, arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        each = [
+            processor.preprocess(
+                Image.fromarray(array),
+                height=height,
+                width=width,
+                resize_mode=resize_mode,
+                crops_coords=crops[number] if crops else None,
+            )
+            for number, array in enumerate(arrays)
+        ]
+        return torch.cat(each)
+
+    return Laid(
+        pictures=laid(of_pictures, inputs.pictures),
+        masks=laid(of_masks, inputs.masks) if inputs.masks else None,
+        crops=torch.tensor(crops) if crops else None,
+    )
+
+
+def _crop_of(mask: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
+    """diffusers' region; what counts as masked is what is made anew, not all that is not black."""
+    height, width = size
+    binary = np.where(mask >= MASKED_FROM, 255, 0).astype(np.uint8)
+    region: tuple[int, int, int, int] = VaeImageProcessor.get_crop_region(
+        Image.fromarray(binary), width, height, pad=padding
+    )
+    return region

@@ -1,0 +1,181 @@
+"""Runs that begin with pictures equal diffusers' image-to-image and inpainting pipelines."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import BadSettingError
+from common.sampling.sampler import REFUSALS
+from common.sampling.schedulers import SCHEDULERS, scheduler_choice
+from tests.in_process import Ours, load_pipeline, make_config, pixel_difference, relative_difference
+from tests.parity.parity_table import ParityTable
+from tests.parity.test_init_latents_equal_diffusers import DIFFERENT, NO_CHECKER, STRENGTHS
+from tests.tiny_checkpoints import save_sd, save_sdxl
+
+STEPS, SIDE, BATCH = 12, 64, 3
+PIPELINES = {
+    ("SDXL", "image"): "StableDiffusionXLImg2ImgPipeline",
+    ("SDXL", "4 channels"): "StableDiffusionXLInpaintPipeline",
+    ("SDXL", "9 channels"): "StableDiffusionXLInpaintPipeline",
+    ("SD", "image"): "StableDiffusionImg2ImgPipeline",
+    ("SD", "4 channels"): "StableDiffusionInpaintPipeline",
+    ("SD", "9 channels"): "StableDiffusionInpaintPipeline",
+}
+slow = pytest.mark.slow
+
+
+class Way:
+    """One way to begin with pictures, by a tiny checkpoint of ours and diffusers' own pipeline."""
+
+    def __init__(self, family: str, kind: str, folder: Path) -> None:
+        self.family, self.kind = family, kind
+        save = {"SDXL": save_sdxl, "SD": save_sd}[family]
+        channels = {"in_channels": 9} if kind == "9 channels" else {}
+        self.model = save(folder / "model", **channels)
+        self.ours, parts = Ours(self.model), load_pipeline(self.model).components
+        extra = {} if family == "SDXL" else NO_CHECKER
+        self.pipeline = getattr(diffusers, PIPELINES[family, kind])(**parts, **extra)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pictures, self.masks = [], []
+        random = np.random.default_rng(4)
+        for number in range(BATCH):
+            pixels = random.integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+            picture, mask = folder / f"picture{number}.png", folder / f"mask{number}.png"
+            Image.fromarray(pixels).save(picture)
+            white = np.zeros((SIDE, SIDE), np.uint8)
+            white[8 * number + 3 : 40, 5 : 24 + 8 * number] = 255
+            Image.fromarray(white).save(mask)
+            self.pictures.append(str(picture))
+            self.masks.append(str(mask))
+
+    @property
+    def inpaints(self) -> bool:
+        return self.kind != "image"
+
+    def config(self, *, batch: int = BATCH, **settings: Any) -> Any:
+        size = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS}
+        config = make_config(self.model, **{"batch": batch, **size})
+        prompts = []
+        for number, prompt in enumerate(config.prompts):
+            own = {"image": self.pictures[number]}
+            own |= {"mask_image": self.masks[number]} if self.inpaints else {}
+            prompts.append(prompt.model_dump() | own)
+        return make_config(self.model, **{**size, "prompts": prompts, **settings})
+
+    def by_diffusers(self, config: Any, output_type: str = "latent", **options: Any) -> Any:
+        own, seeds = self.pipeline.scheduler, config.image_seeds()
+        name, changes = scheduler_choice(
+            config.scheduler, config.scheduler_options, type(own).__name__
+        )
+        if name == "DPMSolverSDEScheduler":
+            changes["noise_sampler_seed"] = seeds
+        self.pipeline.scheduler = getattr(diffusers, name).from_config(own.config, **changes)
+        opened = {"image": [Image.open(prompt.image) for prompt in config.prompts]}
+        if self.inpaints:
+            opened["mask_image"] = [Image.open(prompt.mask_image) for prompt in config.prompts]
+            options |= {"height": SIDE, "width": SIDE}
+        try:
+            return self.pipeline(
+                prompt=[prompt.prompt for prompt in config.prompts],
+                negative_prompt=[prompt.negative_prompt for prompt in config.prompts],
+                **opened,
+                num_inference_steps=STEPS,
+                guidance_scale=config.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type=output_type,
+                **options,
+            ).images
+        finally:
+            self.pipeline.scheduler = own
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(way, id=", ".join(way), marks=[slow] if way[0] == "SD" else [])
+        for way in PIPELINES
+    ],
+)
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Way:
+    return Way(*request.param, tmp_path_factory.mktemp("way"))
+
+
+@pytest.mark.parametrize(
+    "strength", [s if s == 0.5 else pytest.param(s, marks=slow) for s in STRENGTHS]
+)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_equals_diffusers(
+    way: Way, scheduler: str, strength: float, parity_table: ParityTable
+) -> None:
+    config = way.config(scheduler=scheduler, strength=strength)
+    cell = (f"from pictures, {way.family}, {way.kind}", scheduler, f"strength {strength}")
+    if SCHEDULERS[scheduler].class_name in DIFFERENT and strength < 1:
+        parity_table.add(*cell, "ours is right")
+        assert np.isfinite(way.ours.denoise(config)).all()
+        return
+    try:
+        expected = way.by_diffusers(config, strength=strength)
+    except REFUSALS as error:
+        with pytest.raises(BadSettingError):
+            way.ours.denoise(config)
+        parity_table.add(*cell, f"diffusers: {type(error).__name__}")
+        return
+    difference = relative_difference(way.ours.denoise(config), expected.numpy())
+    parity_table.add(*cell, f"{difference:.0e}")
+    assert difference < 1e-4
+
+
+def test_pixels_equal_diffusers(way: Way) -> None:
+    """By default strengths, on both backends; SD's own scheduler is not right in diffusers."""
+    config = way.config(**({"scheduler": "ddim"} if way.family == "SD" else {}))
+    expected = np.stack([np.asarray(image) for image in way.by_diffusers(config, "pil")])
+    for ours in (way.ours, Ours(way.model, backend="torch")):
+        found = ours.decode(ours.denoise(config))
+        assert pixel_difference(found, expected) <= 2
+
+
+def test_an_image_is_the_same_alone(way: Way) -> None:
+    """Each draws by its own seed what it begins with."""
+    together = way.ours.denoise(way.config(strength=0.6))
+    alone = way.ours.denoise(way.config(batch=1, strength=0.6))
+    assert relative_difference(alone[0], together[0]) < 1e-5
+
+
+def test_a_scheduler_on_the_host_equals_diffusers(way: Way) -> None:
+    clipping = dict(scheduler="ddim", scheduler_options={"clip_sample": True}, guidance_scale=2.0)
+    config = way.config(strength=0.4, **clipping)
+    expected = way.by_diffusers(config, strength=0.4)
+    assert relative_difference(way.ours.denoise(config), expected.numpy()) < 1e-4
+
+
+@pytest.mark.slow
+def test_eight_devices_give_what_one_gives(way: Way) -> None:
+    """Encoding, denoising and decoding, each on a mesh of its own kind."""
+    config = way.config(batch=2, strength=0.6)
+    many = Ours(way.model, mesh="data=2,cfg=2,rows=2")
+    expected = way.ours.denoise(config)
+    assert relative_difference(many.denoise(config), expected) < 1e-4
+    assert many.denoiser.facts()["devices"] == 8
+    assert pixel_difference(many.decode(expected), way.ours.decode(expected)) <= 1
+
+
+def test_one_program_denoises_texts_pictures_and_masks(way: Way) -> None:
+    """What a run begins with is data; nine channels have no text alone."""
+    ours = Ours(way.model)
+    configs = [way.config(strength=0.5), way.config(strength=0.9, scheduler="dpmpp_2m")]
+    if way.kind == "4 channels":
+        plain = [prompt.model_copy(update={"mask_image": None}) for prompt in configs[0].prompts]
+        texts = [prompt.model_copy(update={"image": None}) for prompt in plain]
+        configs += [
+            configs[0].model_copy(update={"prompts": tuple(plain)}),
+            configs[0].model_copy(update={"prompts": tuple(texts), "strength": None}),
+        ]
+    for config in configs:
+        ours.denoise(config)
+    compiled = [each.name for each in ours.programs.each if each.name.startswith("denoise")]
+    assert compiled == ["denoise_guided"]
