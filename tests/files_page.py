@@ -41,7 +41,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
     yield "`--vae`", "`AutoencoderTiny` (TAESD), a file without a config", "refused"
     yield "`--unet`", "`v_pred`, `ztsnr`, `edm_mean`, `edm_vpred.sigma_max` beside weights", "read"
     yield "`--unet`", "`modelspec.prediction_type` in the metadata (SD 2.x)", "read"
-    yield "`--unet`", "of eight channels (edits by instruction)", "refused"
+    yield "`--unet`", "of five channels (depth) and other unknown widths", "refused"
     yield "`--embedding`", "one tensor, named by its word or by none", "read"
     for layout_of_two in test_textual_inversion.LAYOUTS:
         yield "`--embedding`", f"two text encoders: {layout_of_two}", "read"

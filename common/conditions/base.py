@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 # The tensor that stands beside the latents in the UNet's sample, if a condition prepares one.
 CHANNELS_BESIDE = "channels_beside"
 # What a step may predict; guidance combines them.
-UNCONDITIONAL, CONDITIONAL = "unconditional", "conditional"
+# Of an edit "conditional" is by text and picture, "picture" by the picture alone.
+UNCONDITIONAL, PICTURE, CONDITIONAL = "unconditional", "picture", "conditional"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class ImagesOfGroup:
     dtype: "torch.dtype"  # the model's
     masks: "torch.Tensor | None" = None  # of what is made anew, [B, 1, h, w] float32
     masked: "torch.Tensor | None" = None  # latents of the pictures without it, [B, C, h, w]
+    edited: "torch.Tensor | None" = None  # latents of pictures to edit, [B, C, h, w]
 
     @property
     def count(self) -> int:
@@ -32,7 +34,7 @@ class ImagesOfGroup:
 
     def of_prediction(self, name: str, prediction: str) -> "torch.Tensor":
         """An embedding's rows for a prediction, in the model's dtype."""
-        sign = "negative_" if prediction == UNCONDITIONAL else ""
+        sign = "" if prediction == CONDITIONAL else "negative_"
         return self.embeddings[f"{sign}{name}"].to(self.dtype)
 
 

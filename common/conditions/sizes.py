@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from common.conditions.base import UNCONDITIONAL, Condition, ImagesOfGroup
+from common.conditions.base import CONDITIONAL, Condition, ImagesOfGroup
 from common.declared import IMAGE_LATENTS, LATENTS, SAMPLING, SIZES, Settings, setting
 from common.errors import BadSettingError
 
@@ -105,7 +105,7 @@ class SizeCondition(Condition):
         """text_embeds [B, E]; time_ids [B, 6], float32 because bfloat16 rounds them."""
         import torch
 
-        sign = "negative_" if prediction == UNCONDITIONAL else ""
+        sign = "" if prediction == CONDITIONAL else "negative_"
         ids = [float(number) for number in self.time_ids[f"{sign}time_ids"]]
         return {
             "text_embeds": images.of_prediction("pooled_prompt_embeds", prediction),

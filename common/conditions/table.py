@@ -4,12 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.conditions.base import Condition
+from common.conditions.edited_picture import EditedPicture
 from common.conditions.guidance_scale import GuidanceScale
 from common.conditions.masked_picture import MaskedPicture
 from common.conditions.prompt_condition import PromptCondition
 from common.conditions.sizes import SizeCondition
 
-CONDITIONS: list[type[Condition]] = [PromptCondition, SizeCondition, GuidanceScale, MaskedPicture]
+CONDITIONS: list[type[Condition]] = [
+    PromptCondition,
+    SizeCondition,
+    GuidanceScale,
+    MaskedPicture,
+    EditedPicture,
+]
 
 
 def conditions_of(config: Any, unet_config: Mapping[str, Any]) -> tuple[Condition, ...]:

@@ -125,11 +125,11 @@ class Checkpoint:
     def _check_channels(self) -> None:
         """Raise `BadSettingError` where the UNet wants other channels than stages can give it."""
         takes, gives = self.unet_channels
-        if takes not in (gives, 2 * gives + 1):
+        if takes not in (gives, 2 * gives, 2 * gives + 1):
             raise BadSettingError(
-                f"{self.source('unet').said}: its UNet takes {takes} channels and gives {gives}, "
-                f"as those for edits by instruction (8) do; stages feed {gives}, and "
-                f"{2 * gives + 1} for inpainting: choose another checkpoint"
+                f"{self.source('unet').said}: its UNet takes {takes} channels and gives {gives}; "
+                f"stages feed {gives}, {2 * gives} for edits by instruction and {2 * gives + 1} "
+                "for inpainting: choose another checkpoint"
             )
 
     @property
@@ -142,7 +142,13 @@ class Checkpoint:
     def inpaints_by_channels(self) -> bool:
         """Whether the UNet is shown the mask and the masked picture beside its latents."""
         takes, gives = self.unet_channels
-        return takes > gives
+        return takes == 2 * gives + 1
+
+    @property
+    def edits_pictures(self) -> bool:
+        """Whether the UNet is shown a picture to edit by instruction."""
+        takes, gives = self.unet_channels
+        return takes == 2 * gives
 
     def components_for(self, artifact: str) -> list[str]:
         """Those of the components that its stage reads to make an artifact, in their order."""

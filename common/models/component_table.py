@@ -20,9 +20,11 @@ PIPELINES = {
     SDXL: SDXL,
     "StableDiffusionXLImg2ImgPipeline": SDXL,
     "StableDiffusionXLInpaintPipeline": SDXL,
+    "StableDiffusionXLInstructPix2PixPipeline": SDXL,
     SD: SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
+    "StableDiffusionInstructPix2PixPipeline": SD,
 }
 # Modules that diffusers may import for a component; the last holds its own safety checker.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")

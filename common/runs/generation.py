@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
+from common.conditions.edited_picture import EditSettings
 from common.conditions.prompt_settings import AskedPrompts, PromptOptions, ResolvedPrompts
 from common.conditions.sizes import AskedSize, ResolvedSize, SizeSettings
 from common.declared import validate
@@ -29,6 +30,7 @@ from common.whole_files import write_text_whole
 if TYPE_CHECKING:  # a type checker cannot follow the lists
 
     class _Shared(
+        EditSettings,
         VaeSettings,
         LoraSettings,
         ModelSettings,

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from common.conditions.edited_picture import EditSettings
 from common.conditions.guidance_scale import is_told_guidance
 from common.conditions.sizes import has_own_negative
 from common.conditions.table import conditions_of
@@ -53,6 +54,7 @@ def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
 def strength_of(config: GenerationConfig, checkpoint: Checkpoint) -> float | None:
     """How much noise is added to what a run begins with; by default as diffusers' pipelines."""
     begins = config.has_pictures or config.init_latents is not None
+    begins = begins and not checkpoint.edits_pictures  # from noise, beside the picture
     if not begins or config.denoising_start is not None:
         return None
     if config.strength is not None:
@@ -101,7 +103,7 @@ def denoising_job(
         seeds=config.image_seeds(),
         latent_shape=latent_shape(config, checkpoint),
         sampler=sampler,
-        guidance=guidance_of(config, unet_config),
+        guidance=guidance_of(config, unet_config, config.image_guidance_scale),
         conditions=conditions_of(config, unet_config),
         begin=beginning_of(config, checkpoint, prompt_of.tolist(), begin),
     )
@@ -119,7 +121,13 @@ def beginning_of(
         prompt_of: each image's prompt.
         begin: as `denoising_job`.
     """
-    from common.sampling.beginning import FromLatents, FromMaskedPictures, FromNoise, FromPictures
+    from common.sampling.beginning import (
+        FromEditedPictures,
+        FromLatents,
+        FromMaskedPictures,
+        FromNoise,
+        FromPictures,
+    )
 
     if begin is None:
         return FromNoise()
@@ -128,16 +136,33 @@ def beginning_of(
     pictures = len(begin["image_latents_mean"])
     rows = prompt_of if pictures > 1 else [0] * len(prompt_of)
     vae = checkpoint.config("vae")
+    if checkpoint.edits_pictures:
+        scaled = checkpoint.index().get("is_cosxl_edit", False)
+        scale = float(vae["scaling_factor"]) if scaled else 1.0
+        return FromEditedPictures(begin["image_latents_mean"], rows, scale)
     if not config.inpaints:
         return FromPictures(begin, rows, vae)
     return FromMaskedPictures(begin, rows, vae, by_channels=checkpoint.inpaints_by_channels)
 
 
 def refuse_unfit_inputs(config: GenerationConfig, checkpoint: Checkpoint) -> None:
-    """Raise `BadSettingError` where a UNet for inpainting is to do something else."""
+    """Raise `BadSettingError` where a UNet that is shown pictures is to do something else."""
+    said = checkpoint.source("unet").said
+    if checkpoint.edits_pictures:
+        if not config.has_pictures:
+            raise BadSettingError(
+                f"{said}: its UNet edits pictures by instruction: give --image, or another "
+                "checkpoint"
+            )
+        if config.inpaints or config.strength is not None:
+            given = "strength" if config.strength is not None else "mask_image or --outpaint"
+            raise BadSettingError(
+                f"--{given} is not for edits by instruction, which begin with noise beside the "
+                "whole picture: leave it out, or choose another checkpoint"
+            )
     if checkpoint.inpaints_by_channels and not config.inpaints:
         raise BadSettingError(
-            f"{checkpoint.source('unet').said}: its UNet inpaints and is shown a mask: give "
+            f"{said}: its UNet inpaints and is shown a mask: give "
             "--image and --mask_image, or another checkpoint"
         )
 
@@ -154,6 +179,9 @@ def warn_of_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
     is_sdxl = checkpoint.pipeline_class == SDXL
     if is_sdxl and checkpoint.inpaints_by_channels and strength_of(config, checkpoint) == 1.0:
         warn("--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99")
+    default = EditSettings.model_fields["image_guidance_scale"].default
+    if config.image_guidance_scale != default and not checkpoint.edits_pictures:
+        warn("--image_guidance_scale has no effect: this UNet edits no pictures by instruction")
     partial = (config.negative_original_size is None) != (config.negative_target_size is None)
     if partial or (
         config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)

@@ -6,7 +6,7 @@ picture's sample; then the scheduler draws its own noises.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class First:
     original: torch.Tensor | None = None  # of a picture, without noise
     noise: torch.Tensor | None = None  # that lies on it
     masked: torch.Tensor | None = None  # of the picture without what is masked
+    edited: torch.Tensor | None = None  # of a picture that is edited by instruction
 
     @classmethod
     def of(cls, each: "Sequence[First]") -> "First":
@@ -173,3 +174,27 @@ class FromMaskedPictures(FromPictures):
         # Drawn for four channels as well, which are not shown it.
         masked = self._sample("masked_image_latents", index, generator)
         return First(latents=latents, original=original, noise=noise, masked=masked)
+
+
+class FromEditedPictures(FromNoise):
+    """Noise beside pictures that are edited by instruction."""
+
+    def __init__(self, means: torch.Tensor, rows: Sequence[int], scale: float) -> None:
+        """
+        Args:
+            means: of stage 0's posteriors [I, C, h, w]: diffusers takes the mode.
+            rows: of them, each image's own [B].
+            scale: of the latents, which InstructPix2Pix has as the VAE gives them.
+        """
+        self.means, self.rows, self.scale = means, rows, scale
+
+    def draw(
+        self,
+        index: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        shape: tuple[int, int, int],
+    ) -> First:
+        first = super().draw(index, sampler, generator, shape)
+        row = self.rows[index]
+        return replace(first, edited=self.means[row : row + 1].float() * self.scale)

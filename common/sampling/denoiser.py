@@ -84,7 +84,7 @@ class Denoiser(ABC):
                 self.first = drawn.first.latents.numpy()
                 self.noises = draw_all_noises(drawn, self.seeds, self.sampler, tables)
         self.plan = StepPlan.of(self.guidance, self.evaluations)
-        images = job.images(chosen, self.dtype, drawn.first.masked)
+        images = job.images(chosen, self.dtype, drawn.first)
         told = {
             program: prepare_conditions(self.conditions, images, program.predictions)
             for program in self.plan.programs()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.conditions.base import Condition, ImagesOfGroup
-from common.sampling.beginning import Beginning, FromNoise
+from common.sampling.beginning import Beginning, First, FromNoise
 from common.sampling.guidance import Guidance
 from common.sampling.sampler import Sampler
 
@@ -27,16 +27,17 @@ class DenoisingJob:
     begin: Beginning = field(default_factory=FromNoise)
 
     def images(
-        self, chosen: "np.ndarray", dtype: "torch.dtype", masked: "torch.Tensor | None" = None
+        self, chosen: "np.ndarray", dtype: "torch.dtype", first: First | None = None
     ) -> ImagesOfGroup:
         """Some images, by their indices, as far as conditions need them.
 
         Args:
-            masked: their masked pictures' latents, [B, C, h, w].
+            first: what they begin with.
         """
         rows = {name: tensor[self.prompt_of[chosen]] for name, tensor in self.embeddings.items()}
         masks = None if self.begin.masks is None else self.begin.masks[chosen]
-        return ImagesOfGroup(embeddings=rows, dtype=dtype, masks=masks, masked=masked)
+        shown = {} if first is None else {"masked": first.masked, "edited": first.edited}
+        return ImagesOfGroup(embeddings=rows, dtype=dtype, masks=masks, **shown)
 
     @property
     def keeps_area(self) -> bool:

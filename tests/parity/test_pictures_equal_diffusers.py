@@ -1,5 +1,6 @@
 """Runs that begin with pictures equal diffusers' image-to-image and inpainting pipelines."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ class Way:
     def __init__(self, family: str, kind: str, folder: Path) -> None:
         self.family, self.kind = family, kind
         save = {"SDXL": save_sdxl, "SD": save_sd}[family]
-        channels = {"in_channels": 9} if kind == "9 channels" else {}
-        self.model = save(folder / "model", **channels)
+        channels = {"8 channels": 8, "9 channels": 9}.get(kind, 4)
+        self.model = save(folder / "model", in_channels=channels)
         self.ours, parts = Ours(self.model), load_pipeline(self.model).components
         extra = {} if family == "SDXL" else NO_CHECKER
-        self.pipeline = getattr(diffusers, PIPELINES[family, kind])(**parts, **extra)
+        pipeline_class = getattr(diffusers, PIPELINES[family, kind])
+        taken = inspect.signature(pipeline_class).parameters
+        parts = {name: part for name, part in parts.items() if name in taken}
+        self.pipeline = pipeline_class(**parts, **extra)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pictures, self.masks = [], []
         random = np.random.default_rng(4)
@@ -55,7 +59,7 @@ class Way:
 
     @property
     def inpaints(self) -> bool:
-        return self.kind != "image"
+        return self.kind in ("4 channels", "9 channels")
 
     def config(self, *, batch: int = BATCH, **settings: Any) -> Any:
         size = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS}
@@ -78,6 +82,7 @@ class Way:
         opened = {"image": [Image.open(prompt.image) for prompt in config.prompts]}
         if self.inpaints:
             opened["mask_image"] = [Image.open(prompt.mask_image) for prompt in config.prompts]
+        if "height" in inspect.signature(self.pipeline.__call__).parameters:
             options |= {"height": SIDE, "width": SIDE}
         try:
             return self.pipeline(

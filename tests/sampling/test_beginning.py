@@ -9,6 +9,7 @@ import torch
 from common.sampling.beginning import (
     Beginning,
     First,
+    FromEditedPictures,
     FromLatents,
     FromMaskedPictures,
     FromNoise,
@@ -105,6 +106,15 @@ def test_a_masked_picture_is_drawn_last(by_channels: bool, strength: float) -> N
     assert first.masked is not None
     assert torch.allclose(first.masked, sample("masked_image_latents", 1, of_masked))
     assert begin.masks is not None and begin.masks.equal(TENSORS["latent_masks"][1:])
+
+
+def test_an_edited_picture_lies_beside_the_noise() -> None:
+    """It is the posterior's mode, and draws nothing."""
+    sampler = sampler_of()
+    means = TENSORS["image_latents_mean"]
+    first, (noise, *_) = draw(FromEditedPictures(means, [1], 0.25), sampler)
+    assert first.latents.equal(noise * sampler.initial_noise_scale)
+    assert first.edited is not None and first.edited.equal(means[1:] * 0.25)
 
 
 def test_several_are_one_batch() -> None:

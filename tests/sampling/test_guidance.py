@@ -9,8 +9,8 @@ import torch
 from diffusers import ClassifierFreeGuidance
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
-from common.conditions.base import CONDITIONAL, UNCONDITIONAL
-from common.sampling.guidance import Guidance, guidance_of
+from common.conditions.base import CONDITIONAL, PICTURE, UNCONDITIONAL
+from common.sampling.guidance import EditGuidance, Guidance, guidance_of
 from tests.configs import make_config
 from tests.conftest import DEMO
 
@@ -106,7 +106,23 @@ def test_a_runs_guidance_is_what_its_settings_say() -> None:
     given: dict[str, Any] = {"guidance_scale": 5.0, "guidance_rescale": 0.2}
     config = make_config(DEMO, **given, guidance_start=0.1, guidance_end=0.8)
     expected = Guidance(scale=5.0, rescale=0.2, start=0.1, end=0.8)
-    assert guidance_of(config, {"time_cond_proj_dim": None}) == expected
+    assert guidance_of(config, {"time_cond_proj_dim": None}, 1.5) == expected
     # A UNet that is told the scale needs no second prediction.
-    told = guidance_of(config, {"time_cond_proj_dim": 16})
+    told = guidance_of(config, {"time_cond_proj_dim": 16}, 1.5)
     assert {told.predictions(i, 9) for i in range(9)} == {(CONDITIONAL,)}
+
+
+def test_an_edit_is_guided_by_text_and_picture() -> None:
+    """By numbers that a head can check."""
+    guidance = guidance_of(make_config(DEMO, guidance_scale=3.0), {"in_channels": 8}, 2.0)
+    assert isinstance(guidance, EditGuidance)
+    assert guidance.most_predictions() == (UNCONDITIONAL, PICTURE, CONDITIONAL)
+    predicted = {
+        name: torch.full((1, 1, 1, 2), value)
+        for name, value in ((UNCONDITIONAL, 1.0), (PICTURE, 2.0), (CONDITIONAL, 4.0))
+    }
+    weights = {name: torch.from_numpy(value) for name, value in guidance.weights().items()}
+    found = guidance.combine(predicted, weights, torch)
+    assert found.flatten().tolist() == [1 + 3 * (4 - 2) + 2 * (2 - 1)] * 2
+    only = {CONDITIONAL: predicted[CONDITIONAL]}
+    assert guidance.combine(only, weights, torch).equal(predicted[CONDITIONAL])
