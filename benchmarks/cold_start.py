@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files.report import Seconds, read_report
-from common.files.stage_table import DECODE, DENOISE, ENCODE, FIRST, STAGES, Stage
+from common.files.stage_table import DECODE, DENOISE, ENCODE, FIRST, OF_EVERY_RUN, Stage
 from common.runs.generation import RunSettings
 
 SPARING = "from common.models.library_imports import spare_imports; spare_imports"
@@ -82,7 +82,7 @@ class Rounds:
         self.checkouts |= {f"run_all.sh of {path}": path.resolve() for path in checkouts}
         self.settings = RunSettings()
         self.seconds: dict[str, list[float]] = {}
-        self.parts: dict[Stage, list[dict[str, float]]] = {stage: [] for stage in STAGES}
+        self.parts: dict[Stage, list[dict[str, float]]] = {stage: [] for stage in OF_EVERY_RUN}
         self.differences: list[int] = []
 
     def median(self, what: str) -> float:
@@ -103,7 +103,7 @@ class Rounds:
             return
         own = next(iter(runs.values()))
         found["one process of diffusers"] = self.one_process(prompt, own)
-        for stage in STAGES:
+        for stage in OF_EVERY_RUN:
             found |= self.stage_alone(stage, prompt, own)
         for what, taken in found.items():
             self.seconds.setdefault(what, []).append(taken)
@@ -142,10 +142,12 @@ class Rounds:
         floor = f"{DENOISE.name}'s floor"
         limit = self.median("one process of diffusers") + 2 * self.median(floor)
         print(f"| one process of diffusers and twice {floor} | {limit:.2f} s | |\n")
-        print(f"| part | {' | '.join(stage.name for stage in STAGES)} |")
-        print("|---" * (1 + len(STAGES)) + "|")
+        print(f"| part | {' | '.join(stage.name for stage in OF_EVERY_RUN)} |")
+        print("|---" * (1 + len(OF_EVERY_RUN)) + "|")
         for part in Seconds.model_fields:
-            medians = [statistics.median(each[part] for each in self.parts[s]) for s in STAGES]
+            medians = [
+                statistics.median(each[part] for each in self.parts[s]) for s in OF_EVERY_RUN
+            ]
             if max(medians) >= 0.005:
                 print(f"| {part} | " + " | ".join(f"{value:.2f} s" for value in medians) + " |")
 

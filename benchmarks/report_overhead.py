@@ -19,7 +19,7 @@ sys.path.insert(0, str(PROJECT_DIR))
 import typer
 
 from common.files.report import read_report
-from common.files.stage_table import STAGES
+from common.files.stage_table import OF_EVERY_RUN
 
 # Runs a stage with the clock, which is printed when the process ends.
 PROGRAM = """
@@ -58,9 +58,9 @@ def main(
 ) -> None:
     """Print the report's share of each stage's time."""
     with tempfile.TemporaryDirectory() as folder:
-        shares: dict[str, list[float]] = {stage.name: [] for stage in STAGES}
+        shares: dict[str, list[float]] = {stage.name: [] for stage in OF_EVERY_RUN}
         for round_number in range(repeat + 1):
-            for stage in STAGES:
+            for stage in OF_EVERY_RUN:
                 command = [sys.executable, "-c", PROGRAM, str(PROJECT_DIR), stage.script]
                 done = subprocess.run(
                     [*command, "--output_dir", folder], check=True, capture_output=True, text=True

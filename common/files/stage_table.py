@@ -68,6 +68,7 @@ DECODE = Stage(
 )
 # In the order of a run. Pictures are encoded once all settings, their size among them, are settled.
 STAGES = (ENCODE, ENCODE_PICTURES, DENOISE, DECODE)
+OF_EVERY_RUN = tuple(stage for stage in STAGES if not stage.of_pictures)
 FIRST, LAST = STAGES[0], STAGES[-1]  # the first one settles all settings
 
 

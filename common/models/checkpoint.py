@@ -67,7 +67,7 @@ class Checkpoint:
     def pipeline_class(self) -> str:
         """diffusers' text-to-image pipeline with the checkpoint's parts."""
         name = self.index().get("_class_name")
-        if name not in PIPELINES:
+        if not isinstance(name, str) or name not in PIPELINES:
             raise BadSettingError(
                 f"--model_id {self.model_id} is a checkpoint for {name}; supported: "
                 f"{', '.join(PIPELINES)}"

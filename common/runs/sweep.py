@@ -13,13 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import BadInputFileError, BadSettingError
-from common.files.stage_table import FIRST, STAGES, Stage, maker_of
+from common.files.stage_table import FIRST, OF_EVERY_RUN, Stage, maker_of
 from common.runs.flags import Flag, all_flags
 from common.stopping import STOP_SIGNALS
 from common.whole_files import write_text_whole
 
-# Pictures are encoded where their run's settings are settled, by the first stage.
-SWEPT_STAGES = [stage for stage in STAGES if not stage.of_pictures]
 # Settings by which a run may begin with pictures.
 OF_PICTURES = ("image", "prompts_file", "config")
 SWEEP_FILE = "sweep.json"
@@ -105,23 +103,25 @@ def parse_sweep(text: str, given: Mapping[str, Any]) -> Sweep:
     pictures = any(name in given or name in axes for name in OF_PICTURES)
     for combination in product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
-        sources = [folder_of(chosen, stage, known, pictures) for stage in SWEPT_STAGES[:-1]]
+        sources = [folder_of(chosen, stage, known, pictures) for stage in OF_EVERY_RUN[:-1]]
         folder = f"{SWEEP_FOLDER}/{name_of(chosen)}"
         cells.append(Cell(values=chosen, folder=folder, sources=sources))
     return Sweep(axes=axes, cells=cells, of_pictures=pictures)
 
 
 def stage_of(flag: Flag, pictures: bool) -> Stage:
-    """The first stage whose output depends on a flag.
+    """The first stage whose output depends on a flag, of those that every run has.
+
+    Pictures are encoded where their run's settings are settled, by the first stage.
 
     Args:
         pictures: whether the runs may begin with pictures.
     """
     makers = [maker_of(artifact) for artifact in flag.declared.makes]
-    others = [stage for stage in makers if stage in SWEPT_STAGES]
+    others = [stage for stage in makers if stage in OF_EVERY_RUN]
     if len(others) < len(makers) and (pictures or not others):
         return FIRST
-    return next(stage for stage in SWEPT_STAGES if stage in others)
+    return next(stage for stage in OF_EVERY_RUN if stage in others)
 
 
 def name_of(values: Mapping[str, str]) -> str:
@@ -141,7 +141,7 @@ def folder_of(
     values: Mapping[str, str], stage: Stage, known: Mapping[str, Flag], pictures: bool
 ) -> str:
     """A stage's folder below the run directory, by the values that its output depends on."""
-    until = SWEPT_STAGES[: SWEPT_STAGES.index(stage) + 1]
+    until = OF_EVERY_RUN[: OF_EVERY_RUN.index(stage) + 1]
     shaping = {n: v for n, v in values.items() if stage_of(known[n], pictures) in until}
     return f"{SWEEP_FOLDER}/{name_of(shaping)}" if shaping else "."
 
@@ -149,7 +149,7 @@ def folder_of(
 def stage_runs(run_dir: Path, cell: Cell, pictures: bool) -> Iterator[CellRun]:
     """What a cell needs, each stage in the folder of the values that its output depends on."""
     known, source = sweepable(), run_dir
-    for stage, folder in zip(SWEPT_STAGES, [*cell.sources, cell.folder], strict=True):
+    for stage, folder in zip(OF_EVERY_RUN, [*cell.sources, cell.folder], strict=True):
         own = {n: v for n, v in cell.values.items() if is_for(known[n], stage, pictures)}
         yield CellRun(stage=stage, source=source, folder=run_dir / folder, values=own)
         source = run_dir / folder

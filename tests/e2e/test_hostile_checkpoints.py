@@ -23,11 +23,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from common.files.stage_table import OF_EVERY_RUN
 from common.models.checkpoint import Checkpoint
 from tests.conftest import DEMO, STAGES, run_script
 from tests.refusals import expect
 
 pytestmark = pytest.mark.slow
+NUMBERS = [stage.number for stage in OF_EVERY_RUN]
 COMPONENTS = {path.name: path for path in DEMO.iterdir() if path.is_dir()}
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
@@ -311,7 +313,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> HostileRun:
         *("--lora", run.loras / LORA, "--embedding", f"{run.embeddings / EMBEDDING}:<planted>"),
     )
     with opened_by_anyone(watch.root) as run.opened:
-        for number in STAGES:
+        for number in NUMBERS:
             arguments = ("--output_dir", run.run_dir, *(first if number == 1 else ()))
             run.results.append(watch.stage(number, *arguments, cwd=run.checkpoint))
     return run
@@ -569,7 +571,7 @@ def test_a_variant_beside_pickles_runs_without_them(tmp_path: Path) -> None:
         planted += watch.plant_pickles(checkpoint / name)
     first = ("--model_id", checkpoint, "--variant", "fp16", "--num_inference_steps", 2)
     with opened_by_anyone(watch.root) as opened:
-        for number in STAGES:
+        for number in NUMBERS:
             arguments = ("--output_dir", tmp_path / "run", *(first if number == 1 else ()))
             result = watch.stage(number, *arguments)
             assert result.returncode == 0, result.stderr

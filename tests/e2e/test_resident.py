@@ -9,7 +9,7 @@ import pytest
 
 from common.compute.kept import Kept
 from common.files.report import read_report
-from common.files.stage_table import STAGES
+from common.files.stage_table import OF_EVERY_RUN
 from common.runs.stage_run import ResidentStage
 from tests.conftest import PROJECT_DIR, xla_flags
 from tests.e2e.compare_checkouts import contents, make_files, run, runs_of
@@ -24,7 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, str]]:
 def residents() -> list[ResidentStage]:
     """All stages in this process, with what they keep in common."""
     kept = Kept()
-    stages = [ResidentStage(stage, kept) for stage in STAGES]
+    stages = [ResidentStage(stage, kept) for stage in OF_EVERY_RUN]
     for stage in stages:
         stage.open()
     return stages
@@ -38,9 +38,9 @@ def run_residents(residents: list[ResidentStage], flags: dict[Any, str], run_dir
     """Do one run. Returns how many programs were compiled, or came from the cache."""
     for stage in residents:
         stage.run(*flags_of(flags, stage.stage.number, run_dir))
-    reports = [read_report(run_dir, stage.number) for stage in STAGES]
+    reports = [read_report(run_dir, stage.number) for stage in OF_EVERY_RUN]
     programs = [report.programs for report in reports if report is not None]
-    assert len(programs) == len(STAGES)
+    assert len(programs) == len(OF_EVERY_RUN)
     return sum(each.compiled + each.from_cache for each in programs if each is not None)
 
 
@@ -65,7 +65,7 @@ def test_runs_in_turn_give_the_bits_of_the_scripts_and_compile_once(
     # The rest are compared with runs in other company, below.
     for k, name in [*enumerate(chosen)][::3]:
         run_dir = tmp_path / f"scripts {k}"
-        for stage in STAGES:
+        for stage in OF_EVERY_RUN:
             own = flags_of(runs[name], stage.number, run_dir)
             result = run(PROJECT_DIR, stage.number, own, {"XLA_FLAGS": xla_flags(8)})
             assert result.returncode == 0, result.stderr
