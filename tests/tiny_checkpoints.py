@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -56,6 +57,35 @@ def save_sdxl(folder: Path, **unet_changes: Any) -> Path:
         ),
         scheduler=EulerDiscreteScheduler(),
         force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    _write_scheduler(folder, "EulerDiscreteScheduler", timestep_spacing="leading")
+    return folder
+
+
+def save_refiner(folder: Path) -> Path:
+    """A checkpoint as SDXL's refiner: the second text encoder alone, aesthetic scores, Euler."""
+    torch.manual_seed(3)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    settings = _text_settings(tokenizer)
+    StableDiffusionXLImg2ImgPipeline(
+        vae=_vae(),
+        text_encoder=None,
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(hidden_size=48, projection_dim=24, **settings)
+        ),
+        tokenizer=None,
+        tokenizer_2=tokenizer,
+        unet=_unet(
+            cross_attention_dim=48,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 5 * 8,
+            use_linear_projection=True,
+        ),
+        scheduler=EulerDiscreteScheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     ).save_pretrained(folder)
     _write_scheduler(folder, "EulerDiscreteScheduler", timestep_spacing="leading")

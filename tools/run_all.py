@@ -30,24 +30,22 @@ from common.runs.flags import add_flags
 from common.runs.in_turn import (
     begins_with_pictures,
     flags_of_a_run,
-    libraries_of,
-    picture_path,
     plan,
-    run_in_turn,
     run_stage_and_listen,
 )
+from common.runs.passes import HIRES_STRENGTH, Passes, Turns
 from common.runs.sweep import CellRun, parse_sweep, run_sweep
 from tools import report_page
 
-RUN_ALL = "Which stages"
+RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
 
 def main(
     context: typer.Context,
     from_stage: Annotated[
-        int, flag("from_stage", NUMBERS, RUN_ALL, f"First stage to run. [{FIRST.number}]")
-    ] = FIRST.number,
+        str, flag("from_stage", NUMBERS, RUN_ALL, f"First stage, or pass. [{FIRST.number}]")
+    ] = str(FIRST.number),
     to_stage: Annotated[
         int, flag("to_stage", NUMBERS, RUN_ALL, f"Last stage to run. [{LAST.number}]")
     ] = LAST.number,
@@ -56,22 +54,42 @@ def main(
         str | None,
         flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
     ] = None,
+    hires: Annotated[
+        float | None, flag("hires", "X", PASSES, "Again, so many times larger.")
+    ] = None,
+    hires_strength: Annotated[
+        float | None,
+        flag("hires_strength", "X", PASSES, f"Noise on it, 0 to 1. [{HIRES_STRENGTH}]"),
+    ] = None,
+    refiner: Annotated[
+        str | None, flag("refiner", "ID", PASSES, "SDXL's refiner takes the last steps.")
+    ] = None,
+    refiner_strength: Annotated[
+        float | None,
+        flag("refiner_strength", "X", PASSES, "It begins with the result instead."),
+    ] = None,
 ) -> int:
     """Make pictures from prompts, and from pictures: stage by stage.
 
     Defaults stand in brackets; hyphens in flags work as well.
     """
     began = time.monotonic()
-    own = {"from_stage": from_stage, "to_stage": to_stage, "force": force, "sweep": sweep}
+    own = {"from_stage", "to_stage", "force", "sweep", *Passes.__dataclass_fields__}
+    passes = Passes(
+        hires=hires,
+        hires_strength=hires_strength,
+        refiner=refiner,
+        refiner_strength=refiner_strength,
+    )
     given = {
         name: value
         for name, value in context.params.items()
         if name not in own and value not in (None, [], ())
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
-    commands = {}
+    asked = [name for name in ("from_stage", "to_stage") if was_given(context, name)]
     if sweep is None:
-        commands = plan(given, from_stage=from_stage, to_stage=to_stage, force=force)
+        runs = Turns(passes, run_dir, given, from_stage=from_stage, to_stage=to_stage, force=force)
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
     context.call_on_close(lock.release)
     lock.acquire()
@@ -79,18 +97,11 @@ def main(
         os.environ[OFFLINE] = "1"  # for the libraries that a stage imports before its turn
     os.environ[HELD_BY_PARENT] = os.fspath(run_dir.resolve())
     if sweep is not None:
-        asked = [name for name in ("from_stage", "to_stage") if was_given(context, name)]
-        return run_all_cells(run_dir, given, sweep, force=force, asked=asked)
-    source_dir = Path(given.get("input_dir", run_dir))
-    settled = source_dir if from_stage == ENCODE_PICTURES.number else run_dir
-    code = run_in_turn(commands, libraries_of(given), lambda: begins_with_pictures(settled))
-    if code != 0:
-        return code
-    if to_stage == LAST.number:
-        latents_dir = source_dir if from_stage == to_stage else run_dir
-        picture = picture_path(run_dir, latents_dir, given.get("image_format"))
+        return run_all_cells(run_dir, given, sweep, force=force, asked=[*asked, *passes.names])
+    code, picture = runs.run()
+    if code == 0 and picture is not None:
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
-    return 0
+    return code
 
 
 def was_given(context: typer.Context, name: str) -> bool:

@@ -11,16 +11,15 @@ from common.conditions.prompts import encode_prompts
 from common.errors import BadSettingError
 from common.files.report import Profile
 from common.models.checkpoint import Checkpoint
-from common.models.component_table import text_encoders
+from common.models.component_table import SDXL, text_encoders
 
 
 def check_prompt_options(config: ResolvedPrompts, checkpoint: Checkpoint) -> None:
     """Raise `BadSettingError` where an option asks for what the text encoders do not have."""
     encoders = checkpoint.listed(text_encoders())
+    is_sdxl = checkpoint.pipeline_class == SDXL
     for name in ("prompt_2", "negative_prompt_2"):
-        if len(encoders) < 2 and any(
-            getattr(prompt, name) is not None for prompt in config.prompts
-        ):
+        if not is_sdxl and any(getattr(prompt, name) is not None for prompt in config.prompts):
             raise BadSettingError(
                 f"--{name} is for checkpoints with two text encoders; {checkpoint.model_id} has one"
             )
@@ -28,9 +27,14 @@ def check_prompt_options(config: ResolvedPrompts, checkpoint: Checkpoint) -> Non
         raise BadSettingError(
             "--clip_skip and --prompt_weighting compel do not go together: give one"
         )
+    if config.prompt_weighting is not None and checkpoint.is_refiner:
+        raise BadSettingError(
+            f"--prompt_weighting {config.prompt_weighting} wants the first text encoder, which "
+            f"{checkpoint.model_id} lacks as SDXL's refiner does: leave it out"
+        )
     # diffusers reads SDXL's states from one layer earlier than the others'.
     layers = min(int(checkpoint.config(name)["num_hidden_layers"]) for name in encoders)
-    most = layers - (checkpoint.pipeline_class == "StableDiffusionXLPipeline")
+    most = layers - is_sdxl
     if config.clip_skip is not None and config.clip_skip > most:
         raise BadSettingError(
             f"--clip_skip {config.clip_skip} is more than the text encoders of "

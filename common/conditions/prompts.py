@@ -11,7 +11,7 @@ from common.conditions.weighted_prompts import WeightedTexts
 from common.errors import shorten
 from common.files.kept_progress import Progress
 from common.messages import progress_bar, say
-from common.models.text_pipeline import embeddings_names, has_two_encoders, room_of
+from common.models.text_pipeline import embeddings_names, first_tokenizer, has_two_encoders, room_of
 from common.models.textual_inversion import unused_words
 from common.stopping import StoppedError, StopRequest
 
@@ -77,9 +77,10 @@ class PlainTexts:
 
     def __init__(self, pipeline: Any, config: ResolvedPrompts) -> None:
         self.pipeline, self.config = pipeline, config
-        if config.clip_skip is not None and not hasattr(pipeline.text_encoder, "text_model"):
+        first = pipeline.text_encoder  # SDXL's refiner has none
+        if config.clip_skip is not None and first and not hasattr(first, "text_model"):
             # diffusers 0.42 reads text_model.final_layer_norm, which transformers 5 has moved up.
-            pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
+            first.__dict__["text_model"] = first
 
     def chunks_of(self, prompt: PromptSettings) -> Chunks:
         """Each text of a prompt in the chunks that are encoded; None stays none."""
@@ -232,8 +233,9 @@ def token_counts(pipeline: Any) -> Callable[[str], int]:
     """A function that counts a text's tokens, those of textual inversions included."""
 
     def count(text: str) -> int:
-        text = pipeline.maybe_convert_prompt(text, pipeline.tokenizer)
-        return len(pipeline.tokenizer(text, truncation=False, verbose=False).input_ids) - 2
+        tokenizer = first_tokenizer(pipeline)
+        text = pipeline.maybe_convert_prompt(text, tokenizer)
+        return len(tokenizer(text, truncation=False, verbose=False).input_ids) - 2
 
     return count
 
@@ -313,7 +315,7 @@ def _cut_prompts(pipeline: Any, config: ResolvedPrompts) -> list[str]:
     """Say which words of a prompt are beyond the tokenizer's 77 tokens and so not seen."""
     if config.prompt_weighting is not None:
         return []
-    tokenizer, room = pipeline.tokenizer, room_of(pipeline)
+    tokenizer, room = first_tokenizer(pipeline), room_of(pipeline)
     texts: dict[str, str] = {}
     for prompt in config.prompts:
         for name, chunks in _chunks_of(prompt, pipeline, config).items():

@@ -30,6 +30,20 @@ def _size(text: str, metavar: str, default: Any = None) -> Any:
     )
 
 
+def _score(default: float, text: str) -> Any:
+    """Declare an aesthetic score; recipes hold what the UNet is told in the end (`time_ids`)."""
+    return setting(
+        default,
+        text,
+        metavar="X",
+        group=SIZES,
+        shapes=(LATENTS,),
+        recorded=False,
+        ge=0,
+        le=10,
+    )
+
+
 class SizeSettings(Settings):
     """(height, width) and (top, left) in pixels; None: diffusers' defaults."""
 
@@ -46,10 +60,13 @@ class SizeSettings(Settings):
         "Likewise; needs both.", "Y,X", (0, 0)
     )
 
+    aesthetic_score: float = _score(6.0, "Told refiners.")
+    negative_aesthetic_score: float = _score(2.5, "Likewise.")
+
     @field_validator("*", mode="before")
     @classmethod
     def _list_in_a_flag(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.field_name not in SizeSettings.model_fields:
+        if info.field_name not in SizeSettings.model_fields or "score" in info.field_name:
             return value
         numbers = value.split(",") if isinstance(value, str) else value
         if isinstance(numbers, list | tuple) and len(numbers) != 2:
@@ -94,15 +111,15 @@ class SizeCondition(Condition):
 
     settings = SizeSettings
 
-    def __init__(self, time_ids: Mapping[str, list[int]]) -> None:
+    def __init__(self, time_ids: Mapping[str, list[float]]) -> None:
         self.time_ids = time_ids
 
     @classmethod
     def of(cls, config: Any, unet_config: Mapping[str, Any]) -> Self | None:
-        return cls(time_ids(config)) if takes_sizes(unet_config) else None
+        return cls(time_ids(config, unet_config)) if takes_sizes(unet_config) else None
 
     def prepare(self, images: ImagesOfGroup, prediction: str) -> "dict[str, torch.Tensor]":
-        """text_embeds [B, E]; time_ids [B, 6], float32 because bfloat16 rounds them."""
+        """text_embeds [B, E]; time_ids [B, 6 or 5], float32 because bfloat16 rounds them."""
         import torch
 
         sign = "" if prediction == CONDITIONAL else "negative_"
@@ -116,14 +133,25 @@ class SizeCondition(Condition):
         call["added_cond_kwargs"] = {key: tensors[key] for key in ("text_embeds", "time_ids")}
 
 
-def time_ids(config: ResolvedSize) -> dict[str, list[int]]:
+def time_ids(config: ResolvedSize, unet_config: Mapping[str, Any]) -> dict[str, list[float]]:
     """SDXL's size conditions: original size, the crop's corner, target size.
 
     As in diffusers' pipeline, the unconditional half has its own only where both of its sizes are
-    given.
+    given. SDXL's refiner is told an aesthetic score in the target size's place.
     """
     size = (config.height, config.width)
-    positive = [
+    if is_told_scores(unet_config):
+        original = config.original_size or size
+        negative_original = config.negative_original_size or original
+        return {
+            "time_ids": [*original, *config.crops_coords_top_left, config.aesthetic_score],
+            "negative_time_ids": [
+                *negative_original,
+                *config.negative_crops_coords_top_left,
+                config.negative_aesthetic_score,
+            ],
+        }
+    positive: list[float] = [
         *(config.original_size or size),
         *config.crops_coords_top_left,
         *(config.target_size or size),
@@ -148,6 +176,11 @@ def takes_sizes(unet_config: Mapping[str, Any]) -> bool:
     return unet_config.get("addition_embed_type") == "text_time"
 
 
+def is_told_scores(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is told aesthetic scores, as SDXL's refiner is."""
+    return bool(unet_config.get("requires_aesthetics_score"))
+
+
 def recorded_sizes(
     config: ResolvedSize, unet_config: Mapping[str, Any], model_id: str
 ) -> dict[str, Any]:
@@ -157,7 +190,7 @@ def recorded_sizes(
         BadSettingError: they are given for a UNet that takes none.
     """
     if takes_sizes(unet_config):
-        return dict(time_ids(config))
+        return dict(time_ids(config, unet_config))
     for name, field in SizeSettings.model_fields.items():
         if getattr(config, name) != field.default:
             raise BadSettingError(

@@ -28,8 +28,10 @@ class Dimension:
 
 
 def _pooled_width(unet: Mapping[str, Any]) -> int:
-    six_numbers = 6 * int(unet["addition_time_embed_dim"])
-    return int(unet["projection_class_embeddings_input_dim"]) - six_numbers
+    # Original size, crop, target size; of SDXL's refiner a score in the last one's place.
+    numbers = 5 if unet.get("requires_aesthetics_score") else 6
+    told = numbers * int(unet["addition_time_embed_dim"])
+    return int(unet["projection_class_embeddings_input_dim"]) - told
 
 
 DIMENSIONS = {

@@ -14,9 +14,11 @@ from typing import Any
 from common import private_cache
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.models.component_table import (
+    AESTHETICS,
     COMPONENTS,
     LIBRARIES,
     PIPELINES,
+    REFINERS_LACK,
     Component,
     component,
     config_files,
@@ -79,7 +81,7 @@ class Checkpoint:
         pipeline, index = self.pipeline_class, self.index()
         rows = [component(name) for name in components]
         # transformers' configs name no class, so that the index must.
-        by_index = {row.name for row in rows if row.needed and row.library == "transformers"}
+        by_index = {row.name for row in rows if self._has(row) and row.library == "transformers"}
         if missing := by_index - set(self.listed(components)):
             raise BadInputFileError(
                 f"{self.folder / 'model_index.json'} lists no {min(missing)}: restore it, or "
@@ -156,7 +158,15 @@ class Checkpoint:
         return [row.name for row in rows if self._has(row)]
 
     def _has(self, row: Component) -> bool:
-        return row.needed or row.name in self.replaced or bool(self.listed([row.name]))
+        if row.name in self.replaced or self.listed([row.name]):
+            return True
+        return row.needed and not (row.name in REFINERS_LACK and self.is_refiner)
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether it is as SDXL's refiner: with the second text encoder alone."""
+        index, second = self.index(), self.listed(["text_encoder_2"])
+        return bool(second) and index.get("text_encoder") == [None, None]
 
     def index(self) -> dict[str, Any]:
         """The content of `model_index.json`."""
@@ -174,9 +184,12 @@ class Checkpoint:
         return [name for name in components if (index.get(name) or [None])[0] is not None]
 
     def config(self, name: str) -> dict[str, Any]:
-        """A component's own config, with what the UNet's file says otherwise."""
+        """A component's own config, with what the UNet's file and the index say besides."""
         path = self._config_file(name)
         content = {**self._read_json(path), **self._flags_of_file()[1].get(name, {})}
+        has_index = (self.folder / "model_index.json").is_file()
+        if name == "unet" and has_index and self.index().get(AESTHETICS):
+            content[AESTHETICS] = True
         if misfit := config_misfit(name, content):
             raise BadInputFileError(
                 f"{path} cannot be used ({misfit}): restore it, or choose another checkpoint"

@@ -26,6 +26,9 @@ PIPELINES = {
     "StableDiffusionInpaintPipeline": SD,
     "StableDiffusionInstructPix2PixPipeline": SD,
 }
+# What SDXL's refiner has not, and the mark in its index that its UNet is told aesthetic scores.
+REFINERS_LACK = ("tokenizer", "text_encoder")
+AESTHETICS = "requires_aesthetics_score"
 # Modules that diffusers may import for a component; the last holds its own safety checker.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
@@ -52,6 +55,7 @@ class _UNetConfig(ComponentConfig):
     time_cond_proj_dim: Count | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: Count | None = None
+    requires_aesthetics_score: bool = False  # of the index
     projection_class_embeddings_input_dim: Count | None = None
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from common.declared import EMBEDDINGS
 from common.models.checkpoint import Checkpoint
-from common.models.component_table import COMPONENTS, component, loaded_for, text_encoders
+from common.models.component_table import COMPONENTS, component, text_encoders
 from common.models.lora import fuse_into_text_encoders, lora_settings
 from common.models.model_settings import LoraFile, TokenFile
 from common.models.textual_inversion import embedding_settings, teach
@@ -103,13 +103,18 @@ def has_two_encoders(pipeline: Any) -> bool:
 
 def room_of(pipeline: Any) -> int:
     """The tokens of one chunk between its start and its end token: 75."""
-    return int(pipeline.tokenizer.model_max_length) - 2
+    return int(first_tokenizer(pipeline).model_max_length) - 2
+
+
+def first_tokenizer(pipeline: Any) -> Any:
+    """The tokenizer of the first text encoder; SDXL's refiner has the second one's alone."""
+    return pipeline.tokenizer or pipeline.tokenizer_2
 
 
 def _without_others(pipeline_class: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a pipeline is told so that it does without all parts but the text's."""
     takes = inspect.signature(pipeline_class.__init__).parameters
-    own = loaded_for(EMBEDDINGS)
+    own = checkpoint.components_for(EMBEDDINGS)
     options: dict[str, Any] = {
         row.name: None for row in COMPONENTS if row.name in takes and row.name not in own
     }

@@ -198,7 +198,9 @@ def _extend(
 
 def _encoders(pipeline: Any) -> dict[str, tuple[Any, Any]]:
     """A pipeline's tokenizers and text encoders, by the encoders' names."""
-    encoders = {"text_encoder": (pipeline.tokenizer, pipeline.text_encoder)}
+    encoders = {}
+    if pipeline.text_encoder is not None:
+        encoders["text_encoder"] = (pipeline.tokenizer, pipeline.text_encoder)
     if getattr(pipeline, "text_encoder_2", None) is not None:
         encoders["text_encoder_2"] = (pipeline.tokenizer_2, pipeline.text_encoder_2)
     return encoders

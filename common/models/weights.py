@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import BadInputFileError, StageError, in_one_line, listed
 from common.messages import warn
 from common.models.checkpoint import Checkpoint, Source
-from common.models.component_table import component
+from common.models.component_table import AESTHETICS, component
 from common.models.lora import plan_fusion
 from common.models.model_settings import LoraFile
 from common.models.weight_files import Found, find_weights, read_weights
@@ -128,7 +128,7 @@ def make_without_weights(checkpoint: Checkpoint, name: str, dtype: "torch.dtype"
     import torch
 
     with torch.device("meta"), reading(checkpoint.source(name)):
-        config = checkpoint.config(name)
+        config = {k: v for k, v in checkpoint.config(name).items() if k != AESTHETICS}
         model = import_class(name, config.get("_class_name")).from_config(config)
     return model.to(dtype).eval().requires_grad_(False)
 

@@ -18,7 +18,7 @@ from common.errors import BadInputFileError, BadSettingError
 from common.files.picture_files import MOST_WEBP_PIXELS
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.models.model_settings import LoraSettings, ModelSettings
-from common.runs.inputs import refuse_odd_inputs, size_of_pictures, with_inputs
+from common.runs.inputs import refuse_odd_inputs, size_of_latents, size_of_pictures, with_inputs
 from common.runs.prompts_file import make_prompts, read_prompts_file
 from common.runs.setting_groups import ASKED, SHARED
 from common.sampling.sampling_settings import SamplingSettings, merge_settings
@@ -151,7 +151,8 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
     if not prompts:
         raise BadSettingError("no prompt: give --prompt, --prompts_file or a config with one")
     shared = settings.model_dump(include=set(_Shared.model_fields))
-    own = size_of_pictures(prompts, settings, size_factor) or (native_size, native_size)
+    begun = size_of_pictures(prompts, settings, size_factor)
+    own = begun or size_of_latents(settings, size_factor) or (native_size, native_size)
     size = {"height": settings.height or own[0], "width": settings.width or own[1]}
     config = validate(GenerationConfig, {"prompts": prompts, **size, **shared}, "flags")
     check_size(config, size_factor)

@@ -6,9 +6,10 @@ from common.errors import BadInputFileError, BadSettingError
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import latents_misfit
-from common.files.stage_table import DENOISE, LATENTS_FILE
+from common.files.stage_table import LATENTS_FILE
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
+from common.runs.inputs import enlarged_size, path_of_latents
 from common.runs.jobs import latent_shape
 
 
@@ -27,13 +28,7 @@ def find_init_latents(
     """
     if config.init_latents is None:
         return None
-    path = Path(config.init_latents)
-    path = path / LATENTS_FILE if path.is_dir() else path
-    if not path.exists():
-        raise BadInputFileError(
-            f"--init_latents {config.init_latents} is not there: name a run directory whose stage "
-            f"{DENOISE.number} is done, or its {LATENTS_FILE}"
-        )
+    path = path_of_latents(config.init_latents)
     if path.resolve() == (run_dir / LATENTS_FILE).resolve():
         raise BadSettingError(
             f"--init_latents {config.init_latents} is what this run writes: choose another "
@@ -44,11 +39,12 @@ def find_init_latents(
         raise BadInputFileError(f"--init_latents: {path} {misfit}: choose another file")
     count, *shape = found.tensors["latents"].shape
     images, wanted = len(config.image_seeds()), latent_shape(config, checkpoint)
-    if tuple(shape) != wanted:
-        height, width = (size * checkpoint.vae_scale_factor for size in shape[1:])
+    channels, *cells = shape
+    if (channels, *enlarged_size(cells, config.upscale)) != wanted:
+        height, width = (size * checkpoint.vae_scale_factor for size in cells)
         raise BadSettingError(
             f"--init_latents: {path} is of pictures of {width}×{height}, the run's are "
-            f"{config.width}×{config.height}: give --width {width} --height {height}"
+            f"{config.width}×{config.height}: give --width {width} --height {height}, or --upscale"
         )
     if count not in (1, images):
         raise BadSettingError(

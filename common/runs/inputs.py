@@ -1,11 +1,14 @@
 """Which picture and mask each prompt begins with, and the size that these ask for."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.conditions.prompt_settings import PromptSettings
-from common.errors import BadSettingError
+from common.errors import BadInputFileError, BadSettingError
+from common.files import artifacts
 from common.files.input_pictures import picture_size, pictures_in
+from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say
 
 if TYPE_CHECKING:
@@ -108,3 +111,39 @@ def refuse_odd_inputs(config: "GenerationConfig") -> None:
     for name in ("padding_mask_crop", "keep_unmasked"):
         if getattr(config, name) not in (None, False) and not config.inpaints:
             raise ValueError(f"{name} is for masks: give mask_image")
+
+
+def path_of_latents(place: str) -> Path:
+    """The file of a run directory, or the file itself. Raises `BadInputFileError`: not there."""
+    path = Path(place)
+    path = path / LATENTS_FILE if path.is_dir() else path
+    if not path.exists():
+        raise BadInputFileError(
+            f"--init_latents {place} is not there: name a run directory whose stage "
+            f"{DENOISE.number} is done, or its {LATENTS_FILE}"
+        )
+    return path
+
+
+def enlarged_size(cells: Sequence[int], upscale: float | None) -> tuple[int, ...]:
+    """Rows and columns of latent cells, so many times as many, rounded."""
+    return tuple(round(size * (upscale or 1)) for size in cells)
+
+
+def size_of_latents(settings: "RunSettings", size_factor: int) -> tuple[int, int] | None:
+    """The height and width of latents that are enlarged; None where none are.
+
+    Args:
+        size_factor: pixels per latent cell.
+
+    Raises:
+        BadInputFileError: the latents are not there, or are none.
+    """
+    if settings.upscale is None or settings.init_latents is None:
+        return None
+    path = path_of_latents(settings.init_latents)
+    layout = artifacts.inspect(path, verify=False).tensors.get("latents")
+    if layout is None or len(layout.shape) != 4:
+        raise BadInputFileError(f"--init_latents: {path} holds no latents: choose another file")
+    height, width = enlarged_size(layout.shape[2:], settings.upscale)
+    return height * size_factor, width * size_factor

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.conditions.edited_picture import EditSettings
 from common.conditions.guidance_scale import is_told_guidance
-from common.conditions.sizes import has_own_negative
+from common.conditions.sizes import SizeSettings, has_own_negative, is_told_scores
 from common.conditions.table import conditions_of
 from common.errors import BadSettingError
 from common.messages import say, warn
@@ -132,7 +132,8 @@ def beginning_of(
     if begin is None:
         return FromNoise()
     if not config.has_pictures:
-        return FromLatents(begin["latents"].float().expand(len(prompt_of), -1, -1, -1))
+        latents = enlarged(begin["latents"].float(), cells_of(config, checkpoint))
+        return FromLatents(latents.expand(len(prompt_of), -1, -1, -1))
     pictures = len(begin["image_latents_mean"])
     rows = prompt_of if pictures > 1 else [0] * len(prompt_of)
     vae = checkpoint.config("vae")
@@ -143,6 +144,15 @@ def beginning_of(
     if not config.inpaints:
         return FromPictures(begin, rows, vae)
     return FromMaskedPictures(begin, rows, vae, by_channels=checkpoint.inpaints_by_channels)
+
+
+def enlarged(latents: "torch.Tensor", cells: tuple[int, int]) -> "torch.Tensor":
+    """Latents [B, C, h, w] with so many rows and columns of cells, bilinear as in web UIs."""
+    import torch
+
+    if tuple(latents.shape[2:]) == cells:
+        return latents
+    return torch.nn.functional.interpolate(latents, size=cells, mode="bilinear")
 
 
 def refuse_unfit_inputs(config: GenerationConfig, checkpoint: Checkpoint) -> None:
@@ -179,6 +189,12 @@ def warn_of_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
     is_sdxl = checkpoint.pipeline_class == SDXL
     if is_sdxl and checkpoint.inpaints_by_channels and strength_of(config, checkpoint) == 1.0:
         warn("--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99")
+    default_scores = all(
+        getattr(config, name) == SizeSettings.model_fields[name].default
+        for name in ("aesthetic_score", "negative_aesthetic_score")
+    )
+    if not default_scores and not is_told_scores(checkpoint.config("unet")):
+        warn("--aesthetic_score has no effect: this UNet is told none, as SDXL's refiner is")
     default = EditSettings.model_fields["image_guidance_scale"].default
     if config.image_guidance_scale != default and not checkpoint.edits_pictures:
         warn("--image_guidance_scale has no effect: this UNet edits no pictures by instruction")

@@ -63,6 +63,16 @@ class SamplingSettings(Settings):
         recorded=False,
         shown="",
     )
+    upscale: float | None = setting(  # for a second pass, the "hires fix"
+        None,
+        "Enlarge them so many times.",
+        metavar="X",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        shown="",
+        gt=1,
+        le=8,
+    )
     strength: float | None = setting(  # None: as diffusers' pipelines, see `strength_of`
         None,
         "Noise on it, 0 to 1.",
@@ -215,6 +225,13 @@ class SamplingSettings(Settings):
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Self:
+        if self.upscale is not None and self.init_latents is None:
+            raise ValueError("upscale is for latents to begin with: give init_latents")
+        if self.upscale is not None and self.denoising_start is not None:
+            raise ValueError(
+                "denoising_start goes on with the noise that latents have, which upscale spoils: "
+                "give strength in its place"
+            )
         if self.denoising_start is not None and self.init_latents is None:
             raise ValueError(
                 "denoising_start goes on from latents with noise in them: give init_latents"

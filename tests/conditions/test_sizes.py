@@ -61,7 +61,7 @@ def test_sizes_are_those_of_diffusers_pipeline(pipeline: Any, settings: dict[str
     images = ImagesOfGroup(embeddings=embeddings, dtype=torch.bfloat16)
     predictions = ((UNCONDITIONAL, "negative_"), (CONDITIONAL, ""))
     for (prediction, sign), expected in zip(predictions, by_diffusers, strict=True):
-        assert time_ids(config)[f"{sign}time_ids"] == expected
+        assert time_ids(config, {})[f"{sign}time_ids"] == expected
         prepared = condition.prepare(images, prediction)
         assert prepared["time_ids"].tolist() == [expected, expected]
         assert prepared["time_ids"].dtype == torch.float32  # bfloat16 would round 1001 to 1000
@@ -71,7 +71,7 @@ def test_sizes_are_those_of_diffusers_pipeline(pipeline: Any, settings: dict[str
         condition.tell({**prepared, "prompt_embeds": None}, call)
         assert list(call) == ["added_cond_kwargs"]
         assert set(call["added_cond_kwargs"]) == {"text_embeds", "time_ids"}
-    assert recorded_sizes(config, SDXL, "sdxl") == time_ids(config)
+    assert recorded_sizes(config, SDXL, "sdxl") == time_ids(config, {})
 
 
 def test_other_unets_take_no_sizes() -> None:

@@ -147,6 +147,9 @@ GENERATION: dict[str, list[Case]] = {
         case((8, 0), LATENTS, "negative_time_ids", **NEGATIVE_SIZES),
         case((8, 0), NOTHING),
     ],
+    # Only refiners are told them.
+    "aesthetic_score": [case(7.0, NOTHING)],
+    "negative_aesthetic_score": [case(1.0, NOTHING)],
     "num_inference_steps": [case(26, LATENTS)],
     "timesteps": [case((999, 400), LATENTS, of=(999, 500), **BY_TIMESTEPS)],
     "sigmas": [case((14.0, 0.5, 0.0), LATENTS, of=(14.0, 1.0, 0.0), **BY_TIMESTEPS)],
@@ -160,6 +163,9 @@ GENERATION: dict[str, list[Case]] = {
     "strength": [
         case(0.5, LATENTS, init_latents="latents.safetensors"),
         case(0.5, LATENTS, prompts=[BEGINS]),
+    ],
+    "upscale": [
+        case(1.5, LATENTS, init_latents="latents.safetensors", height=192, width=192, of=1.49),
     ],
     "resize_mode": [case("crop", BEGUN, prompts=[BEGINS])],
     "padding_mask_crop": [case(8, BEGUN, prompts=[MASKED])],
