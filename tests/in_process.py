@@ -1,5 +1,6 @@
 """The three stages' computing in one process, beside diffusers' pipeline as the reference."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,9 @@ def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, n
         for name in ("prompt_2", "negative_prompt_2"):
             values = [getattr(prompt, name) for prompt in config.prompts]
             prompt_options[name] = None if values[0] is None else values
-        prompt_options |= {name: getattr(config, name) for name in SizeSettings.model_fields}
+        taken = inspect.signature(pipeline.__call__).parameters  # a base is told no scores
+        sizes = [name for name in SizeSettings.model_fields if name in taken]
+        prompt_options |= {name: getattr(config, name) for name in sizes}
     captured: dict[str, torch.Tensor] = {}
 
     def keep_latents(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
