@@ -72,7 +72,9 @@ def encode(
     backend: Backend,
 ) -> None:
     """The part of the story that takes time."""
-    from common.vae.encoding import encode_parts, measure
+    import numpy as np
+
+    from common.vae.encoding import encode_groups, measure, split_by_parts
     from common.vae.laid_pictures import lay
     from common.vae.loading import VaeToLoad, open_encoder
 
@@ -85,21 +87,19 @@ def encode(
         factor=checkpoint.vae_scale_factor,
     )
     parts = laid.to_encode()  # each [I, 3, H, W]
-    count = sum(map(len, parts.values()))
+    pictures = np.concatenate([*parts.values()])  # encoded as one
 
     # 5. Encode, group by group; a stopped run goes on from what it kept
-    upcast = bool(checkpoint.config("vae").get("force_upcast", True))  # True is diffusers' default
-    dtype = backend.choose_dtype(config.vae_dtype, force_float32=upcast)
+    dtype = backend.choose_dtype(config.vae_dtype, force_float32=checkpoint.upcasts_vae)
     vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
-    shape = (count, *laid.pictures.shape[1:])
-    encoder = open_encoder(run.kept, backend.name, vae, shape, run.options, run.report)
+    encoder = open_encoder(run.kept, backend.name, vae, pictures.shape, run.options, run.report)
     recipe = image_latents_recipe(config, checkpoint, inputs, dtype)
     devices = encoder.runner.facts()
     run.keep_progress(recipe, devices)
-    several = count > encoder.runner.group_size(count, run.options)
+    several = len(pictures) > encoder.runner.group_size(len(pictures), run.options)
     with run.finishing_first(keeps=several and run.progress is not None) as stop:
-        encoded = encode_parts(encoder, parts, run.options, progress=run.progress, stop=stop)
-    profile = measure(encoder, parts, run.options, run.profile_folder)
+        found = encode_groups(encoder, pictures, run.options, progress=run.progress, stop=stop)
+    profile = measure(encoder, pictures, run.options, run.profile_folder)
     if not backend.is_first_process:
         say("  the first process writes")
         return
@@ -107,6 +107,7 @@ def encode(
     # 6. Write
     path = run.run_dir / IMAGE_LATENTS_FILE
     with run.report.part("writing"):
+        encoded = split_by_parts(found, {name: len(part) for name, part in parts.items()})
         tensors = image_tensors(laid, inputs, encoded, checkpoint.vae_scale_factor)
         names = {"images": inputs.names, "mask_images": inputs.mask_names}
         provenance = {**config.model_settings(), **names, "overrides": run.overrides}

@@ -93,8 +93,7 @@ def decode(
     # 4. Decode, group by group; a stopped run goes on from what it kept
     latents, trajectory, begun = inputs
     tensor = run.load_input(latents)["latents"].float().numpy()  # [B, C, h, w]
-    upcast = bool(checkpoint.config("vae").get("force_upcast", True))  # True is diffusers' default
-    dtype = backend.choose_dtype(config.vae_dtype, force_float32=upcast)
+    dtype = backend.choose_dtype(config.vae_dtype, force_float32=checkpoint.upcasts_vae)
     vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
     decoder = open_decoder(run.kept, backend.name, vae, tensor.shape, run.options, run.report)
     recipe = pictures_recipe(config, checkpoint, latents, dtype, begun)

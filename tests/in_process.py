@@ -1,7 +1,8 @@
 """The three stages' computing in one process, beside diffusers' pipeline as the reference."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from common.sampling.loading import UNetToLoad, open_denoiser
 from common.sampling.schedulers import scheduler_choice
 from common.stopping import StopRequest
 from common.vae.decoding import decode_groups
-from common.vae.encoding import encode_parts
+from common.vae.encoding import encode_groups, split_by_parts
 from common.vae.laid_pictures import lay
 from common.vae.loading import VaeToLoad, open_decoder, open_encoder
 from tests.configs import make_config
@@ -80,9 +81,12 @@ class Ours:
             factor=factor,
         )
         vae, parts = self.vae(), laid.to_encode()
-        shape = (sum(map(len, parts.values())), *laid.pictures.shape[1:])
-        encoder = open_encoder(self.kept, self.backend, vae, shape, self.options, self.report)
-        encoded = encode_parts(encoder, parts, self.options)
+        pictures = np.concatenate([*parts.values()])
+        encoder = open_encoder(
+            self.kept, self.backend, vae, pictures.shape, self.options, self.report
+        )
+        found = encode_groups(encoder, pictures, self.options)
+        encoded = split_by_parts(found, {name: len(part) for name, part in parts.items()})
         return image_tensors(laid, inputs, encoded, factor)
 
     def vae(self) -> VaeToLoad:
@@ -134,14 +138,30 @@ def load_pipeline(model: str | Path) -> Any:
     return pipeline
 
 
-def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Settings by a pipeline whose scheduler is the checkpoint's own. Returns as `run_ours`."""
-    own, seeds = pipeline.scheduler, config.image_seeds()
+@contextmanager
+def scheduled(pipeline: Any, config: GenerationConfig) -> Iterator[None]:
+    """A pipeline with the scheduler that settings ask for, in place of the checkpoint's own."""
+    own = pipeline.scheduler
     class_name, options = scheduler_choice(
         config.scheduler, config.scheduler_options, type(own).__name__
     )
     if class_name == "DPMSolverSDEScheduler":
-        options["noise_sampler_seed"] = seeds
+        options["noise_sampler_seed"] = config.image_seeds()
+    if config.scheduler is not None or options:
+        pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+def generators_of(config: GenerationConfig) -> list[torch.Generator]:
+    """Each image's own."""
+    return [torch.Generator().manual_seed(seed) for seed in config.image_seeds()]
+
+
+def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Settings by a pipeline whose scheduler is the checkpoint's own. Returns as `run_ours`."""
     negatives = [prompt.negative_prompt for prompt in config.prompts]
     names = ("num_inference_steps", "timesteps", "sigmas")
     steps = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -159,9 +179,7 @@ def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, n
         captured["latents"] = values["latents"]
         return values
 
-    try:
-        if config.scheduler is not None or options:
-            pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
+    with scheduled(pipeline, config):
         images = pipeline(
             prompt=[prompt.prompt for prompt in config.prompts],
             negative_prompt=None if negatives[0] is None else negatives,
@@ -173,12 +191,10 @@ def run_pipeline(pipeline: Any, config: GenerationConfig) -> tuple[np.ndarray, n
             guidance_rescale=config.guidance_rescale,
             eta=config.eta,
             num_images_per_prompt=config.num_images_per_prompt,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=generators_of(config),
             callback_on_step_end=keep_latents,
             output_type="pil",
         ).images
-    finally:
-        pipeline.scheduler = own
     return captured["latents"].numpy(), np.stack([np.asarray(image) for image in images])
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from common.conditions.base import CHANNELS_BESIDE, UNCONDITIONAL, Condition, ImagesOfGroup
 from common.declared import INPUT, LATENTS, Settings, setting
+from common.models.component_table import edits_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,3 @@ class EditedPicture(Condition):
 
     def tell(self, tensors: Mapping[str, Any], call: dict[str, Any]) -> None:
         """The sample has them, not the call."""
-
-
-def edits_pictures(unet_config: Mapping[str, Any]) -> bool:
-    """Whether a UNet is shown a picture beside its latents, as InstructPix2Pix's are."""
-    takes, gives = (int(unet_config.get(name, 4)) for name in ("in_channels", "out_channels"))
-    return takes == 2 * gives

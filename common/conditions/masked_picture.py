@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from common.conditions.base import CHANNELS_BESIDE, Condition, ImagesOfGroup
+from common.models.component_table import is_shown_masks
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +17,7 @@ class MaskedPicture(Condition):
 
     @classmethod
     def of(cls, config: Any, unet_config: Mapping[str, Any]) -> Self | None:
-        takes, gives = (int(unet_config.get(name, 4)) for name in ("in_channels", "out_channels"))
-        return cls() if takes == 2 * gives + 1 else None
+        return cls() if is_shown_masks(unet_config) else None
 
     def prepare(self, images: ImagesOfGroup, prediction: str) -> "dict[str, torch.Tensor]":
         """[B, 1 + C, h, w], the same for all predictions."""

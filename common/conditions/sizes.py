@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from common.conditions.base import CONDITIONAL, Condition, ImagesOfGroup
 from common.declared import IMAGE_LATENTS, LATENTS, SAMPLING, SIZES, Settings, setting
 from common.errors import BadSettingError
+from common.models.component_table import AESTHETICS
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +179,7 @@ def takes_sizes(unet_config: Mapping[str, Any]) -> bool:
 
 def is_told_scores(unet_config: Mapping[str, Any]) -> bool:
     """Whether a UNet is told aesthetic scores, as SDXL's refiner is."""
-    return bool(unet_config.get("requires_aesthetics_score"))
+    return bool(unet_config.get(AESTHETICS))
 
 
 def recorded_sizes(

@@ -20,6 +20,7 @@ from common.messages import warn
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+WHITE_FROM = 128  # of 255, diffusers' 0.5: what of a mask is made anew
 MOST_INPUT_PIXELS = 100_000_000  # of a picture: some GB while it is converted
 ORIENTATION = 0x0112  # EXIF's tag; values from 5 on turn a picture by a quarter
 _QUARTER_TURNS = range(5, 9)

@@ -14,6 +14,7 @@ from common.files.stage_table import (
 )
 
 FLOATING_POINT = ("F64", "F32", "F16", "BF16")
+WITH_MASK, WITH_CROP = "a mask", "`--padding_mask_crop`"  # of runs that have some tensors
 TOKENS = 77  # of one chunk of a prompt
 
 Known = Mapping[str, int]  # sizes by the letters of dimensions; others may have any size
@@ -142,7 +143,7 @@ TENSORS: tuple[TensorRow, ...] = (
             shape=shape,
             dtypes=dtypes,
             read_by=read_by,
-            with_setting="a mask",
+            with_setting=WITH_MASK,
         )
         for name, shape, dtypes, read_by in (
             (
@@ -173,7 +174,7 @@ TENSORS: tuple[TensorRow, ...] = (
             shape=shape,
             dtypes=dtypes,
             read_by=f"{DECODE.name}: what is pasted into what",
-            with_setting="`--padding_mask_crop`",
+            with_setting=WITH_CROP,
         )
         for name, shape, dtypes in (
             ("crops", ("I", "4"), ("I64",)),

@@ -20,10 +20,13 @@ from common.models.component_table import (
     PIPELINES,
     REFINERS_LACK,
     Component,
+    channels_of,
     component,
     config_files,
     config_misfit,
+    edits_pictures,
     index_misfit,
+    is_shown_masks,
     loaded_for,
 )
 from common.models.file_flags import Configs, configs_in_file
@@ -137,20 +140,22 @@ class Checkpoint:
     @property
     def unet_channels(self) -> tuple[int, int]:
         """The channels that the UNet takes, and those of the latents that it predicts."""
-        config = self.config("unet")
-        return int(config["in_channels"]), int(config.get("out_channels", 4))
+        return channels_of(self.config("unet"))
 
     @property
     def inpaints_by_channels(self) -> bool:
         """Whether the UNet is shown the mask and the masked picture beside its latents."""
-        takes, gives = self.unet_channels
-        return takes == 2 * gives + 1
+        return is_shown_masks(self.config("unet"))
 
     @property
     def edits_pictures(self) -> bool:
         """Whether the UNet is shown a picture to edit by instruction."""
-        takes, gives = self.unet_channels
-        return takes == 2 * gives
+        return edits_pictures(self.config("unet"))
+
+    @property
+    def upcasts_vae(self) -> bool:
+        """Whether the VAE asks for float32."""
+        return bool(self.config("vae").get("force_upcast", True))  # diffusers' default
 
     def components_for(self, artifact: str) -> list[str]:
         """Those of the components that its stage reads to make an artifact, in their order."""

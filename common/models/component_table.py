@@ -249,6 +249,27 @@ def replaceable() -> list[Component]:
     return [row for row in COMPONENTS if row.replaceable]
 
 
+# --- what a UNet is shown beside its latents -----------------------------------------------------
+
+
+def channels_of(unet: Mapping[str, Any]) -> tuple[int, int]:
+    """The channels that a UNet takes, and those of the latents that it predicts, by its config."""
+    takes, gives = (int(unet.get(name, 4)) for name in ("in_channels", "out_channels"))
+    return takes, gives
+
+
+def is_shown_masks(unet: Mapping[str, Any]) -> bool:
+    """Whether it is shown a mask and a masked picture, as UNets for inpainting are."""
+    takes, gives = channels_of(unet)
+    return takes == 2 * gives + 1
+
+
+def edits_pictures(unet: Mapping[str, Any]) -> bool:
+    """Whether it is shown a picture, as InstructPix2Pix's UNets are."""
+    takes, gives = channels_of(unet)
+    return takes == 2 * gives
+
+
 # --- checks --------------------------------------------------------------------------------------
 
 

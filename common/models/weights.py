@@ -65,13 +65,16 @@ def find_all_weights(checkpoint: Checkpoint, name: str, module: Any) -> Found:
     Raises:
         BadInputFileError: a file cannot be used, or lacks some of them.
     """
-    source = checkpoint.source(name)
-    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = find_weights(name, checkpoint.files_read(name), shapes, checkpoint.config(name))
+    source, found = checkpoint.source(name), _find(checkpoint, name, module)
     _refuse_missing_from(source, name, found)
     if found.unused:
         warn(f"{source.file or source.folder}: not used: {listed(found.unused)}")
     return found
+
+
+def _find(checkpoint: Checkpoint, name: str, module: Any) -> Found:
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    return find_weights(name, checkpoint.files_read(name), shapes, checkpoint.config(name))
 
 
 def _refuse_missing_from(source: Source, name: str, found: Found) -> None:
@@ -90,11 +93,12 @@ def refuse_decoder_alone(checkpoint: Checkpoint) -> None:
     """Raise `BadInputFileError` where a checkpoint's VAE cannot encode."""
     import torch
 
-    source = checkpoint.source("vae")
-    found = find_all_weights(
-        checkpoint, "vae", make_without_weights(checkpoint, "vae", torch.float32)
+    source, module = (
+        checkpoint.source("vae"),
+        make_without_weights(checkpoint, "vae", torch.float32),
     )
-    if not _encodes(found):
+    # What else is wrong is said when the weights are loaded.
+    if not _encodes(_find(checkpoint, "vae", module)):
         raise BadInputFileError(
             f"{source.file or source.folder} is a VAE's decoder alone, and pictures are to be "
             f"encoded: choose another than {source.said}"

@@ -10,9 +10,16 @@ from common.errors import BadInputFileError, StageError
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import image_latents_misfit
-from common.files.input_pictures import hash_picture, read_mask, read_picture, with_borders
+from common.files.input_pictures import (
+    WHITE_FROM,
+    hash_picture,
+    read_mask,
+    read_picture,
+    with_borders,
+)
 from common.files.recipe import Recipe
 from common.files.stage_table import ENCODE_PICTURES, IMAGE_LATENTS_FILE
+from common.files.tensor_rows import WITH_CROP, WITH_MASK
 from common.messages import say
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
     from common.vae.encoder import Posterior
     from common.vae.laid_pictures import Inputs, Laid
 
-WHITE_FROM, SOFT = 128, range(16, 240)  # of 255: what is made anew, and what is neither
+SOFT = range(16, 240)  # of 255: what of a mask is neither black nor white
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +159,8 @@ def find_image_latents(
     if not config.has_pictures:
         return None
     found = artifacts.inspect(folder / IMAGE_LATENTS_FILE, verify=verify)
-    settings = ["a mask"] if config.inpaints else []
-    settings += ["`--padding_mask_crop`"] if config.padding_mask_crop is not None else []
+    settings = [WITH_MASK] if config.inpaints else []
+    settings += [WITH_CROP] if config.padding_mask_crop is not None else []
     misfit = image_latents_misfit(
         found.tensors,
         checkpoint.config("vae"),
@@ -172,13 +179,13 @@ def _pictures_misfit(found: Artifact, config: GenerationConfig) -> str | None:
         return None
     if found.header.recipe.stage != ENCODE_PICTURES.number:
         return f"says that stage {found.header.recipe.stage} made it"
-    for name, wanted in zip(("images", "mask_images"), input_names(config), strict=True):
-        made = found.header.provenance.get(name)
-        if made != wanted and not _have_pixels_of(found.header.recipe, config):
-            return (
-                f"was made of other {name} ({str(made)[:60]}) than the run's ({str(wanted)[:60]})"
-            )
-    return None
+    names = dict(zip(("images", "mask_images"), input_names(config), strict=True))
+    made = {name: found.header.provenance.get(name) for name in names}
+    other = next((name for name in names if made[name] != names[name]), None)
+    if other is None or _have_pixels_of(found.header.recipe, config):
+        return None
+    was, wanted = (str(each[other])[:60] for each in (made, names))
+    return f"was made of other {other} ({was}) than the run's ({wanted})"
 
 
 def _have_pixels_of(made: Recipe, config: GenerationConfig) -> bool:

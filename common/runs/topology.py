@@ -38,6 +38,7 @@ from common.runs.jobs import denoising_job, make_sampler
 
 if TYPE_CHECKING:
     from common.compute.devices import Devices
+    from common.vae.runner import Program
 
 COMPILED_BY = ("backend", "mesh", "batch_size", "steps_per_call", "operations")  # options
 
@@ -105,71 +106,56 @@ def estimate_denoising(given: Given) -> None:
 
 def estimate_decoding(given: Given) -> None:
     """Compile the decoding program for a TPU that is not there, and print what it would cost."""
-    target = _prepare(given)
-    config, checkpoint, options = target.config, target.checkpoint, target.options
-    from common.vae.loading import VaeToLoad, images_to_decode, load_jax_runner, make_tiles
-
-    vae_config, factor = checkpoint.config("vae"), checkpoint.vae_scale_factor
-    dtype = vae_dtype(config, checkpoint)
-    count, height, width = pictures_shape(given.flags.pictures_shape, config, factor)
-    shape = (count, vae_config["latent_channels"], height // factor, width // factor)
-    vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
-    tiles = make_tiles(vae, shape)
-    images = images_to_decode(shape, tiles)
-    runner = load_jax_runner(vae, images, options, StageReport(3), target.devices, {})
-    size = group_size(count, options.batch_size, runner.devices_of_images)
-    decoded, what = (size, *shape[1:]), f"{width}×{height}"
-    if tiles is not None:
-        tile = [min(tiles.size, extent) for extent in shape[2:]]
-        decoded, what = (*decoded[:2], *tile), f"the largest tile of {what}"
-    title = f"decoding {config.model_id}, {what}, {dtype}"
-    compile_and_say(
-        lambda: runner.lower("decode_whole" if tiles is None else "decode_tile", decoded),
-        target.estimate_of(runner.mesh, title, images=size, steps=0),
-        hlo_file=given.flags.save_hlo,
-        json_file=given.flags.json_file,
-    )
+    _estimate_vae(given, decodes=True)
 
 
 def estimate_encoding(given: Given) -> None:
     """Compile the encoding program for a TPU that is not there, and print what it would cost."""
+    _estimate_vae(given, decodes=False)
+
+
+def _estimate_vae(given: Given, *, decodes: bool) -> None:
     target = _prepare(given)
     config, checkpoint, options = target.config, target.checkpoint, target.options
     from common.vae.loading import (
         VaeToLoad,
+        images_to_decode,
         images_to_encode,
         latents_of_pictures,
         load_jax_runner,
         make_tiles,
     )
 
-    dtype = vae_dtype(config, checkpoint)
+    dtype = config.vae_dtype
+    if dtype == "auto":
+        dtype = "float32" if checkpoint.upcasts_vae else "bfloat16"
     factor = checkpoint.vae_scale_factor
     count, height, width = pictures_shape(given.flags.pictures_shape, config, factor)
-    shape: tuple[int, ...] = (count, 3, height, width)
+    pictures = (count, 3, height, width)
+    latents = latents_of_pictures(pictures, checkpoint)
     vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
-    tiles = make_tiles(vae, latents_of_pictures(shape, checkpoint))
-    images = images_to_encode(shape, tiles, checkpoint)
-    runner = load_jax_runner(vae, images, options, StageReport(0), target.devices, {})
+    tiles = make_tiles(vae, latents)
+    if decodes:
+        shape, images = latents, images_to_decode(latents, tiles)
+    else:
+        shape, images = pictures, images_to_encode(pictures, tiles, checkpoint)
+    report = StageReport(given.stage.number)
+    runner = load_jax_runner(vae, images, options, report, target.devices, {})
     size = group_size(count, options.batch_size, runner.devices_of_images)
-    encoded, what = (size, *shape[1:]), f"{width}×{height}"
+    computed, what = (size, *shape[1:]), f"{width}×{height}"
+    program: Program = "decode_whole" if decodes else "encode_whole"
     if tiles is not None:
-        tile = [min(tiles.sample_size, extent) for extent in shape[2:]]
-        encoded, what = (*encoded[:2], *tile), f"the largest tile of {what}"
-    title = f"encoding {config.model_id}, {what}, {dtype}"
+        largest = tiles.size if decodes else tiles.sample_size
+        tile = [min(largest, extent) for extent in shape[2:]]
+        computed, what = (*computed[:2], *tile), f"the largest tile of {what}"
+        program = "decode_tile" if decodes else "encode_tile"
+    title = f"{'decoding' if decodes else 'encoding'} {config.model_id}, {what}, {dtype}"
     compile_and_say(
-        lambda: runner.lower("encode_whole" if tiles is None else "encode_tile", encoded),
+        lambda: runner.lower(program, computed),
         target.estimate_of(runner.mesh, title, images=size, steps=0),
         hlo_file=given.flags.save_hlo,
         json_file=given.flags.json_file,
     )
-
-
-def vae_dtype(config: GenerationConfig, checkpoint: Checkpoint) -> str:
-    """The dtype that a VAE computes in on a TPU."""
-    if config.vae_dtype != "auto":
-        return config.vae_dtype
-    return "float32" if checkpoint.config("vae").get("force_upcast", True) else "bfloat16"
 
 
 def _prepare(given: Given) -> _Target:

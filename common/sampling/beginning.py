@@ -14,6 +14,7 @@ import torch
 
 from common.sampling.sampler import Sampler
 from common.vae.latent_scale import scale_latents
+from common.vae.vae_settings import has_posterior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,40 +37,35 @@ class First:
         return cls(**tensors)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An image of a run, as far as it draws what it begins with."""
+
+    index: int
+    generator: torch.Generator  # its own, which draws here first
+    sampler: Sampler  # restarted, and to be restarted after it has drawn
+    shape: tuple[int, int, int]  # of its latents, [C, h, w]
+
+    def noise(self) -> torch.Tensor:
+        """What its generator draws next, [1, C, h, w]."""
+        return torch.randn((1, *self.shape), generator=self.generator)
+
+
 class Beginning(ABC):
     """What the images of a run begin with."""
 
     masks: torch.Tensor | None = None  # [B, 1, h, w] float32: 1 is made anew, 0 stays
 
     @abstractmethod
-    def draw(
-        self,
-        index: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-        shape: tuple[int, int, int],
-    ) -> First:
-        """One image before its first step; the sampler is to be restarted after that.
-
-        Args:
-            index: of the image.
-            generator: its own, which draws here first.
-            shape: of its latents, [C, h, w].
-        """
+    def draw(self, image: Image) -> First:
+        """An image before its first step."""
 
 
 class FromNoise(Beginning):
     """Images of a text alone."""
 
-    def draw(
-        self,
-        index: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-        shape: tuple[int, int, int],
-    ) -> First:
-        noise = torch.randn((1, *shape), generator=generator)
-        return First(latents=noise * sampler.initial_noise_scale)
+    def draw(self, image: Image) -> First:
+        return First(latents=image.noise() * image.sampler.initial_noise_scale)
 
 
 class FromLatents(Beginning):
@@ -79,18 +75,11 @@ class FromLatents(Beginning):
         """`latents` are [B, C, h, w] float32."""
         self.latents = latents
 
-    def draw(
-        self,
-        index: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-        shape: tuple[int, int, int],
-    ) -> First:
-        given = self.latents[index : index + 1]
-        if not sampler.step_range.adds_noise:
+    def draw(self, image: Image) -> First:
+        given = self.latents[image.index : image.index + 1]
+        if not image.sampler.step_range.adds_noise:
             return First(latents=given)
-        noise = torch.randn((1, *shape), generator=generator)
-        return First(latents=sampler.add_noise(given, noise))
+        return First(latents=image.sampler.add_noise(given, image.noise()))
 
 
 class FromPictures(Beginning):
@@ -110,26 +99,21 @@ class FromPictures(Beginning):
         """
         self.tensors, self.rows, self.vae = tensors, rows, vae
         # A VAE that gives latents alone draws nothing.
-        self.draws = vae.get("_class_name") != "AutoencoderTiny"
+        self.draws = has_posterior(vae)
 
-    def draw(
-        self,
-        index: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-        shape: tuple[int, int, int],
-    ) -> First:
-        original = self._sample("image_latents", index, generator)
-        noise = torch.randn((1, *shape), generator=generator)
-        return First(latents=sampler.add_noise(original, noise), original=original, noise=noise)
+    def draw(self, image: Image) -> First:
+        original = self._sample("image_latents", image)
+        noise = image.noise()
+        return First(
+            latents=image.sampler.add_noise(original, noise), original=original, noise=noise
+        )
 
-    def _sample(self, name: str, index: int, generator: torch.Generator) -> torch.Tensor:
+    def _sample(self, name: str, image: Image) -> torch.Tensor:
         """A sample of a posterior, as the UNet takes it, [1, C, h, w]."""
-        row = slice(self.rows[index], self.rows[index] + 1)
+        row = slice(self.rows[image.index], self.rows[image.index] + 1)
         sample = self.tensors[f"{name}_mean"][row].float()
         if self.draws:
-            noise = torch.randn(sample.shape, generator=generator)
-            sample = sample + self.tensors[f"{name}_std"][row].float() * noise
+            sample = sample + self.tensors[f"{name}_std"][row].float() * image.noise()
         return torch.from_numpy(scale_latents(np.asarray(sample.numpy()), self.vae))
 
 
@@ -153,26 +137,19 @@ class FromMaskedPictures(FromPictures):
         self.by_channels = by_channels
         self.masks = tensors["latent_masks"].float()[list(rows)]
 
-    def draw(
-        self,
-        index: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-        shape: tuple[int, int, int],
-    ) -> First:
+    def draw(self, image: Image) -> First:
         # As in diffusers: such an image begins with noise alone.
-        from_noise = sampler.step_range.strength == 1.0
+        from_noise = image.sampler.step_range.strength == 1.0
         original = None
         if not (from_noise and self.by_channels):
-            original = self._sample("image_latents", index, generator)
-        noise = torch.randn((1, *shape), generator=generator)
+            original = self._sample("image_latents", image)
+        noise = image.noise()
         if from_noise or original is None:
-            sampler.restart()
-            latents = noise * sampler.initial_noise_scale
+            latents = noise * image.sampler.initial_noise_scale
         else:
-            latents = sampler.add_noise(original, noise)
+            latents = image.sampler.add_noise(original, noise)
         # Drawn for four channels as well, which are not shown it.
-        masked = self._sample("masked_image_latents", index, generator)
+        masked = self._sample("masked_image_latents", image)
         return First(latents=latents, original=original, noise=noise, masked=masked)
 
 
@@ -188,13 +165,6 @@ class FromEditedPictures(FromNoise):
         """
         self.means, self.rows, self.scale = means, rows, scale
 
-    def draw(
-        self,
-        index: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-        shape: tuple[int, int, int],
-    ) -> First:
-        first = super().draw(index, sampler, generator, shape)
-        row = self.rows[index]
+    def draw(self, image: Image) -> First:
+        first, row = super().draw(image), self.rows[image.index]
         return replace(first, edited=self.means[row : row + 1].float() * self.scale)

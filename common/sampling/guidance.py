@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from common.conditions.base import CONDITIONAL, PICTURE, UNCONDITIONAL
-from common.conditions.edited_picture import edits_pictures
 from common.conditions.guidance_scale import is_told_guidance
+from common.models.component_table import edits_pictures
 from common.sampling.sampling_settings import SamplingSettings
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.sampling.beginning import Beginning, First
+from common.sampling.beginning import Beginning, First, Image
 from common.sampling.sampler import Sampler
 from common.sampling.scheduler_tables import SchedulerTables
 
@@ -36,7 +36,7 @@ def draw_first(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     sampler.restart()
     each = [
-        begin.draw(index, sampler, generator, shape)
+        begin.draw(Image(index=index, generator=generator, sampler=sampler, shape=shape))
         for index, generator in zip(chosen, generators, strict=True)
     ]
     return Drawn(first=First.of(each), generators=generators)

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.compute.groups import groups
 from common.compute.options import RunOptions
-from common.errors import NotFiniteError
 from common.files.kept_progress import Progress
 from common.messages import progress_bar
 from common.stopping import StopRequest
@@ -39,46 +37,26 @@ def decode_groups(
         NotFiniteError: the VAE gave infinities or not-a-numbers.
         StoppedError: a stop was asked for; what is done is kept.
     """
-    import torch
-
     runner = decoder.runner
-    size = runner.group_size(len(latents), options)
-    decoded = []
-    with progress_bar(len(latents), "decode", "image", hidden=not bar) as shown:
-        for number, (chosen, real) in enumerate(groups(len(latents), size)):
-            finished = progress.read_group(number) if progress is not None else None
-            if finished is not None:
-                decoded.append(finished["images"].numpy())
-                shown.update(real)
-                continue
-            pixels, finite = decoder.decode(latents[chosen], warm_up=options.warmup)
-            if not finite:
-                dtype = str(runner.dtype).removeprefix("torch.")
-                raise NotFiniteError(
-                    f"the VAE in {dtype} gave values that are not finite, so no picture "
-                    "was written: use --vae_dtype float32"
-                )
-            decoded.append(pixels[:real])
-            shown.update(real)
-            if progress is not None and len(latents) > size:
-                progress.save_group(number, {"images": torch.from_numpy(pixels[:real].copy())})
-            if stop is not None and len(latents) > size:
-                done = sum(map(len, decoded))
-                stop.raise_if_asked(
-                    f"after {done} of {len(latents)} images, which are kept: the same command goes "
-                    "on from there"
-                )
-    return np.concatenate(decoded)
+
+    def decode(chosen: np.ndarray) -> dict[str, np.ndarray]:
+        pixels, finite = decoder.decode(chosen, warm_up=options.warmup)
+        runner.refuse_infinities(finite, "picture was")
+        return {"images": pixels}
+
+    shown = progress_bar(len(latents), "decode", "image", hidden=not bar)
+    found = runner.in_groups(
+        latents, decode, options, bar=shown, units="images", progress=progress, stop=stop
+    )
+    return found["images"]
 
 
 def measure(
     decoder: "Decoder", latents: np.ndarray, options: RunOptions, profile_folder: Path
 ) -> "Profile | None":
     """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
-    runner = decoder.runner
-    size = runner.group_size(len(latents), options)
-    first = latents[next(groups(len(latents), size))[0]]
-    return runner.measure(lambda: decoder.decode(first), options, profile_folder)
+    first = decoder.runner.first_group(latents, options)
+    return decoder.runner.measure(lambda: decoder.decode(first), options, profile_folder)
 
 
 def decode_trajectory(

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.compute.groups import groups
 from common.compute.options import RunOptions
-from common.errors import NotFiniteError
 from common.files.kept_progress import Progress
 from common.messages import progress_bar
 from common.stopping import StopRequest
@@ -17,26 +15,6 @@ from common.vae.encoder import Posterior
 if TYPE_CHECKING:
     from common.files.report import Profile
     from common.vae.encoder import Encoder
-
-
-def encode_parts(
-    encoder: "Encoder",
-    parts: Mapping[str, np.ndarray],
-    options: RunOptions,
-    *,
-    progress: Progress | None = None,
-    stop: StopRequest | None = None,
-) -> dict[str, Posterior]:
-    """Encode some sets of pictures [I, 3, H, W] as one, as `encode_groups` does."""
-    found = encode_groups(
-        encoder, np.concatenate([*parts.values()]), options, progress=progress, stop=stop
-    )
-    encoded, first = {}, 0
-    for name, pictures in parts.items():
-        rows = slice(first, first + len(pictures))
-        encoded[name] = Posterior(mean=found.mean[rows], std=found.std[rows])
-        first = rows.stop
-    return encoded
 
 
 def encode_groups(
@@ -57,48 +35,38 @@ def encode_groups(
         NotFiniteError: the VAE gave infinities or not-a-numbers.
         StoppedError: a stop was asked for; what is done is kept.
     """
-    import torch
+    runner = encoder.runner
 
-    size = encoder.runner.group_size(len(pictures), options)
-    several = len(pictures) > size
-    means, deviations = [], []
-    with progress_bar(len(pictures), "encode", "picture") as shown:
-        for number, (chosen, real) in enumerate(groups(len(pictures), size)):
-            finished = progress.read_group(number) if progress is not None else None
-            if finished is not None:
-                mean, std = finished["mean"].numpy(), finished["std"].numpy()
-            else:
-                found = encoder.encode(pictures[chosen], warm_up=options.warmup)
-                mean, std = found.mean[:real], found.std[:real]
-                _refuse_infinities(mean, std, str(encoder.runner.dtype))
-                if progress is not None and several:
-                    kept = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
-                    progress.save_group(number, kept)
-            means.append(mean)
-            deviations.append(std)
-            shown.update(real)
-            if stop is not None and several and finished is None:
-                done = sum(map(len, means))
-                stop.raise_if_asked(
-                    f"after {done} of {len(pictures)} pictures, which are kept: the same command "
-                    "goes on from there"
-                )
-    return Posterior(mean=np.concatenate(means), std=np.concatenate(deviations))
+    def encode(chosen: np.ndarray) -> dict[str, np.ndarray]:
+        found = encoder.encode(chosen, warm_up=options.warmup)
+        finite = bool(np.isfinite(found.mean).all() and np.isfinite(found.std).all())
+        runner.refuse_infinities(finite, "latents were")
+        return {"mean": found.mean, "std": found.std}
+
+    bar = progress_bar(len(pictures), "encode", "picture")
+    found = runner.in_groups(
+        pictures, encode, options, bar=bar, units="pictures", progress=progress, stop=stop
+    )
+    return Posterior(**found)
+
+
+def split_by_parts(found: Posterior, counts: Mapping[str, int]) -> dict[str, Posterior]:
+    """The posteriors of sets of pictures that were encoded as one, by the sets' names.
+
+    Args:
+        counts: how many pictures each set has, in their order.
+    """
+    encoded, first = {}, 0
+    for name, count in counts.items():
+        rows = slice(first, first + count)
+        encoded[name] = Posterior(mean=found.mean[rows], std=found.std[rows])
+        first = rows.stop
+    return encoded
 
 
 def measure(
-    encoder: "Encoder", parts: Mapping[str, np.ndarray], options: RunOptions, profile_folder: Path
+    encoder: "Encoder", pictures: np.ndarray, options: RunOptions, profile_folder: Path
 ) -> "Profile | None":
     """Encode the first group again, as often as `--repeat` and `--profile` ask for."""
-    pictures = np.concatenate([*parts.values()])
-    size = encoder.runner.group_size(len(pictures), options)
-    first = pictures[next(groups(len(pictures), size))[0]]
+    first = encoder.runner.first_group(pictures, options)
     return encoder.runner.measure(lambda: encoder.encode(first), options, profile_folder)
-
-
-def _refuse_infinities(mean: np.ndarray, std: np.ndarray, dtype: str) -> None:
-    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-        raise NotFiniteError(
-            f"the VAE in {dtype.removeprefix('torch.')} gave values that are not finite, so no "
-            "latents were written: use --vae_dtype float32"
-        )

@@ -9,7 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-MASKED_FROM = 128  # of 255: diffusers' 0.5
+from common.files.input_pictures import WHITE_FROM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def lay(
 def _crop_of(mask: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
     """diffusers' region; what counts as masked is what is made anew, not all that is not black."""
     height, width = size
-    binary = np.where(mask >= MASKED_FROM, 255, 0).astype(np.uint8)
+    binary = np.where(mask >= WHITE_FROM, 255, 0).astype(np.uint8)
     region: tuple[int, int, int, int] = VaeImageProcessor.get_crop_region(
         Image.fromarray(binary), width, height, pad=padding
     )

@@ -14,14 +14,18 @@ import numpy as np
 import torch
 
 from common.compute.clock import StageReport
-from common.compute.groups import group_size
+from common.compute.groups import group_size, groups
 from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
+from common.errors import NotFiniteError
+from common.files.kept_progress import Progress
 from common.files.report import Profile
+from common.stopping import StopRequest
 
 # What can be computed: latents to pixels and whether all was finite; a tile of latents to
 # [B, 3, H, W]; pictures, and a tile of them, to moments [B, 2C, h, w].
 Program = Literal["decode_whole", "decode_tile", "encode_whole", "encode_tile"]
+Arrays = dict[str, np.ndarray]
 
 
 class VaeRunner(ABC):
@@ -57,6 +61,67 @@ class VaeRunner(ABC):
     def group_size(self, images: int, options: RunOptions) -> int:
         """How many of a run's images are computed at once."""
         return group_size(images, options.batch_size, self.devices_of_images)
+
+    def in_groups(
+        self,
+        inputs: np.ndarray,
+        compute: Callable[[np.ndarray], Arrays],
+        options: RunOptions,
+        *,
+        bar: Any,
+        units: str,
+        progress: Progress | None = None,
+        stop: StopRequest | None = None,
+    ) -> Arrays:
+        """Compute something of all inputs [B, …], in groups of one shape.
+
+        Args:
+            compute: arrays [B, …] by their names, of one group.
+            bar: how far it is, as `progress_bar` gives it.
+            units: what the inputs are, in words.
+            progress: where each group's arrays are kept until all are done, if there are several.
+            stop: asked after each group that is computed.
+
+        Raises:
+            StoppedError: a stop was asked for; what is done is kept.
+        """
+        count = len(inputs)
+        size, done, found = self.group_size(count, options), 0, []
+        with bar as shown:
+            for number, (chosen, real) in enumerate(groups(count, size)):
+                kept = progress.read_group(number) if progress is not None else None
+                if kept is not None:
+                    made = {name: tensor.numpy() for name, tensor in kept.items()}
+                else:
+                    made = {name: a[:real] for name, a in compute(inputs[chosen]).items()}
+                found.append(made)
+                done += real
+                shown.update(real)
+                if kept is not None or count <= size:
+                    continue
+                if progress is not None:
+                    tensors = {name: torch.from_numpy(a.copy()) for name, a in made.items()}
+                    progress.save_group(number, tensors)
+                if stop is not None:
+                    stop.raise_if_asked(
+                        f"after {done} of {count} {units}, which are kept: the same command goes "
+                        "on from there"
+                    )
+        return {name: np.concatenate([made[name] for made in found]) for name in found[0]}
+
+    def first_group(self, inputs: np.ndarray, options: RunOptions) -> np.ndarray:
+        """The inputs that are computed at once first."""
+        size = self.group_size(len(inputs), options)
+        return inputs[next(groups(len(inputs), size))[0]]
+
+    def refuse_infinities(self, finite: bool, unwritten: str) -> None:
+        """Raise `NotFiniteError` where the VAE gave infinities or not-a-numbers."""
+        if not finite:
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise NotFiniteError(
+                f"the VAE in {dtype} gave values that are not finite, so no {unwritten} written: "
+                "use --vae_dtype float32"
+            )
 
     def measure(
         self, compute: Callable[[], Any], options: RunOptions, profile_folder: Path

@@ -1,6 +1,7 @@
 """How latents become pictures, and in which files these are kept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.declared import FILES, IMAGE_LATENTS, MODEL, PICTURES, DeviceDtype, Settings, setting
 from common.errors import BadSettingError
@@ -34,10 +35,18 @@ class VaeSettings(Settings):
     )
 
 
+def has_posterior(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE gives a distribution of latents, by its config; an `AutoencoderTiny` does not.
+
+    That gives latents.
+    """
+    return config.get("_class_name") != "AutoencoderTiny"
+
+
 def in_tiles(tile: bool, checkpoint: Checkpoint, shape: Sequence[int]) -> bool:
     """Whether latents [B, C, h, w] are cut: they are to be, and are larger than diffusers' tile."""
     config = checkpoint.config("vae")
-    if tile and config.get("_class_name") == "AutoencoderTiny":
+    if tile and not has_posterior(config):
         raise BadSettingError(
             f"--tile: {checkpoint.source('vae').said} is an AutoencoderTiny, which takes whole "
             "pictures in little memory: leave the flag out"

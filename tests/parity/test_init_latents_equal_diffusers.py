@@ -12,8 +12,15 @@ from safetensors.torch import save_file
 
 from common.errors import BadSettingError
 from common.sampling.sampler import REFUSALS
-from common.sampling.schedulers import SCHEDULERS, scheduler_choice
-from tests.in_process import Ours, load_pipeline, make_config, relative_difference
+from common.sampling.schedulers import SCHEDULERS
+from tests.in_process import (
+    Ours,
+    generators_of,
+    load_pipeline,
+    make_config,
+    relative_difference,
+    scheduled,
+)
 from tests.parity.parity_table import ParityTable
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
@@ -43,26 +50,17 @@ class Family:
         return make_config(self.model, **{"init_latents": str(self.file), **size, **settings})
 
     def by_diffusers(self, config: Any, **options: Any) -> np.ndarray:
-        own, seeds = self.pipeline.scheduler, config.image_seeds()
-        name, changes = scheduler_choice(
-            config.scheduler, config.scheduler_options, type(own).__name__
-        )
-        if name == "DPMSolverSDEScheduler":
-            changes["noise_sampler_seed"] = seeds
-        self.pipeline.scheduler = getattr(diffusers, name).from_config(own.config, **changes)
-        try:
+        with scheduled(self.pipeline, config):
             made = self.pipeline(
                 prompt=[prompt.prompt for prompt in config.prompts],
                 negative_prompt=[prompt.negative_prompt for prompt in config.prompts],
                 image=self.latents,
                 num_inference_steps=STEPS,
                 guidance_scale=config.guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=generators_of(config),
                 output_type="latent",
                 **options,
             ).images
-        finally:
-            self.pipeline.scheduler = own
         return np.asarray(made.numpy())
 
 

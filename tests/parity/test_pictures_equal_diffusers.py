@@ -7,13 +7,20 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from common.errors import BadSettingError
 from common.sampling.sampler import REFUSALS
-from common.sampling.schedulers import SCHEDULERS, scheduler_choice
-from tests.in_process import Ours, load_pipeline, make_config, pixel_difference, relative_difference
+from common.sampling.schedulers import SCHEDULERS
+from tests.in_process import (
+    Ours,
+    generators_of,
+    load_pipeline,
+    make_config,
+    pixel_difference,
+    relative_difference,
+    scheduled,
+)
 from tests.parity.parity_table import ParityTable
 from tests.parity.test_init_latents_equal_diffusers import DIFFERENT, NO_CHECKER, STRENGTHS
 from tests.tiny_checkpoints import save_sd, save_sdxl
@@ -72,31 +79,22 @@ class Way:
         return make_config(self.model, **{**size, "prompts": prompts, **settings})
 
     def by_diffusers(self, config: Any, output_type: str = "latent", **options: Any) -> Any:
-        own, seeds = self.pipeline.scheduler, config.image_seeds()
-        name, changes = scheduler_choice(
-            config.scheduler, config.scheduler_options, type(own).__name__
-        )
-        if name == "DPMSolverSDEScheduler":
-            changes["noise_sampler_seed"] = seeds
-        self.pipeline.scheduler = getattr(diffusers, name).from_config(own.config, **changes)
         opened = {"image": [Image.open(prompt.image) for prompt in config.prompts]}
         if self.inpaints:
             opened["mask_image"] = [Image.open(prompt.mask_image) for prompt in config.prompts]
         if "height" in inspect.signature(self.pipeline.__call__).parameters:
             options |= {"height": SIDE, "width": SIDE}
-        try:
+        with scheduled(self.pipeline, config):
             return self.pipeline(
                 prompt=[prompt.prompt for prompt in config.prompts],
                 negative_prompt=[prompt.negative_prompt for prompt in config.prompts],
                 **opened,
                 num_inference_steps=STEPS,
                 guidance_scale=config.guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=generators_of(config),
                 output_type=output_type,
                 **options,
             ).images
-        finally:
-            self.pipeline.scheduler = own
 
 
 @pytest.fixture(

@@ -10,7 +10,14 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.in_process import Ours, load_pipeline, make_config, pixel_difference, relative_difference
+from tests.in_process import (
+    Ours,
+    generators_of,
+    load_pipeline,
+    make_config,
+    pixel_difference,
+    relative_difference,
+)
 from tests.tiny_checkpoints import save_refiner, save_sdxl
 
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 12, "batch": 2}
@@ -42,7 +49,7 @@ class Refined:
             negative_prompt=[prompt.negative_prompt for prompt in config.prompts],
             num_inference_steps=12,
             guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in config.image_seeds()],
+            generator=generators_of(config),
             **given,
             **{"output_type": "latent", **options},
         ).images

@@ -14,6 +14,7 @@ from common.sampling.beginning import (
     FromMaskedPictures,
     FromNoise,
     FromPictures,
+    Image,
 )
 from common.sampling.sampler import Sampler, make_scheduler
 from common.sampling.schedulers import SCHEDULERS
@@ -41,7 +42,10 @@ def sampler_of(**cut: float) -> Sampler:
 
 def draw(begin: Beginning, sampler: Sampler, index: int = 0) -> tuple[First, list[torch.Tensor]]:
     """What an image begins with, and the noises that its generator gives one after the other."""
-    first = begin.draw(index, sampler, torch.Generator().manual_seed(SEED), SHAPE)
+    sampler.restart()
+    own = torch.Generator().manual_seed(SEED)
+    image = Image(index=index, generator=own, sampler=sampler, shape=SHAPE)
+    first = begin.draw(image)
     generator = torch.Generator().manual_seed(SEED)
     return first, [torch.randn((1, *SHAPE), generator=generator) for _ in range(3)]
 

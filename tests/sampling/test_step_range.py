@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import BadSettingError
-from common.sampling.beginning import FromLatents, FromNoise
+from common.sampling.beginning import FromLatents, FromNoise, Image
 from common.sampling.sampler import Sampler, make_scheduler
 from common.sampling.schedulers import SCHEDULERS
 from common.sampling.step_range import StepRange, first_timesteps
@@ -51,8 +51,9 @@ def part(name: str, step_range: StepRange, given: torch.Tensor | None = None) ->
     sampler = build(name, step_range)
     sampler.restart()
     begin = FromNoise() if given is None else FromLatents(given)
-    first = begin.draw(0, sampler, torch.Generator().manual_seed(0), SHAPE)
-    return denoise(sampler, first.latents)
+    generator = torch.Generator().manual_seed(0)
+    image = Image(index=0, generator=generator, sampler=sampler, shape=SHAPE)
+    return denoise(sampler, begin.draw(image).latents)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.8])

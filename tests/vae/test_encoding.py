@@ -14,7 +14,7 @@ from common.files.kept_progress import Progress
 from common.models.checkpoint import Checkpoint
 from common.stopping import StoppedError, StopRequest
 from common.vae.encoder import Encoder
-from common.vae.encoding import encode_groups, encode_parts, measure
+from common.vae.encoding import encode_groups, measure, split_by_parts
 from common.vae.loading import open_encoder
 from tests.refusals import refusal
 from tests.vae.tiny_vae import encode_by_diffusers, random_latents, to_load
@@ -39,9 +39,8 @@ def test_a_picture_is_the_same_in_every_group(
 
 
 def test_parts_are_told_apart(encoder: Encoder) -> None:
-    parts = {"image_latents": PICTURES[:2], "masked_image_latents": PICTURES[2:]}
-    found = encode_parts(encoder, parts, RunOptions(batch_size=2))
     whole = encode_groups(encoder, PICTURES, RunOptions(batch_size=2))
+    found = split_by_parts(whole, {"image_latents": 2, "masked_image_latents": 3})
     np.testing.assert_array_equal(found["image_latents"].mean, whole.mean[:2])
     np.testing.assert_array_equal(found["masked_image_latents"].std, whole.std[2:])
 
@@ -65,9 +64,8 @@ def test_infinities_are_refused(encoder: Encoder) -> None:
 
 
 def test_it_measures_what_is_asked_for(encoder: Encoder, tmp_path: Path) -> None:
-    parts = {"image_latents": PICTURES}
-    assert measure(encoder, parts, RunOptions(), tmp_path) is None
-    profile = measure(encoder, parts, RunOptions(repeat=2, profile=True), tmp_path / "profile")
+    assert measure(encoder, PICTURES, RunOptions(), tmp_path) is None
+    profile = measure(encoder, PICTURES, RunOptions(repeat=2, profile=True), tmp_path / "profile")
     assert len(encoder.runner.report.repeats) == 2
     assert profile is not None
     assert any(o.module.startswith("vae.encoder") for o in profile.operations)
