@@ -146,6 +146,26 @@ def beginning_of(
     return FromMaskedPictures(begin, rows, vae, by_channels=checkpoint.inpaints_by_channels)
 
 
+def empty_beginning(checkpoint: Checkpoint, images: int, cells: tuple[int, int]) -> "Beginning":
+    """What images begin with of whose pictures nothing is there: zeros, for UNets that see them.
+
+    Args:
+        cells: rows and columns of the latents.
+    """
+    import torch
+
+    from common.sampling.beginning import FromEditedPictures, FromMaskedPictures, FromNoise
+
+    zeros, rows = torch.zeros(1, checkpoint.unet_channels[1], *cells), [0] * images
+    if checkpoint.edits_pictures:
+        return FromEditedPictures(zeros, rows, 1.0)
+    if not checkpoint.inpaints_by_channels:
+        return FromNoise()
+    names = [f"{part}image_latents_{kind}" for part in ("", "masked_") for kind in ("mean", "std")]
+    tensors = {**dict.fromkeys(names, zeros), "latent_masks": zeros[:, :1]}
+    return FromMaskedPictures(tensors, rows, checkpoint.config("vae"), by_channels=True)
+
+
 def enlarged(latents: "torch.Tensor", cells: tuple[int, int]) -> "torch.Tensor":
     """Latents [B, C, h, w] with so many rows and columns of cells, bilinear as in web UIs."""
     import torch

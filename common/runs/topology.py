@@ -1,7 +1,7 @@
 """What stages 2 and 3 compile for a TPU that is not there, in place of a run (`--topology`)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ from common.runs.generation import (
     read_run_settings,
     resolve,
 )
-from common.runs.jobs import denoising_job, make_sampler
+from common.runs.image_latents import cells_of
+from common.runs.jobs import denoising_job, empty_beginning, make_sampler
 
 if TYPE_CHECKING:
     from common.compute.devices import Devices
@@ -78,6 +79,8 @@ def estimate_denoising(given: Given) -> None:
     unet_config = checkpoint.config("unet")
     empty = empty_embeddings(len(config.prompts), unet_config)
     job = denoising_job(config, checkpoint, empty, sampler)
+    begin = empty_beginning(checkpoint, len(job.seeds), cells_of(config, checkpoint))
+    job = replace(job, begin=begin)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
     denoiser = load_jax_denoiser(unet, job, options, StageReport(2), target.devices, {})
     try:

@@ -1,7 +1,9 @@
 """What a run asks stage 2 to compute: its sampler, its images, what has no effect."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,13 +13,17 @@ from common.models.component_table import loaded_for
 from common.models.find import open_checkpoint
 from common.runs.jobs import (
     denoising_job,
+    empty_beginning,
     latent_shape,
     make_sampler,
     packages_to_spare,
     warn_of_settings,
 )
+from common.sampling.denoising import denoise_images
+from common.sampling.loading import UNetToLoad, open_denoiser
 from tests.configs import make_config
 from tests.conftest import DEMO
+from tests.in_process import Ours
 from tests.refusals import EMBEDDINGS, zeros
 from tests.tiny_checkpoints import save_sd
 
@@ -97,3 +103,19 @@ def test_only_what_nobody_needs_is_spared(demo: Checkpoint) -> None:
     assert "scipy" not in packages_to_spare(make_config(DEMO, scheduler="lms"), demo)
     beta = make_config(DEMO, scheduler_options={"use_beta_sigmas": True})
     assert "scipy" not in packages_to_spare(beta, demo)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 9])
+def test_a_unet_that_sees_pictures_is_told_zeros_where_there_are_none(
+    tmp_path: Path, channels: int
+) -> None:
+    """As --topology compiles it."""
+    ours = Ours(save_sd(tmp_path / "model", in_channels=channels))
+    config = make_config(
+        tmp_path / "model", height=64, width=32, scheduler="ddim", num_inference_steps=2
+    )
+    job = replace(ours.job(config), begin=empty_beginning(ours.checkpoint, 1, (8, 4)))
+    unet = UNetToLoad(checkpoint=ours.checkpoint, loras=(), dtype="float32")
+    denoiser = open_denoiser(ours.kept, "jax", unet, job, ours.options, ours.report)
+    found = denoise_images(denoiser, job, ours.options).latents
+    assert found.shape == (1, 4, 8, 4) and np.isfinite(found.numpy()).all()
