@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ import pytest
 from filelock import FileLock
 
 from common.files import stage_table
+from common.stopping import STOP_SIGNALS
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 DEMO = PROJECT_DIR / "models" / "demo"
@@ -48,6 +50,19 @@ def run_script(
         timeout=600,
         **options,  # type: ignore[call-overload]
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_signals() -> Iterator[None]:
+    """What the tests' own start ignores, as nohup's and a background's, their processes hear."""
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    ignored = [number for number, handler in before.items() if handler == signal.SIG_IGN]
+    for number in ignored:
+        own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, own)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,9 @@ def page(flags: Sequence[Flag]) -> str:
         rows = [row_of(flag) for flag in flags if flag.declared.group == group]
         if rows:
             lines += [f"## {group}\n", *table_of([COLUMNS, *rows]), ""]
-    lines += [f"## {run_all.RUN_ALL}\n", *_own_of_run_all(), "", "## Schedulers\n", *_schedulers()]
+    for panel in (run_all.RUN_ALL, run_all.PASSES):
+        lines += [f"## {panel}\n", *_own_of_run_all(panel), ""]
+    lines += ["## Schedulers\n", *_schedulers()]
     lines += ["", "## Tensors that the stages exchange\n", tensor_table().rstrip()]
     return "\n".join(lines) + "\n"
 
@@ -110,11 +112,11 @@ def table_of(rows: Sequence[Sequence[str]]) -> Iterator[str]:
             yield "|" + "---|" * len(row)
 
 
-def _own_of_run_all() -> Iterator[str]:
+def _own_of_run_all(panel: str) -> Iterator[str]:
     yield "Of `./run_all.sh` alone.\n"
     rows = [("flag", "takes", "meaning and default")]
     for parameter in run_all.make_command().params:
-        if getattr(parameter, "rich_help_panel", None) == run_all.RUN_ALL:
+        if getattr(parameter, "rich_help_panel", None) == panel:
             text = str(getattr(parameter, "help", "")).replace("\\[", "[")
             rows.append((f"`--{parameter.name}`", f"`{parameter.metavar}`", text))
     yield from table_of(rows)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DEMO, PROJECT_DIR, RUN_ALL, STAGES, Run, file_contents
-from tests.faults.kill_stages import hear_all_signals
 from tests.refusals import expect
 
 
@@ -107,7 +106,6 @@ def test_a_signal_to_run_all_alone_reaches_its_stage(
         text=True,
         cwd=PROJECT_DIR,
         start_new_session=True,
-        preexec_fn=hear_all_signals,
     )
     while not (run_dir / "stage2_progress.safetensors").exists() and process.poll() is None:
         time.sleep(0.01)
