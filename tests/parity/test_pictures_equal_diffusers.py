@@ -26,6 +26,8 @@ from tests.parity.test_init_latents_equal_diffusers import DIFFERENT, NO_CHECKER
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
 STEPS, SIDE, BATCH = 12, 64, 3
+# One of each kind; the others are slow tests.
+SOME = ("euler", "euler_a", "ddim", "pndm", "lms", "heun", "dpmpp_2m", "dpmpp_sde", "unipc", "lcm")
 PIPELINES = {
     ("SDXL", "image"): "StableDiffusionXLImg2ImgPipeline",
     ("SDXL", "4 channels"): "StableDiffusionXLInpaintPipeline",
@@ -111,7 +113,9 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(
     "strength", [s if s == 0.5 else pytest.param(s, marks=slow) for s in STRENGTHS]
 )
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    "scheduler", [s if s in SOME else pytest.param(s, marks=slow) for s in SCHEDULERS]
+)
 def test_every_scheduler_equals_diffusers(
     way: Way, scheduler: str, strength: float, parity_table: ParityTable
 ) -> None:
