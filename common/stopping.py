@@ -48,8 +48,15 @@ class StopRequest:
 
 
 def heard_signals() -> list[int]:
-    """The signals to stop that this process hears: a parent may have had some ignored."""
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    """The signals to stop that this process hears: a parent may have had some ignored.
+
+    A shell without job control has SIGINT and SIGQUIT ignored in whatever it starts with `&`; that
+    nobody asked for, and a SIGINT that comes then was meant.
+    """
+    ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    if signal.getsignal(signal.SIGQUIT) == signal.SIG_IGN:
+        ignored.discard(signal.SIGINT)
+    return [number for number in STOP_SIGNALS if number not in ignored]
 
 
 def stop_at_once_on_signals() -> None:

@@ -166,15 +166,29 @@ def test_what_compiles_for_long_says_so() -> None:
     process.communicate()
 
 
-def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_the_parent_ignores_stays_ignored(number: int) -> None:
     """As `nohup` has it; Python's own handlers are set by then."""
-    process = start(STEPPING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    process.send_signal(signal.SIGHUP)
+    process = start(STEPPING, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    process.send_signal(number)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert said.count("stopping when what runs is done") == 1
     assert "terminated after what ran" in said
+
+
+def test_what_a_shell_starts_beside_itself_hears_an_interruption() -> None:
+    """Such a shell has SIGINT and SIGQUIT ignored there, whatever anybody asked for."""
+
+    def as_behind_an_ampersand() -> None:
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+
+    process = start(STEPPING, preexec_fn=as_behind_an_ampersand)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert "interrupted after what ran" in said
 
 
 def test_what_stops_at_once_leaves_no_thread_and_no_open_file() -> None:
