@@ -20,6 +20,7 @@ import typer
 from common.commands import Debug, flag, make_command
 from common.errors import BadInputFileError
 from common.files import recipe
+from common.files.stage_table import STAGES
 from common.messages import say
 from common.process import run_command
 from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
@@ -92,7 +93,8 @@ def settings_that_differ(a: RunRecord, b: RunRecord) -> dict[str, list[Any]]:
 def compare(a: RunRecord, b: RunRecord, output_dir: Path | None) -> Iterator[Comparison]:
     """Compare each file that either run has, in the order of the stages."""
     names = {file.name: file.stage for run in (a, b) for file in run.files}
-    for name, stage in sorted(names.items(), key=lambda item: (item[1], item[0])):
+    order = [stage.number for stage in STAGES]
+    for name, stage in sorted(names.items(), key=lambda item: (order.index(item[1]), item[0])):
         ours, theirs = a.file(name), b.file(name)
         here = [file is not None and file.state != MISSING for file in (ours, theirs)]
         result = Comparison(name=name, stage=stage, verdict="")

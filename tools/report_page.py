@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,11 +26,15 @@ from common.errors import BadInputFileError
 from common.files import picture_files
 from common.files.report import Report, Seconds
 from common.files.run_files import DEFAULT_OUTPUT_DIR
+from common.files.stage_table import IMAGE_LATENTS_FILE
 from common.messages import say
 from common.process import run_command
-from common.runs.record import MISSING, FileRecord, read_run
+from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
 from common.runs.sweep import Cell, Sweep, read_sweep
 from common.whole_files import write_text_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PAGE_FILE = "report.html"
 TEMPLATE_DIR = Path(__file__).resolve().parent / "templates"
@@ -55,18 +59,31 @@ class Picture:
 
 
 @dataclass(kw_only=True)
+class Group:
+    """Pictures beside what they began with."""
+
+    inputs: list[Picture] = field(default_factory=list)  # a picture, and its mask; none
+    pictures: list[Picture] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class RunView:
     """What the page shows of a run."""
 
     name: str
     error: str = ""  # of a failed cell
     values: dict[str, str] = field(default_factory=dict)  # of a sweep's cell
-    pictures: list[Picture] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     reports: dict[int, Report] = field(default_factory=dict)
     strip: Picture | None = None
     animation: Picture | None = None
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All that the run made."""
+        return [picture for group in self.groups for picture in group.pictures]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +176,11 @@ def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
     """What the page shows of a run directory, whose inputs may be in others."""
     run = read_run(run_dir, sources)
     view = RunView(name=str(run_dir), files=run.files, reports=run.reports, error=run.problem)
+    images_of_each = 1
     if run.config is not None:
         view.settings = as_texts(json.loads(run.config.model_dump_json()))
+        images_of_each = run.config.num_images_per_prompt
+    view.groups = input_groups(run, [run_dir, *sources]) or [Group()]
     for file in run.of_stage(3):
         if not file.settings:
             continue
@@ -170,33 +190,69 @@ def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
         elif file.name == picture_files.TRAJECTORY_ANIMATION:
             view.animation = load_picture(path, file, "the same, as an animation", whole=True)
         elif "prompt" in file.settings:
-            view.pictures.append(load_picture(path, file, caption_of(file.settings)))
+            prompt = int(file.settings.get("image_index", 0)) // images_of_each
+            group = view.groups[min(prompt, len(view.groups) - 1)]
+            group.pictures.append(load_picture(path, file, caption_of(file.settings)))
     return view
 
 
-def load_picture(path: Path, file: FileRecord, caption: str, *, whole: bool = False) -> Picture:
-    """A picture for the page, as WebP without its metadata; `whole` keeps the file as it is."""
+def input_groups(run: RunRecord, folders: Sequence[Path]) -> list[Group]:
+    """A group for each picture that a run begins with, no results in it yet."""
     from PIL import Image
+    from safetensors import safe_open
 
-    with Image.open(path) as image:
-        width, height = image.size
-        if whole:
-            content = path.read_bytes()
-        else:
-            small = image.convert("RGB")
-            most = MOST_WEBP_PIXELS if "trajectory" in path.name else MOST_PIXELS
-            small.thumbnail((most, most))
-            buffer = io.BytesIO()
-            small.save(buffer, format="WEBP", quality=92)
-            content = buffer.getvalue()
+    file = run.file(IMAGE_LATENTS_FILE)
+    if file is None or file.state in (MISSING, DAMAGED):
+        return []
+    path = next(folder / file.name for folder in folders if (folder / file.name).exists())
+    shown = []
+    with safe_open(path, framework="numpy") as tensors:
+        whole = "whole_" if "crops" in tensors.keys() else ""  # noqa: SIM118  # no mapping
+        for name, words in (("pictures", "what it begins with"), ("masks", "its mask")):
+            if whole + name in tensors.keys():  # noqa: SIM118
+                arrays = tensors.get_tensor(whole + name)
+                shown.append([to_picture(Image.fromarray(array), words) for array in arrays])
+    return [Group(inputs=list(each)) for each in zip(*shown, strict=True)]
+
+
+def to_picture(
+    image: "Image",
+    caption: str,
+    settings: dict[str, Any] | None = None,
+    *,
+    most: int = MOST_PIXELS,
+    content: bytes | None = None,
+) -> Picture:
+    """An image for the page, as WebP without its metadata.
+
+    Args:
+        most: pixels a side.
+        content: of a WebP file that takes its place.
+    """
+    width, height = image.size
+    if content is None:
+        small, buffer = image.convert("RGB"), io.BytesIO()
+        small.thumbnail((most, most))
+        small.save(buffer, format="WEBP", quality=92)
+        content = buffer.getvalue()
     return Picture(
         source=f"data:image/webp;base64,{base64.b64encode(content).decode()}",
         alt=caption,
         width=width,
         height=height,
         caption=caption,
-        settings=file.settings,
+        settings=settings or {},
     )
+
+
+def load_picture(path: Path, file: FileRecord, caption: str, *, whole: bool = False) -> Picture:
+    """A picture for the page, as WebP without its metadata; `whole` keeps the file as it is."""
+    from PIL import Image
+
+    most = MOST_WEBP_PIXELS if "trajectory" in path.name else MOST_PIXELS
+    content = path.read_bytes() if whole else None
+    with Image.open(path) as image:
+        return to_picture(image, caption, file.settings, most=most, content=content)
 
 
 def caption_of(settings: dict[str, Any]) -> str:

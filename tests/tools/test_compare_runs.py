@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
+from common.files.stage_table import EMBEDDINGS_FILE, IMAGE_LATENTS_FILE, LATENTS_FILE
 from tests.conftest import PROJECT_DIR, Run, run_script
 from tests.printed import as_json
 from tests.refusals import expect
@@ -49,6 +49,25 @@ def test_a_changed_scheduler_is_named_as_the_first_difference(
     assert np.array_equal(drawn[:, 256:], largest.astype(np.uint8))
     printed = run_script(COMPARE, finished_run, run_copy).stdout
     assert f"stage 1, {EMBEDDINGS_FILE}: identical" in printed and change in printed
+
+
+def test_other_pictures_to_begin_with_are_named(tmp_path: Path, quick_stage: Run) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for value, run in zip((60, 180), runs, strict=True):
+        picture = tmp_path / f"{value}.png"
+        Image.fromarray(np.full((128, 128, 3), value, np.uint8)).save(picture)
+        for number, flags in ((1, ("--image", picture)), (0, ())):
+            result = quick_stage(number, "--output_dir", run, *flags)
+            assert result.returncode == 0, result.stderr
+    content = as_json(COMPARE, *runs)
+    # Stage 1 comes first, which settles the settings.
+    assert [file["stage"] for file in content["files"]] == [1, 0]
+    assert content["first_difference"].startswith(f"stage 0, {IMAGE_LATENTS_FILE}: pictures ")
+    tensors = content["files"][1]["tensors"]
+    assert tensors["pictures"] == pytest.approx(2.0)
+    means = [load_file(run / IMAGE_LATENTS_FILE)["image_latents_mean"] for run in runs]
+    expected = float((means[0] - means[1]).norm() / means[0].norm())
+    assert tensors["image_latents_mean"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_equal_runs_and_a_flipped_byte(finished_run: Path, tmp_path: Path) -> None:

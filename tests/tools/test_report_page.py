@@ -1,18 +1,22 @@
 """The report page in a real browser: pictures, labels, no requests, narrow and wide."""
 
+import base64
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.files.artifacts import HEADER_KEY
 from common.runs.sweep import Cell, Sweep, write_sweep
 from tests.conftest import PROJECT_DIR, Run, run_script
 from tests.refusals import expect
-from tools.report_page import write_page
+from tools.report_page import view_run, write_page
 
 REPORT_PAGE = PROJECT_DIR / "tools" / "report_page.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -123,6 +127,37 @@ def test_prompts_and_seeds_become_a_grid(finished_run: Path, tmp_path: Path) -> 
     assert '<th scope="row">42</th>' in page and '<th scope="row">43</th>' in page
     report = json.loads((finished_run / "stage2_report.json").read_text())
     assert f"{report['wall_seconds']:.2f} s by {report['backend']} on cpu" in page
+
+
+def test_pictures_stand_beside_what_they_begin_with(
+    finished_run: Path, tmp_path: Path, quick_stage: Run
+) -> None:
+    """Two pictures with their masks, and two results of each."""
+    pixels = [np.full((128, 128, 3), value, np.uint8) for value in (60, 180)]
+    masks = [np.zeros((128, 128), np.uint8) for _ in pixels]
+    masks[0][:64], masks[1][:, :64] = 255, 255
+    flags: list[object] = ["--num_inference_steps", 2, "--num_images_per_prompt", 2]
+    for number, pair in enumerate(zip(pixels, masks, strict=True)):
+        for name, array in zip(("image", "mask_image"), pair, strict=True):
+            path = tmp_path / f"{name}{number}.png"
+            Image.fromarray(array).save(path)
+            flags += [f"--{name}", path]
+    run = tmp_path / "run"
+    for stage, given in ((1, flags), (0, []), (2, []), (3, [])):
+        result = quick_stage(stage, "--output_dir", run, *given)
+        assert result.returncode == 0, result.stderr
+    view = view_run(run)
+    assert [len(group.pictures) for group in view.groups] == [2, 2]
+    assert [p.settings["image_index"] for p in view.pictures] == [0, 1, 2, 3]
+    for group, *arrays in zip(view.groups, pixels, masks, strict=True):
+        assert [each.caption for each in group.inputs] == ["what it begins with", "its mask"]
+        for shown, array in zip(group.inputs, arrays, strict=True):
+            with Image.open(io.BytesIO(base64.b64decode(shown.source.partition(",")[2]))) as image:
+                found = np.asarray(image.convert("L")).astype(int)
+            expected = array if array.ndim == 2 else array[..., 0]
+            assert np.abs(found - expected).mean() < 3  # WebP's
+    page = write_page(tmp_path / "page.html", [run]).read_text(encoding="utf-8")
+    assert page.count("<figcaption>its mask</figcaption>") == 2
 
 
 def test_no_run_directory_is_one_sentence(tmp_path: Path) -> None:
