@@ -75,17 +75,10 @@ def encode(
     import numpy as np
 
     from common.vae.encoding import encode_groups, measure, split_by_parts
-    from common.vae.laid_pictures import lay
     from common.vae.loading import VaeToLoad, open_encoder
 
     # 4. Lay the pictures into the run's size
-    laid = lay(
-        inputs.to_lay(),
-        (config.height, config.width),
-        resize_mode=config.resize_mode,
-        padding_mask_crop=config.padding_mask_crop,
-        factor=checkpoint.vae_scale_factor,
-    )
+    laid = inputs.lay(config, checkpoint.vae_scale_factor)
     parts = laid.to_encode()  # each [I, 3, H, W]
     pictures = np.concatenate([*parts.values()])  # encoded as one
 

@@ -30,7 +30,6 @@ from common.sampling.schedulers import scheduler_choice
 from common.stopping import StopRequest
 from common.vae.decoding import decode_groups
 from common.vae.encoding import encode_groups, split_by_parts
-from common.vae.laid_pictures import lay
 from common.vae.loading import VaeToLoad, open_decoder, open_encoder
 from tests.configs import make_config
 
@@ -73,13 +72,7 @@ class Ours:
     def image_latents(self, config: GenerationConfig) -> dict[str, torch.Tensor]:
         """Stage 0: its tensors."""
         inputs, factor = read_inputs(config), self.checkpoint.vae_scale_factor
-        laid = lay(
-            inputs.to_lay(),
-            (config.height, config.width),
-            resize_mode=config.resize_mode,
-            padding_mask_crop=config.padding_mask_crop,
-            factor=factor,
-        )
+        laid = inputs.lay(config, factor)
         vae, parts = self.vae(), laid.to_encode()
         pictures = np.concatenate([*parts.values()])
         encoder = open_encoder(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from common.vae.encoder import Posterior
-    from common.vae.laid_pictures import Inputs, Laid
+    from common.vae.laid_pictures import Laid
 
 SOFT = range(16, 240)  # of 255: what of a mask is neither black nor white
 
@@ -50,11 +50,22 @@ class ReadInputs:
             "masks": [hash_picture(each) for each in self.masks],
         }
 
-    def to_lay(self) -> "Inputs":
-        """As they are laid into the run's size."""
-        from common.vae.laid_pictures import Inputs
+    def lay(self, config: GenerationConfig, factor: int) -> "Laid":
+        """Lay them into the run's size.
 
-        return Inputs(pictures=self.pictures, masks=self.masks)
+        Args:
+            factor: pixels per latent cell.
+        """
+        from common.vae.laid_pictures import Inputs, lay
+
+        return lay(
+            Inputs(pictures=self.pictures, masks=self.masks),
+            (config.height, config.width),
+            resize_mode=config.resize_mode,
+            padding_mask_crop=config.padding_mask_crop,
+            soft_masks=config.soft_mask,
+            factor=factor,
+        )
 
 
 def cells_of(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -89,7 +100,7 @@ def read_inputs(config: GenerationConfig) -> ReadInputs:
         pairs = [with_borders(picture, config.outpaint) for picture in pictures]
         pictures, masks = [picture for picture, _ in pairs], [mask for _, mask in pairs]
     for name, picture in zip(mask_names, pictures, strict=False):
-        masks.append(_checked_mask(name, picture))
+        masks.append(_checked_mask(name, picture, soft=config.soft_mask))
     if config.padding_mask_crop is not None and len({each.shape for each in pictures}) > 1:
         raise BadInputFileError(
             "--padding_mask_crop pastes into the whole pictures, which have several sizes here: "
@@ -98,7 +109,7 @@ def read_inputs(config: GenerationConfig) -> ReadInputs:
     return ReadInputs(names=names, mask_names=mask_names, pictures=pictures, masks=masks)
 
 
-def _checked_mask(name: str, picture: "np.ndarray") -> "np.ndarray":
+def _checked_mask(name: str, picture: "np.ndarray", *, soft: bool) -> "np.ndarray":
     mask = read_mask(name)
     if mask.shape != picture.shape[:2]:
         (height, width), (own_height, own_width) = picture.shape[:2], mask.shape
@@ -106,13 +117,16 @@ def _checked_mask(name: str, picture: "np.ndarray") -> "np.ndarray":
             f"--mask_image {name} is {own_width}×{own_height}, its picture {width}×{height}: give "
             "a mask of the picture's size"
         )
-    if not (mask >= WHITE_FROM).any():
+    if not (mask >= (1 if soft else WHITE_FROM)).any():
         raise BadInputFileError(
             f"--mask_image {name} masks nothing: paint white what is to be made anew"
         )
-    soft = ((mask >= SOFT.start) & (mask < SOFT.stop)).mean()
-    if soft > 0:
-        say(f"  {name}: {soft:.1%} of it is grey, which counts as white from {WHITE_FROM} on")
+    grey = ((mask >= SOFT.start) & (mask < SOFT.stop)).mean()
+    if grey > 0 and not soft:
+        say(
+            f"  {name}: {grey:.1%} of it is grey, which counts as white from {WHITE_FROM} on; "
+            "--soft_mask takes it for what it is"
+        )
     return mask
 
 

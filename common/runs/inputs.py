@@ -108,7 +108,7 @@ def refuse_odd_inputs(config: "GenerationConfig") -> None:
         raise ValueError("outpaint is for pictures: give image")
     if config.strength is not None and not config.has_pictures and config.init_latents is None:
         raise ValueError("strength is for what a run begins with: give image or init_latents")
-    for name in ("padding_mask_crop", "keep_unmasked"):
+    for name in ("soft_mask", "padding_mask_crop", "keep_unmasked"):
         if getattr(config, name) not in (None, False) and not config.inpaints:
             raise ValueError(f"{name} is for masks: give mask_image")
 

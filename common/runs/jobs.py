@@ -143,7 +143,8 @@ def beginning_of(
         return FromEditedPictures(begin["image_latents_mean"], rows, scale)
     if not config.inpaints:
         return FromPictures(begin, rows, vae)
-    return FromMaskedPictures(begin, rows, vae, by_channels=checkpoint.inpaints_by_channels)
+    by_channels = checkpoint.inpaints_by_channels
+    return FromMaskedPictures(begin, rows, vae, by_channels=by_channels, soft=config.soft_mask)
 
 
 def empty_beginning(checkpoint: Checkpoint, images: int, cells: tuple[int, int]) -> "Beginning":
@@ -194,6 +195,11 @@ def refuse_unfit_inputs(config: GenerationConfig, checkpoint: Checkpoint) -> Non
         raise BadSettingError(
             f"{said}: its UNet inpaints and is shown a mask: give "
             "--image and --mask_image, or another checkpoint"
+        )
+    if checkpoint.inpaints_by_channels and config.soft_mask:
+        raise BadSettingError(
+            f"{said}: its UNet is shown the mask and knows black and white alone: leave "
+            "--soft_mask out, or choose another checkpoint"
         )
 
 

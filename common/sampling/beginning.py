@@ -55,6 +55,7 @@ class Beginning(ABC):
     """What the images of a run begin with."""
 
     masks: torch.Tensor | None = None  # [B, 1, h, w] float32: 1 is made anew, 0 stays
+    soft_masks = False  # whether what is between them stays for some of the steps
 
     @abstractmethod
     def draw(self, image: Image) -> First:
@@ -127,19 +128,21 @@ class FromMaskedPictures(FromPictures):
         vae: Mapping[str, Any],
         *,
         by_channels: bool,
+        soft: bool = False,
     ) -> None:
         """
         Args:
             by_channels: the UNet is shown the mask and the masked picture; else what stays is laid
                 over the latents after every step.
+            soft: it is laid over them for as many steps as its mask is dark.
         """
         super().__init__(tensors, rows, vae)
-        self.by_channels = by_channels
+        self.by_channels, self.soft_masks = by_channels, soft
         self.masks = tensors["latent_masks"].float()[list(rows)]
 
     def draw(self, image: Image) -> First:
-        # As in diffusers: such an image begins with noise alone.
-        from_noise = image.sampler.step_range.strength == 1.0
+        # As in diffusers: such an image begins with noise alone. With soft masks it never does.
+        from_noise = image.sampler.step_range.strength == 1.0 and not self.soft_masks
         original = None
         if not (from_noise and self.by_channels):
             original = self._sample("image_latents", image)

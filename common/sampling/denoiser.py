@@ -21,10 +21,10 @@ from common.compute.profile_tables import Profiler
 from common.conditions.prepare import prepare_conditions
 from common.sampling.job import DenoisingJob
 from common.sampling.noise import Drawn, KeptArea, draw_all_noises, draw_first, prepare_state
-from common.sampling.scheduler_tables import SchedulerTables
+from common.sampling.scheduler_tables import SchedulerTables, free_from
 from common.sampling.step_plan import StepPlan, StepProgram
 
-# A backend's latents [B, C, h, w], history [1 + S, B, C, h, w], and what else it keeps; of a
+# A backend's latents [B, C, h, w], history [R, B, C, h, w], and what else it keeps; of a
 # scheduler on the host the latents alone.
 State = tuple[Any, ...]
 Conditions = dict[StepProgram, dict[str, torch.Tensor]]  # what each program's UNet is told
@@ -38,6 +38,7 @@ def prepare_schedule(tables: SchedulerTables) -> dict[str, np.ndarray]:
         "coefficients": tables.coefficients,
         "noise_coefficients": tables.noise_coefficients,
         "kept_scales": tables.kept_scales,
+        "free_from": tables.free_from,
     }
 
 
@@ -104,7 +105,8 @@ class Denoiser(ABC):
 
     def _first_state(self) -> State:
         """The state before the first step."""
-        return self._restore(*prepare_state(self.first, len(self.noises)), 0)
+        assert self.tables is not None
+        return self._restore(*prepare_state(self.first, self.tables.history), 0)
 
     def _draw_first(self) -> Drawn:
         return draw_first(
@@ -311,6 +313,7 @@ class Denoiser(ABC):
         self.state = (drawn.first.latents,)
         timesteps = self.sampler.restart(self.seeds)
         kept = {name: torch.from_numpy(a) for name, a in self.kept_area.arrays().items()}
+        free = free_from(self.evaluations, soft_masks=self.job.soft_masks)
 
         def advance(steps: range) -> None:
             (i,), (latents,) = steps, self.state
@@ -319,7 +322,7 @@ class Denoiser(ABC):
             latents = self.sampler.step(noise_pred, timesteps[i], latents, drawn.generators)
             if self.job.keeps_area:
                 stays = self.sampler.noised_after(i, kept["original"], kept["noise"])
-                latents = torch.where(kept["masks"] > 0, latents, stays)
+                latents = torch.where(kept["masks"] >= float(free[i]), latents, stays)
             self.state = (latents,)
 
         return advance

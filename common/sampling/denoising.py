@@ -76,7 +76,7 @@ def tables_of(denoiser: Denoiser, job: DenoisingJob, options: RunOptions) -> Sch
     """The scheduler as data, probed on the CPU; None where it has to step on the host."""
     with denoiser.report.part("scheduler_tables"):
         try:
-            return make_tables(job.sampler, keeps_area=job.keeps_area)
+            return make_tables(job.sampler, keeps_area=job.keeps_area, soft_masks=job.soft_masks)
         except NotLinearError as reason:
             name = job.sampler.name
             say(f"  {name} steps on the host between model evaluations ({reason})")

@@ -72,7 +72,7 @@ def denoise_step(
     Args:
         predict: the combined prediction of (sample, timestep, arguments).
     """
-    latents, history = state  # [B, C, h, w], [1 + S, B, C, h, w]
+    latents, history = state  # [B, C, h, w], [R, B, C, h, w]
     schedule = arguments["schedule"]
     scaled = latents * schedule["input_scales"][i]
     history = history.at[i + 1].set(predict(scaled, schedule["timesteps"][i], arguments))
@@ -82,7 +82,10 @@ def denoise_step(
     )
     kept, (of_original, of_noise) = arguments["kept"], schedule["kept_scales"][i]
     stays = of_original * kept["original"] + of_noise * kept["noise"]
-    return jnp.where(kept["masks"] > 0, latents, stays), history
+    laid = jnp.where(kept["masks"] >= schedule["free_from"][i], latents, stays)
+    if differences := history.shape[0] - 1 - len(schedule["timesteps"]):  # of soft masks
+        history = history.at[i - differences].set(laid - latents)
+    return laid, history
 
 
 def spread_weights(unet: ModelOnDevices) -> dict[str, NamedSharding]:
@@ -196,8 +199,8 @@ class JaxDenoiser(Denoiser):
         """Everything about a group that is compiled in."""
         shapes = tuple((name, array.shape) for name, array in self.told[program].items())
         conditions = tuple(condition.compiled_in() for condition in self.conditions)
-        size = None if self.tables is None else len(self.tables.timesteps)
-        asked = self.loops_on_device, len(self.seeds), self.latent_shape, size
+        sizes = None if self.tables is None else self.tables.coefficients.shape
+        asked = self.loops_on_device, len(self.seeds), self.latent_shape, sizes
         spread = frozenset(self.spread.items())  # their order is a file's
         return program, type(self.guidance), conditions, shapes, asked, spread
 

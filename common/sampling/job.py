@@ -40,6 +40,11 @@ class DenoisingJob:
         return ImagesOfGroup(embeddings=rows, dtype=dtype, masks=masks, **shown)
 
     @property
+    def soft_masks(self) -> bool:
+        """Whether masks say for how many of the steps a part stays."""
+        return self.begin.soft_masks
+
+    @property
     def keeps_area(self) -> bool:
         """Whether a part of each image stays what it is, which no UNet is told of."""
         return self.begin.masks is not None and not any(

@@ -80,14 +80,15 @@ def draw_noises(
 
 
 def prepare_state(latents: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents [B, C, h, w] and history [1 + S, B, C, h, w] before the first step.
+    """Latents [B, C, h, w] and history [R, B, C, h, w] before the first step.
 
-    The history holds the first latents and the model's outputs so far.
+    The history holds the first latents, the model's outputs so far, and the differences that soft
+    masks made.
 
     Args:
-        size: S.
+        size: R, `SchedulerTables.history`.
     """
-    history = np.zeros((1 + size, *latents.shape), np.float32)
+    history = np.zeros((size, *latents.shape), np.float32)
     history[0] = latents
     return latents, history
 
@@ -96,7 +97,7 @@ def prepare_state(latents: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarra
 class KeptArea:
     """What stays of pictures that are inpainted, and is laid over the latents after every step."""
 
-    masks: np.ndarray  # [B, 1, h, w]: 1 is made anew, 0 stays
+    masks: np.ndarray  # [B, 1, h, w]: 1 is made anew, 0 stays; between them for some steps
     original: np.ndarray  # [B, C, h, w], without noise
     noise: np.ndarray  # [B, C, h, w]
 

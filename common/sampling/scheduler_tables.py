@@ -8,6 +8,9 @@ outputs ε₁ … ε_T and the noises n₁ … n_K that it draws. After model ev
 and the model's next input is `input_scales[i]`·x_{i-1}. Running the scheduler on basis vectors in
 place of pictures gives the coefficients, whatever it does inside (multistep history, second-order
 pairs of evaluations, predictor and corrector). No scheduler's arithmetic is written again here.
+
+Where soft masks change some samples after an evaluation, h goes on with the differences d₁ … d_T
+that were added to them, and so do the coefficients: what a difference leads to is probed as well.
 """
 
 import math
@@ -23,6 +26,7 @@ from common.sampling.sampler import Sampler
 # Tables are padded to multiples of this many model evaluations (and noises), so that the number of
 # steps is data and not a shape: 64 holds 50 steps, or 32 of a scheduler that evaluates twice.
 BUCKET = 64
+ROUNDING_OF_MASKS = 1e-6
 LINEAR_TO = 1e-4  # relative; float32 rounding of 50 steps stays below 1e-6
 
 
@@ -39,29 +43,73 @@ class SchedulerTables:
     initial_noise_scale: float  # diffusers' init_noise_sigma
     timesteps: np.ndarray  # [S], may be fractional
     input_scales: np.ndarray  # [S]
-    coefficients: np.ndarray  # [S, 1 + S]
+    coefficients: np.ndarray  # [S, 1 + S], with soft masks [S, 1 + 2 S]
     noise_coefficients: np.ndarray  # [S, S]
     # Of a picture's latents and of the noise on them, where they stay what they are: after each
     # model evaluation [S, 2]. Zeros where nothing stays.
     kept_scales: np.ndarray
+    # After each model evaluation the least mask of what follows the scheduler; the rest is what it
+    # was, noised [S].
+    free_from: np.ndarray
+
+    @property
+    def history(self) -> int:
+        """How many tensors the coefficients weigh."""
+        return int(self.coefficients.shape[1])
 
 
-def make_tables(sampler: Sampler, *, keeps_area: bool = False) -> SchedulerTables:
+def make_tables(
+    sampler: Sampler, *, keeps_area: bool = False, soft_masks: bool = False
+) -> SchedulerTables:
     """Probe a scheduler on the CPU; its state is overwritten.
 
     Args:
         keeps_area: whether a part of the pictures stays, for `kept_scales`.
+        soft_masks: whether it stays for a part of the steps, by its mask.
 
     Raises:
         BadSettingError: diffusers refuses the settings.
         NotFiniteError: the coefficients are not finite.
         NotLinearError: the scheduler clips, thresholds, or rounds coarsely.
     """
+    timesteps = sampler.restart().to(torch.float32).numpy()
+    count = len(timesteps)
+    size = math.ceil(count / BUCKET) * BUCKET
+    probed = _probe(sampler, keeps_area=keeps_area, soft_masks=soft_masks)
+    of_history, of_noises, of_differences = np.split(probed.rows, [1 + count, 1 + 2 * count], 1)
+    blocks = [_padded(of_history, size, 1 + size)]
+    if soft_masks:
+        blocks.append(_padded(of_differences, size, size))
+    return SchedulerTables(
+        evaluations=count,
+        noises=probed.noises,
+        initial_noise_scale=sampler.initial_noise_scale,
+        timesteps=_padded(timesteps, size),
+        input_scales=_padded(probed.input_scales, size),
+        coefficients=np.concatenate(blocks, axis=1),
+        noise_coefficients=_padded(of_noises, size, size),
+        kept_scales=_padded(probed.kept_scales, size, 2),
+        free_from=_padded(free_from(count, soft_masks=soft_masks), size),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probed:
+    """What a scheduler gave on basis vectors, float64."""
+
+    rows: np.ndarray  # after each evaluation, [T, 1 + T + T], with soft masks [T, 1 + T + T + T]
+    noises: int  # that it drew, K ≤ T
+    input_scales: np.ndarray  # [T]
+    kept_scales: np.ndarray  # [T, 2]
+
+
+def _probe(sampler: Sampler, *, keeps_area: bool, soft_masks: bool) -> _Probed:
     timesteps = sampler.restart()
     count = len(timesteps)
-    first_noise = 1 + count
-    # Basis vectors: 0 is x₀, 1 … T the model's outputs, from T + 1 on the noises in their order.
-    dimension = first_noise + count
+    # Basis vectors: 0 is x₀, 1 … T the model's outputs, from T + 1 on the noises in their order,
+    # from 2 T + 1 on the differences.
+    first_difference = 1 + 2 * count
+    dimension = first_difference + (count if soft_masks else 0)
     drawn = 0
 
     def hear_basis(shape: tuple[int, ...], _: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -83,6 +131,8 @@ def make_tables(sampler: Sampler, *, keeps_area: bool = False) -> SchedulerTable
             input_scales[i] = _ratio(sampler.scale_model_input(sample, timestep), sample)
             sample = sampler.step(_basis_vector(dimension, 1 + i), timestep, sample, _unused())
             rows[i] = sample.double().flatten().numpy()
+            if soft_masks:
+                sample = sample + _basis_vector(dimension, first_difference + i)
             if keeps_area:
                 kept = sampler.noised_after(i, original, noise)
                 kept_scales[i] = kept.double().flatten().numpy()
@@ -91,20 +141,20 @@ def make_tables(sampler: Sampler, *, keeps_area: bool = False) -> SchedulerTable
             f"{sampler.name} gives coefficients that are not finite with {sampler.spacing} and "
             "these scheduler settings: change --scheduler or --scheduler_option"
         )
-    _check_linear(sampler, rows[:, : first_noise + drawn], input_scales)
+    _check_linear(sampler, rows, input_scales)
+    return _Probed(rows=rows, noises=drawn, input_scales=input_scales, kept_scales=kept_scales)
 
-    size = math.ceil(count / BUCKET) * BUCKET
-    noise_rows = rows[:, first_noise : first_noise + drawn]
-    return SchedulerTables(
-        evaluations=count,
-        noises=drawn,
-        initial_noise_scale=sampler.initial_noise_scale,
-        timesteps=_padded(timesteps.to(torch.float32).numpy(), size),
-        input_scales=_padded(input_scales, size),
-        coefficients=_padded(rows[:, :first_noise], size, 1 + size),
-        noise_coefficients=_padded(noise_rows, size, size),
-        kept_scales=_padded(kept_scales, size, 2),
-    )
+
+def free_from(count: int, *, soft_masks: bool) -> np.ndarray:
+    """After each of some model evaluations the least mask of what follows the scheduler, [T].
+
+    With soft masks those of differential diffusion (Levin and Fried 2023, "Giving Each Pixel Its
+    Strength"): what has the mask m stays the noised picture before evaluation i of N while
+    1 - m > i / N. Masks are means of 64 pixels in float32, so that some are smaller by a last bit.
+    """
+    if not soft_masks:
+        return np.full(count, 0.5)
+    return 1 - np.arange(1, count + 1) / count - ROUNDING_OF_MASKS
 
 
 def _padded(values: np.ndarray, *shape: int) -> np.ndarray:
@@ -123,6 +173,7 @@ def _check_linear(sampler: Sampler, rows: np.ndarray, input_scales: np.ndarray) 
     generator = torch.Generator().manual_seed(0)
     history = torch.randn((rows.shape[1], 1, 1, 1, 64), generator=generator) * 3
     history[0] *= sampler.initial_noise_scale
+    differences = history[1 + 2 * count :]
     used = 0
 
     def hear_next(shape: tuple[int, ...], _: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -142,6 +193,8 @@ def _check_linear(sampler: Sampler, rows: np.ndarray, input_scales: np.ndarray) 
             row = torch.from_numpy(rows[i])
             difference = (sample.double().flatten() - row @ flat).norm()
             error = max(error, float(difference / (row.abs() @ flat.abs()).norm()))
+            if len(differences):
+                sample = sample + differences[i]
     if not error < LINEAR_TO:
         raise NotLinearError(f"it clips, thresholds or rounds: not linear by {error:.0e}")
 

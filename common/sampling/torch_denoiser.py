@@ -84,16 +84,24 @@ class TorchDenoiser(Denoiser):
     def _start_steps(self, state: State, steps: range, program: StepProgram) -> tuple[State, None]:
         latents, history = state
         schedule = self.schedule
+        size = len(schedule["timesteps"])
         for i in steps:
             model_input = latents * schedule["input_scales"][i]
             history[i + 1] = self._evaluate(model_input, schedule["timesteps"][i], program)
             known = i + 2  # what later steps give has no weight yet
             latents = torch.tensordot(schedule["coefficients"][i, :known], history[:known], 1)
+            differences = history[1 + size :][:i]  # of soft masks
+            if len(differences):
+                weights = schedule["coefficients"][i, 1 + size :][:i]
+                latents += torch.tensordot(weights, differences, 1)
             if self.tables is not None and self.tables.noises:
                 latents += torch.tensordot(schedule["noise_coefficients"][i], self.own_noises, 1)
             of_original, of_noise = schedule["kept_scales"][i]
             stays = of_original * self.kept["original"] + of_noise * self.kept["noise"]
-            latents = torch.where(self.kept["masks"] > 0, latents, stays)
+            laid = torch.where(self.kept["masks"] >= schedule["free_from"][i], latents, stays)
+            if len(history) > 1 + size:
+                history[1 + size + i] = laid - latents
+            latents = laid
         return (latents, history), None
 
     def _wait_for(self, done: Any) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from common.declared import (
     IMAGE_LATENTS,
     INPUT,
+    LATENTS,
     PICTURES,
     Place,
     Settings,
@@ -52,6 +53,14 @@ class InputSettings(Settings):
         metavar="HOW",
         group=INPUT,
         shapes=(IMAGE_LATENTS,),
+    )
+    soft_mask: bool = setting(  # differential diffusion
+        False,
+        "Grey in it: made anew for some steps.",
+        metavar=" ",
+        group=INPUT,
+        shapes=(IMAGE_LATENTS, LATENTS),
+        shown="",
     )
     padding_mask_crop: int | None = setting(
         None,

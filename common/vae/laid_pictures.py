@@ -27,6 +27,7 @@ class Laid:
     pictures: torch.Tensor  # [I, 3, H, W] float32 in [-1, 1]
     masks: torch.Tensor | None = None  # [I, 1, H, W] float32; not yet taken for 0 and 1
     crops: torch.Tensor | None = None  # what of each picture is laid: [I, 4], x, y, x2, y2
+    soft_masks: bool = False  # whether what is between 0 and 1 counts as what it is
 
     @property
     def binary(self) -> torch.Tensor:
@@ -42,7 +43,10 @@ class Laid:
         return parts
 
     def latent_masks(self, factor: int) -> torch.Tensor:
-        """[I, 1, h, w]: those of latent cells, each by its top left pixel."""
+        """[I, 1, h, w]: those of latent cells, by the top left pixel; soft ones by the mean."""
+        assert self.masks is not None
+        if self.soft_masks:
+            return torch.nn.functional.avg_pool2d(self.masks, factor)
         size = [extent // factor for extent in self.pictures.shape[2:]]
         return torch.nn.functional.interpolate(self.binary, size=size)
 
@@ -53,6 +57,7 @@ def lay(
     *,
     resize_mode: str = "default",
     padding_mask_crop: int | None = None,
+    soft_masks: bool = False,
     factor: int = 8,
 ) -> Laid:
     """Bring pictures and masks to a size (height, width), as diffusers' inpainting does.
@@ -60,6 +65,7 @@ def lay(
     Args:
         padding_mask_crop: lay only what is masked and so many pixels around it, in the size's
             proportions.
+        soft_masks: whether grey in masks counts as what it is.
         factor: pixels per latent cell.
     """
     height, width = size
@@ -68,9 +74,10 @@ def lay(
         vae_scale_factor=factor, do_normalize=False, do_convert_grayscale=True
     )
     crops: list[tuple[int, int, int, int]] = []
+    white_from = 1 if soft_masks else WHITE_FROM
     if padding_mask_crop is not None:
         resize_mode = "fill"
-        crops = [_crop_of(mask, size, padding_mask_crop) for mask in inputs.masks]
+        crops = [_crop_of(mask >= white_from, size, padding_mask_crop) for mask in inputs.masks]
 
     def laid(processor: Any, arrays: Sequence[np.ndarray]) -> torch.Tensor:
         each = [
@@ -89,13 +96,14 @@ def lay(
         pictures=laid(of_pictures, inputs.pictures),
         masks=laid(of_masks, inputs.masks) if inputs.masks else None,
         crops=torch.tensor(crops) if crops else None,
+        soft_masks=soft_masks,
     )
 
 
-def _crop_of(mask: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
+def _crop_of(masked: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
     """diffusers' region; what counts as masked is what is made anew, not all that is not black."""
     height, width = size
-    binary = np.where(mask >= WHITE_FROM, 255, 0).astype(np.uint8)
+    binary = np.where(masked, 255, 0).astype(np.uint8)
     region: tuple[int, int, int, int] = VaeImageProcessor.get_crop_region(
         Image.fromarray(binary), width, height, pad=padding
     )

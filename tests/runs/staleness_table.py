@@ -171,6 +171,7 @@ GENERATION: dict[str, list[Case]] = {
     "padding_mask_crop": [case(8, BEGUN, prompts=[MASKED])],
     "outpaint": [case((8, 0, 0, 0), BEGUN, of=(0, 8, 0, 0), prompts=[BEGINS])],
     "image_guidance_scale": [case(2.0, LATENTS)],
+    "soft_mask": [case(True, BEGUN, prompts=[MASKED])],
     "keep_unmasked": [case(True, PICTURES, prompts=[MASKED])],
     # It counts by the pixels that it gives.
     "image_background": [

@@ -17,7 +17,6 @@ from common.runs.generation import GenerationConfig
 from common.runs.image_latents import find_image_latents, image_tensors, input_names, read_inputs
 from common.runs.recipes import image_latents_recipe
 from common.vae.encoder import Posterior
-from common.vae.laid_pictures import lay
 from tests.configs import make_config
 from tests.conftest import DEMO
 from tests.refusals import refusal
@@ -38,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(mask).save("mask.png")
     mask[8:16] = 200
     Image.fromarray(mask).save("soft.png")
+    Image.fromarray(mask // 4).save("dark.png")
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def write(folder: Path, config: GenerationConfig, **provenance: Any) -> Artifact
     """What stage 0 writes, with posteriors of zeros."""
     checkpoint = open_checkpoint(config, ("vae",))
     inputs = read_inputs(config)
-    laid = lay(inputs.to_lay(), (32, 48), padding_mask_crop=config.padding_mask_crop)
+    laid = inputs.lay(config, 8)
     cells = np.zeros((len(inputs.pictures), 4, 4, 6), np.float32)
     encoded = {name: Posterior(mean=cells + 1, std=cells + 2) for name in laid.to_encode()}
     tensors = image_tensors(laid, inputs, encoded, 8)
@@ -79,6 +79,8 @@ def test_what_is_made_anew_is_a_mask(folder: Path, capsys: pytest.CaptureFixture
     assert (read.masks[0] == 255).sum() == 8 * 48
     read_inputs(config_of({"image": "a.png", "mask_image": "soft.png"}))
     assert "soft.png: 25.0% of it is grey" in capsys.readouterr().out
+    read_inputs(config_of({"image": "a.png", "mask_image": "soft.png"}, soft_mask=True))
+    assert capsys.readouterr().out == ""
     wide = read_inputs(config_of({"image": "a.png"}, outpaint=(8, 0, 0, 4)))
     assert wide.pictures[0].shape == (36, 56, 3) and wide.masks[0].shape == (36, 56)
     assert not wide.masks[0][:32, 8:].any() and wide.masks[0].sum() == 255 * (36 * 8 + 4 * 48)
@@ -87,6 +89,10 @@ def test_what_is_made_anew_is_a_mask(folder: Path, capsys: pytest.CaptureFixture
 def test_masks_that_cannot_be(folder: Path) -> None:
     with refusal(BadInputFileError, "--mask_image black.png masks nothing"):
         read_inputs(config_of({"image": "a.png", "mask_image": "black.png"}))
+    dark = {"image": "a.png", "mask_image": "dark.png"}
+    with refusal(BadInputFileError, "--mask_image dark.png masks nothing"):
+        read_inputs(config_of(dark))
+    assert read_inputs(config_of(dark, soft_mask=True)).masks[0].max() == 63
     with refusal(BadInputFileError, "small.png is 48×16, its picture 48×32"):
         read_inputs(config_of({"image": "a.png", "mask_image": "small.png"}))
 

@@ -77,6 +77,7 @@ def test_the_size_is_the_pictures_own(folder: Path, capsys: pytest.CaptureFixtur
         ({"mask_image": "d.png"}, "mask_image is for pictures"),
         ({"outpaint": "8,0,0,0"}, "outpaint is for pictures"),
         ({"image": "d.png", "keep_unmasked": True}, "keep_unmasked is for masks"),
+        ({"image": "d.png", "soft_mask": True}, "soft_mask is for masks"),
         ({"image": "d.png", "padding_mask_crop": 3}, "padding_mask_crop is for masks"),
         (
             {"image": "d.png", "mask_image": "d.png", "outpaint": "8,0,0,0"},

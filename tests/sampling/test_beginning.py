@@ -112,6 +112,15 @@ def test_a_masked_picture_is_drawn_last(by_channels: bool, strength: float) -> N
     assert begin.masks is not None and begin.masks.equal(TENSORS["latent_masks"][1:])
 
 
+def test_with_soft_masks_the_picture_is_in_the_noise_at_any_strength() -> None:
+    sampler = sampler_of(strength=1.0)
+    begin = FromMaskedPictures(TENSORS, [1], VAE, by_channels=False, soft=True)
+    assert begin.soft_masks and not FromPictures(TENSORS, [1], VAE).soft_masks
+    first, (of_picture, noise, _) = draw(begin, sampler)
+    picture = sample("image_latents", 1, of_picture)
+    assert torch.allclose(first.latents, sampler.add_noise(picture, noise))
+
+
 def test_an_edited_picture_lies_beside_the_noise() -> None:
     """It is the posterior's mode, and draws nothing."""
     sampler = sampler_of()

@@ -120,27 +120,31 @@ def test_devices_of_the_other_half_have_work_without_guidance(checkpoint: Checkp
         assert denoiser.facts()["mesh"] == mesh
 
 
-def test_a_step_is_the_tables_row() -> None:
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_step_is_the_tables_row(soft: bool) -> None:
     """x = Σ coefficients·(x₀, ε₁, …) + Σ noise_coefficients·noises, whatever predicts ε.
 
-    Where nothing is made anew, x is the picture with the noise of the step.
+    Where nothing is made anew, x is the picture with the noise of the step. Soft masks keep the
+    difference that this makes.
     """
     random = np.random.default_rng(0)
     shape, steps, i = (2, 4, 3, 3), 5, 2
+    tensors = 1 + (2 * steps if soft else steps)
     schedule = {
         "input_scales": random.normal(size=steps),
         "timesteps": random.normal(size=steps),
-        "coefficients": random.normal(size=(steps, 1 + steps)),
+        "coefficients": random.normal(size=(steps, tensors)),
         "noise_coefficients": random.normal(size=(steps, steps)),
         "kept_scales": random.normal(size=(steps, 2)),
+        "free_from": random.uniform(size=steps),
     }
-    noises, history = random.normal(size=(steps, *shape)), random.normal(size=(1 + steps, *shape))
+    noises, history = random.normal(size=(steps, *shape)), random.normal(size=(tensors, *shape))
     latents = random.normal(size=shape)
 
     def predict(sample: Any, timestep: Any, _: Any) -> Any:
         return jnp.tanh(sample + timestep)
 
-    masks = random.integers(0, 2, (2, 1, 3, 3)).astype(np.float32)
+    masks = random.uniform(size=(2, 1, 3, 3)).astype(np.float32)
     of_picture, of_noise = random.normal(size=(2, *shape))
     arguments = {
         "schedule": {n: jnp.asarray(a) for n, a in schedule.items()},
@@ -154,7 +158,10 @@ def test_a_step_is_the_tables_row() -> None:
     expected = np.tensordot(schedule["coefficients"][i], history, 1)
     expected += np.tensordot(schedule["noise_coefficients"][i], noises, 1)
     stays = schedule["kept_scales"][i] @ np.stack([of_picture, of_noise]).reshape(2, -1)
-    expected = np.where(masks > 0, expected, stays.reshape(shape))
+    laid = np.where(masks >= schedule["free_from"][i], expected, stays.reshape(shape))
+    if soft:
+        history[1 + steps + i] = laid - expected
+    expected = laid
     np.testing.assert_allclose(kept, history, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -57,7 +57,8 @@ def test_an_image_alone_has_the_noises_that_it_has_beside_others(scheduler: str)
 
 def test_before_the_first_step_the_history_holds_the_latents_alone() -> None:
     found, noises, tables = draw("euler", SEEDS)
-    latents, history = prepare_state(found, len(noises))
+    latents, history = prepare_state(found, tables.history)
+    assert len(noises) == len(tables.timesteps)
     assert history.shape == (1 + len(tables.timesteps), len(SEEDS), *SHAPE)
     np.testing.assert_array_equal(latents, found)
     np.testing.assert_array_equal(history[0], latents)

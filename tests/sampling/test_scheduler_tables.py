@@ -272,3 +272,41 @@ def test_what_stays_is_noised_as_diffusers_does_it(name: str, end: float | None)
         assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert (of_noise == 0) == (end is None)
     assert not make_tables(sampler).kept_scales.any()
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - {"edm_euler"}))
+def test_soft_masks_change_samples_between_the_steps(name: str) -> None:
+    """Differential diffusion by the scheduler itself, and by the tables with the differences."""
+    sampler = build(name, steps=9)
+    generator = torch.Generator().manual_seed(1)
+    picture, noise, first = torch.randn((3, 1, *SHAPE), generator=generator)
+    mask = torch.rand((1, 1, *SHAPE[1:]), generator=generator)
+    tables = make_tables(sampler, keeps_area=True, soft_masks=True)
+    size, count = len(tables.timesteps), tables.evaluations
+    assert tables.coefficients.shape == (size, 1 + 2 * size) and tables.history == 1 + 2 * size
+    drawn: list[torch.Tensor] = []
+
+    def keep(_: Any, draw: Any) -> torch.Tensor:
+        drawn.append(draw())
+        return drawn[-1]
+
+    x, history = first, [first]
+    by_tables, laid = first.double(), []
+    with sampler.intercepted_noises(keep):
+        for i, timestep in enumerate(sampler.restart([3])):
+            # Both see what the scheduler's own samples give, so that rounding does not grow.
+            history.append(nonlinear_model(sampler.scale_model_input(x, timestep), float(timestep)))
+            x = sampler.step(history[-1], timestep, x, [generator])
+            stays = 1 - mask > (i + 1) / count
+            x = torch.where(stays, sampler.noised_after(i, picture, noise), x)
+            row, of_noises = tables.coefficients[i].astype(float), tables.noise_coefficients[i]
+            by_tables = sum(row[j] * h.double() for j, h in enumerate(history))
+            by_tables = by_tables + sum(float(of_noises[k]) * n for k, n in enumerate(drawn))
+            by_tables = by_tables + sum(row[1 + size + j] * d for j, d in enumerate(laid))
+            of_picture, of_noise = tables.kept_scales[i].tolist()
+            noised = (of_picture * picture + of_noise * noise).double()
+            after = torch.where(mask >= float(tables.free_from[i]), by_tables, noised)
+            laid.append(after - by_tables)
+    scale = float(first.norm() / x.norm())  # of what the sums round at
+    assert float((after - x).norm() / x.norm()) < ROUNDING * max(1, scale)
+    assert (mask >= float(tables.free_from[count - 1])).all()  # the last step is everybody's

@@ -52,6 +52,17 @@ def test_pictures_and_masks_are_those_of_diffusers_processors(mode: str) -> None
     assert laid.latent_masks(8).equal(cells)
 
 
+def test_soft_masks_are_their_cells_means() -> None:
+    grey = [mask // 3 for mask in MASKS]
+    laid = lay(Inputs(pictures=PICTURES, masks=grey), SIZE, soft_masks=True)
+    assert laid.masks is not None
+    cells = laid.masks.reshape(2, 1, 8, 8, 6, 8).mean((3, 5))
+    assert torch.allclose(laid.latent_masks(8), cells) and 0 < float(cells.max()) < 0.34
+    hard = lay(Inputs(pictures=PICTURES, masks=MASKS), SIZE, padding_mask_crop=3)
+    soft = lay(Inputs(pictures=PICTURES, masks=grey), SIZE, padding_mask_crop=3, soft_masks=True)
+    assert hard.crops is not None and soft.crops is not None and hard.crops.equal(soft.crops)
+
+
 def test_without_masks_there_is_one_part() -> None:
     laid = lay(Inputs(pictures=PICTURES, masks=[]), SIZE)
     assert laid.masks is None and list(laid.to_encode()) == ["image_latents"]
