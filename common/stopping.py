@@ -59,10 +59,24 @@ def heard_signals() -> list[int]:
     return [number for number in STOP_SIGNALS if number not in ignored]
 
 
+def hold_signals() -> None:
+    """Let signals to stop wait until this process, or the program that it becomes, hears them.
+
+    Python's own handlers would end the imports of a script that was begun with a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
 def stop_at_once_on_signals() -> None:
-    """End the process with a sentence when a signal to stop comes."""
+    """End the process with a sentence when a signal to stop comes, or one was held."""
     for number in heard_signals():
         signal.signal(number, _stop)
+    let_signals_through()
+
+
+def let_signals_through() -> None:
+    """Hear the signals that were held, and those to come."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @contextmanager

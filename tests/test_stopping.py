@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-from common.stopping import StoppedError, StopRequest, stopping_at_once
+from common.stopping import (
+    STOP_SIGNALS,
+    StoppedError,
+    StopRequest,
+    hold_signals,
+    stopping_at_once,
+)
 from tests.conftest import PROJECT_DIR, STAGES, file_contents
 
 # What stage 2 shows when it has begun, and when its devices are computing.
@@ -176,6 +182,28 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number: int) -> None:
     _, said = process.communicate(timeout=30)
     assert said.count("stopping when what runs is done") == 1
     assert "terminated after what ran" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_a_script_can_hear_it_is_heard_when_it_can(number: int) -> None:
+    """As `run_all.sh` starts its stages: no import ends with a traceback, and nothing is lost."""
+    script = (
+        "import time; time.sleep(0.5); print('hears', flush=True);"
+        "from common.stopping import stop_at_once_on_signals as hear; hear(); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=PROJECT_DIR,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hold_signals,
+    )
+    process.send_signal(number)
+    said, complained = process.communicate(timeout=30)
+    word, code = STOP_SIGNALS[number]
+    assert process.returncode == code and said == "hears\n"
+    assert complained.startswith(f"error: {word}; nothing was left half written")
 
 
 def test_what_a_shell_starts_beside_itself_hears_an_interruption() -> None:

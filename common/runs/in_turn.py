@@ -29,7 +29,7 @@ from common.models.model_settings import PROJECT_DIR
 from common.runs.flags import Flag, all_flags
 from common.runs.generation import read_generation_config
 from common.runs.preloaded import PreloadedStage
-from common.stopping import STOP_SIGNALS, heard_signals
+from common.stopping import STOP_SIGNALS, heard_signals, hold_signals
 
 SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
 
@@ -158,7 +158,7 @@ def run_in_turn(
         meanwhile = None
         if libraries is not None and following is not None and ahead is None:
             meanwhile = partial(prepare, commands[following])
-        process = process or subprocess.Popen(command, text=True)
+        process = process or subprocess.Popen(command, text=True, preexec_fn=hold_signals)
         code = wait_for_stage(process, meanwhile=meanwhile)
         if code != 0:
             if ahead is not None:
@@ -181,7 +181,7 @@ def run_stage_and_listen(command: list[str]) -> tuple[int, str]:
         if line.startswith("error: "):
             heard.append(line.removeprefix("error: ").strip())
 
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hold_signals)
     code = wait_for_stage(process, listen)
     return code, heard[-1] if heard else ""
 

@@ -25,9 +25,11 @@ class PreloadedStage:
             script: the stage's.
             modules: to import while it waits.
         """
+        from common.stopping import hold_signals  # this file is a script as well, without a path
+
         command = [sys.executable, __file__, script, *modules]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, preexec_fn=_ignore_interrupts
+            command, stdin=subprocess.PIPE, text=True, preexec_fn=hold_signals
         )
 
     def begin(self, arguments: Sequence[str]) -> "subprocess.Popen[str] | None":
@@ -46,11 +48,6 @@ class PreloadedStage:
         self.process.wait()
 
 
-def _ignore_interrupts() -> None:
-    """Until the script has begun; Python's own handler would end its start with a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def main() -> None:
     """Import modules, wait for the arguments on the standard input, run the script."""
     script, *modules = sys.argv[1:]
@@ -59,7 +56,9 @@ def main() -> None:
     from common.compute.clock import count_from_now
     from common.models.library_imports import quiet_libraries
     from common.process import keep_to_ourselves
+    from common.stopping import hold_signals, let_signals_through
 
+    let_signals_through()
     keep_to_ourselves()
     quiet_libraries()
     for module in modules:
@@ -76,6 +75,8 @@ def main() -> None:
     count_from_now()
     sys.argv = [script, *json.loads(line)]
     import runpy
+
+    hold_signals()
 
     runpy.run_path(script, run_name="__main__")
 
