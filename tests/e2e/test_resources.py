@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Run, file_contents
 
-NEW_SEED = {1: ("--prompt", "a blue ring"), 2: ("--seed", 5), 3: ("--image_format", "webp")}
+NEW_SEED = {0: (), 1: ("--prompt", "a blue ring"), 2: ("--seed", 5), 3: ("--image_format", "webp")}
 
 
 def limited(kind: int, amount: int) -> Callable[[], None]:
@@ -41,8 +41,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_a_limit_on_files_leaves_the_old_ones(run_copy: Path, stage: Run, number: int) -> None:
+    if number == 0:
+        image = run_copy / "output_image_0000.png"
+        result = stage(1, "--output_dir", run_copy, "--image", image)
+        assert result.returncode == 0, result.stderr
     before = file_contents(run_copy)
     result = stage(
         *(number, "--output_dir", run_copy, *NEW_SEED[number]),
@@ -52,7 +56,12 @@ def test_a_limit_on_files_leaves_the_old_ones(run_copy: Path, stage: Run, number
     assert file_contents(run_copy) == before
 
 
-def test_a_full_disk_leaves_the_old_files(finished_run: Path, stage: Run, small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_old_files(
+    finished_run: Path, stage: Run, small_disk: Path, tmp_path: Path
+) -> None:
+    image = finished_run / "output_image_0000.png"
+    begun = tmp_path / "begun"
+    assert stage(1, "--output_dir", begun, "--image", image).returncode == 0
     for name in ("generation_config.json", "stage1_embeddings.safetensors"):
         (small_disk / name).write_bytes((finished_run / name).read_bytes())
     free = os.statvfs(small_disk)
@@ -62,6 +71,9 @@ def test_a_full_disk_leaves_the_old_files(finished_run: Path, stage: Run, small_
         result = stage(number, "--output_dir", small_disk, *NEW_SEED[number])
         check_error(result, "cannot be written (No space left on device): make room")
         assert file_contents(small_disk) == before
+    result = stage(0, "--input_dir", begun, "--output_dir", small_disk)
+    check_error(result, "cannot be written (No space left on device): make room")
+    assert file_contents(small_disk) == before
 
 
 def test_a_read_only_folder(finished_run: Path, stage: Run, small_disk: Path) -> None:

@@ -33,6 +33,7 @@ from PIL import Image
 from safetensors import safe_open
 from tqdm import tqdm
 
+STAGE_0 = ("stages/stage0_image_encoder.py", "--batch_size", "1")
 STAGE_1 = ("stages/stage1_text_encoder.py",)
 STAGE_2 = ("stages/stage2_unet.py", "--batch_size", "1", "--checkpoint_every", "1")
 STAGE_3 = ("stages/stage3_vae_decoder.py", "--batch_size", "1")
@@ -40,8 +41,10 @@ RUN_ALL = ("tools/run_all.py", "--batch_size", "1", "--checkpoint_every", "1")
 NEW = ("--prompt", "a small green ring", "--num_inference_steps", "5", "--seed", "9")
 SIZES = ("--num_images_per_prompt", "3")
 OLD = ("--prompt", "a large red star", "--num_inference_steps", "2", "--seed", "1", *SIZES)
+PICTURES = [f"picture{number}.png" for number in range(3)]  # in the folder of all runs
 # What is killed; the settings of the new run stand where the command takes them.
 CASES: dict[str, tuple[str, ...]] = {
+    "stage 0": STAGE_0,
     "stage 1": (*STAGE_1, *NEW, *SIZES),
     "stage 2": STAGE_2,
     "stage 3": STAGE_3,
@@ -109,7 +112,7 @@ def content_of(path: Path) -> object:
 def contents(run_dir: Path) -> dict[str, object]:
     """Every output of a run by its name; reports tell times, so they are not compared."""
     outputs = [
-        *run_dir.glob("stage[12]_[el]*.safetensors"),
+        *run_dir.glob("stage[012]_[el]*.safetensors"),
         *run_dir.glob("output_*.png"),
         run_dir / "generation_config.json",
     ]
@@ -126,7 +129,10 @@ class Faults:
         self._run((*RUN_ALL, *NEW, *SIZES), self.new)
         # Where each case starts: what the stages before it have written already.
         self.starts = {name: folder / f"start of {name}" for name in CASES}
+        self._begin_with_pictures(self.starts["stage 0"])
         for name, start_dir in self.starts.items():
+            if name == "stage 0":
+                continue
             shutil.copytree(self.old, start_dir)
             known = {"stage 2": ("generation_config.json", "stage1_embeddings.safetensors")}
             known["stage 3"] = (*known["stage 2"], "stage2_latents.safetensors")
@@ -145,6 +151,16 @@ class Faults:
         whole = contents(self.new)
         for name in ("stage 3", "run_all.sh", "run_all.sh alone"):
             assert self.after[name] == whole, f"{name} alone gives other bits than all stages"
+
+    def _begin_with_pictures(self, run_dir: Path) -> None:
+        """A run whose pictures are encoded, and then are others."""
+        images = [flag for name in PICTURES for flag in ("--image", str(self.folder / name))]
+        for made in (self.old, self.new):
+            for number, name in enumerate(PICTURES):
+                shutil.copy(made / f"output_image_{number:04d}.png", self.folder / name)
+            self._run((*STAGE_1, *NEW, *images), run_dir)
+            if made is self.old:
+                self._run(STAGE_0, run_dir)
 
     @staticmethod
     def _run(command: tuple[str, ...], run_dir: Path) -> None:

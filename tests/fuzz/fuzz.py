@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +31,14 @@ from unittest.mock import patch
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
+# Stage 0's, whose import is not to count as a case's time.
+import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
+import numpy as np
 import typer
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageCms
 from tqdm import tqdm
 
 from common import process
@@ -42,6 +47,7 @@ from common.files.artifacts import HEADER_KEY
 from common.files.recipe import Recipe
 from common.files.stage_table import (
     EMBEDDINGS_FILE,
+    IMAGE_LATENTS_FILE,
     LATENTS_FILE,
     STAGES,
     TRAJECTORY_FILE,
@@ -61,8 +67,14 @@ MEASURED = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 CONFIG = run_files.GENERATION_CONFIG_FILE
 COMPONENT_CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json",
                      "scheduler/scheduler_config.json", "text_encoder/config.json")  # fmt: skip
+# Of a run that begins with pictures: one of each format, each with its mask.
+PICTURES = ("picture.png", "picture.jpg", "picture.webp")
+MASKS = ("mask.png", "mask.jpg", "mask.webp")
+OF_PICTURES = (*PICTURES, *MASKS, IMAGE_LATENTS_FILE)
 # What is damaged, and the stages that read it.
 TARGETS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys((*PICTURES, *MASKS), (0,)),
+    IMAGE_LATENTS_FILE: (2, 3),
     EMBEDDINGS_FILE: (2,),
     LATENTS_FILE: (3,),
     TRAJECTORY_FILE: (3,),
@@ -119,27 +131,35 @@ class Folders:
     def __init__(self, folder: Path) -> None:
         self.checkpoint = folder / "checkpoint"
         shutil.copytree(PROJECT_DIR / "models" / "demo", self.checkpoint)
-        self.run_dir = folder / "run"
+        self.run_dir, self.begun = folder / "run", folder / "begun"
+        self._make(self.run_dir, "--save_trajectory", "1")
+        self.begun.mkdir()
+        flags = ["--keep_unmasked"]
+        for flag, names in (("--image", PICTURES), ("--mask_image", MASKS)):
+            pixels = np.arange(128 * 128 * 3, dtype=np.uint32).astype(np.uint8)
+            picture = Image.fromarray(pixels.reshape(128, 128, 3))
+            for name in names:
+                path = self.begun / name
+                (picture if flag == "--image" else picture.convert("L")).save(path)
+                flags += [flag, str(path)]
+        self._make(self.begun, *flags)
+        for name, text in SEEDS_OF_TEXTS.items():
+            (self.run_dir / name).write_text(text, encoding="utf-8")
+
+    def _make(self, run_dir: Path, *flags: str) -> None:
         run_all = [sys.executable, str(PROJECT_DIR / "tools" / "run_all.py")]
-        flags = ("--num_inference_steps", "2", "--save_trajectory", "1")
+        always = ["--output_dir", str(run_dir), "--model_id", str(self.checkpoint)]
         made = subprocess.run(
-            [
-                *run_all,
-                "--output_dir",
-                str(self.run_dir),
-                "--model_id",
-                str(self.checkpoint),
-                *flags,
-            ],
+            [*run_all, *always, "--num_inference_steps", "2", *flags],
             capture_output=True,
             text=True,
         )
         assert made.returncode == 0, made.stderr
-        for name, text in SEEDS_OF_TEXTS.items():
-            (self.run_dir / name).write_text(text, encoding="utf-8")
 
     def path(self, target: str) -> Path:
         """Where a target's file stands."""
+        if target in OF_PICTURES:
+            return self.begun / target
         inside = target.removeprefix("checkpoint/")
         return self.run_dir / target if inside == target else self.checkpoint / inside
 
@@ -154,8 +174,9 @@ class Folders:
         before = path.read_bytes()
         out = self.run_dir.parent / "out"
         arguments = ["--output_dir", str(out)]
-        if case.stage > 1:
-            arguments += ["--input_dir", str(self.run_dir)]
+        if case.stage != 1:
+            source = self.begun if case.target in OF_PICTURES else self.run_dir
+            arguments += ["--input_dir", str(source)]
         else:
             arguments += ["--model_id", str(self.checkpoint)]
         if case.target == "settings.yaml":
@@ -193,6 +214,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 DEEP = b"[" * 100_000
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def mutate_bytes(content: bytes, chance: random.Random) -> bytes:
@@ -292,6 +314,36 @@ def mutate_safetensors(content: bytes, draw: Callable[[Any], Any], chance: rando
     return len(text).to_bytes(8, "little") + text + data
 
 
+def mutate_picture(content: bytes, chance: random.Random) -> bytes:
+    """Another picture: of any mode and size, animated, a bomb, a format that is not read."""
+    size = chance.choice(((128, 128), (128, 128), (1, 1), (1, 500), (127, 129), (16, 8000)))
+    kind = chance.choice(("PNG", "PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "ICO"))
+    mode = chance.choice(("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "F", "CMYK", "YCbCr"))
+    channels = {"LA": 2, "RGB": 3, "RGBA": 4, "I": 4, "I;16": 2, "F": 4, "CMYK": 4, "YCbCr": 3}
+    data = chance.randbytes(size[0] * size[1] * channels.get(mode, 1))
+    image = Image.frombytes(mode, size, data) if mode != "1" else Image.new("1", size, 1)
+    options: dict[str, Any] = {}
+    if chance.random() < 0.2:
+        options |= {"save_all": True, "append_images": [image, image]}
+    if chance.random() < 0.3:
+        exif = Image.Exif()
+        exif[0x0112] = chance.choice((0, 1, 3, 6, 8, 9, 65535))
+        options["exif"] = exif.tobytes()
+    if chance.random() < 0.3:
+        options["icc_profile"] = chance.choice((b"", b"x" * 200, SRGB[:100], SRGB))
+    file = io.BytesIO()
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no mode of that format
+        image.save(file, format=kind, **options)
+    made = bytearray(file.getvalue() or content)
+    if made[:4] == b"\x89PNG" and chance.random() < 0.3:  # other sizes in a header that fits
+        made[16:24] = b"".join(
+            chance.choice((0, 1, 128, 30_000, 2**31 - 1, 2**32 - 1)).to_bytes(4, "big")
+            for _ in range(2)
+        )
+        made[29:33] = zlib.crc32(made[12:29]).to_bytes(4, "big")
+    return bytes(made)
+
+
 def mutate_json_text(content: bytes, draw: Callable[[Any], Any], chance: random.Random) -> bytes:
     """Change the value in a JSON file."""
     return dump(mutate_value(json.loads(content), draw, chance))
@@ -326,6 +378,8 @@ def cases(draw: Any, good: dict[str, bytes]) -> Case:
     content = good[target]
     if chance.random() < 0.5:
         content = mutate_bytes(content, chance)
+    elif target in (*PICTURES, *MASKS):
+        content = mutate_picture(content, chance)
     elif target.endswith(".safetensors"):
         content = mutate_safetensors(content, draw, chance)
     elif target.endswith(".json"):
@@ -336,7 +390,7 @@ def cases(draw: Any, good: dict[str, bytes]) -> Case:
         content = mutate_lines(content, draw, chance)
     if chance.random() < 0.005:
         content = DEEP
-    flags = ("--no_verify",) if stage > 1 and chance.random() < 0.3 else ()
+    flags = ("--no_verify",) if stage != 1 and chance.random() < 0.3 else ()
     return Case(stage, target, content, flags)
 
 
@@ -354,6 +408,7 @@ def models_out_of_reach() -> Iterator[None]:
         patch.object(text_pipeline, "open_text_pipeline", _stop_before_models),
         patch.object(sampling_loading, "open_denoiser", _stop_before_models),
         patch.object(vae_loading, "open_decoder", _stop_before_models),
+        patch.object(vae_loading, "open_encoder", _stop_before_models),
     ):
         yield
 

@@ -34,6 +34,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from common.files.stage_table import ENCODE, STAGES
 from common.runs.generation import read_generation_config
 from tools.demo.drawn_shapes import (
     POSITIONS,
@@ -46,7 +47,6 @@ from tools.demo.drawn_shapes import (
 )
 from tools.demo.picture_analysis import PictureReading, analyse_picture, sharpness
 
-STAGES = ("stage1_text_encoder.py", "stage2_unet.py", "stage3_vae_decoder.py")
 ATTRIBUTES = {
     "background": "background",
     "color": "colour",
@@ -70,6 +70,8 @@ class Prompt:
 
     prompt: str
     seed: int
+    image: str | None = None  # to begin with
+    mask_image: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,7 @@ def make_pictures(
     num_images_per_prompt: int = 1,
     flags: Sequence[str] = (),
 ) -> list[np.ndarray]:
-    """Run the three stages in `output_dir`, prompt-major. Returns pictures [H, W, 3] uint8.
+    """Run the stages in `output_dir`, prompt-major. Returns pictures [H, W, 3] uint8.
 
     Args:
         flags: further flags of stage 1, which settles the settings of the whole run.
@@ -169,15 +171,22 @@ def make_pictures(
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     prompts_file = output_dir / "prompts.jsonl"
-    lines = [json.dumps(dataclasses.asdict(prompt)) for prompt in prompts]
+    given = [
+        {name: value for name, value in dataclasses.asdict(prompt).items() if value is not None}
+        for prompt in prompts
+    ]
+    lines = [json.dumps(each) for each in given]
     prompts_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = [
         f"--prompts_file={prompts_file}",
         f"--num_images_per_prompt={num_images_per_prompt}",
         *flags,
     ]
-    for stage, own_flags in zip(STAGES, (settings, [], []), strict=True):
-        command = [sys.executable, str(PROJECT_DIR / "stages" / stage), *own_flags]
+    for stage in STAGES:
+        if stage.of_pictures and prompts[0].image is None:
+            continue
+        own_flags = settings if stage is ENCODE else []
+        command = [sys.executable, str(PROJECT_DIR / "stages" / stage.script), *own_flags]
         result = subprocess.run([*command, f"--output_dir={output_dir}", "--skip_fresh"])
         if result.returncode != 0:
             # A stage ended by signal N has the return code -N, which shells report as 128 + N.
