@@ -20,9 +20,11 @@ test-slow: setup
 test-all: setup
 	$(PYTEST) -m "not tpu_compiler and not gpu"
 
-# Every scheduler and variation beside diffusers; takes some 6 minutes on two cores.
+# Every scheduler and variation beside diffusers; takes some 20 minutes on one core.
 parity: setup
-	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" tests/parity/test_schedulers_equal_diffusers.py
+	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" $(addprefix tests/parity/test_, \
+	    schedulers_equal_diffusers.py init_latents_equal_diffusers.py \
+	    pictures_equal_diffusers.py edits_equal_diffusers.py)
 
 # Two hundred kills and a hundred other signals; takes some 40 minutes on two cores.
 faults: setup

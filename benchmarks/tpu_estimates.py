@@ -23,6 +23,9 @@ import typer
 FOLDER = PROJECT_DIR / "stage_outputs" / "tpu_estimates"
 UNET = "stage2_unet.py"
 VAE = "stage3_vae_decoder.py"
+ENCODER = "stage0_image_encoder.py"
+NINE_CHANNELS = ("--model_id", str(PROJECT_DIR / "models" / "sdxl_inpainting"))
+REFINER = ("--model_id", str(PROJECT_DIR / "models" / "sdxl_refiner"))
 TORCHAX = ("--operations", "torchax")
 # Row → stage, topology, its other flags.
 ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -35,10 +38,13 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "v5e-4": (UNET, "v5e:2x2", ()),
     "v6e-8, eight images": (UNET, "v6e:2x4", ("--num_images_per_prompt", "8")),
     "v6e-8, 1536×640": (UNET, "v6e:2x4", ("--width", "1536", "--height", "640")),
+    "v6e-8, inpainting by nine channels": (UNET, "v6e:2x4", NINE_CHANNELS),
+    "v6e-8, refiner": (UNET, "v6e:2x4", REFINER),
     "VAE 1024², v6e-1": (VAE, "v6e:1x1", ("--pictures_shape", "1,1024,1024")),
     "VAE 1024², v6e-8": (VAE, "v6e:2x4", ("--pictures_shape", "1,1024,1024")),
     "VAE 2048², v6e-1": (VAE, "v6e:1x1", ("--pictures_shape", "1,2048,2048")),
     "VAE 2048², v6e-8": (VAE, "v6e:2x4", ("--pictures_shape", "1,2048,2048")),
+    "encoder 1024², v6e-8": (ENCODER, "v6e:2x4", ("--pictures_shape", "1,1024,1024")),
 }
 
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import BadSettingError
+from common.runs.jobs import make_sampler
 from common.sampling.sampler import REFUSALS
+from common.sampling.scheduler_tables import make_tables
 from common.sampling.schedulers import SCHEDULERS
 from tests.in_process import (
     Ours,
@@ -30,7 +32,9 @@ STRENGTHS = (0.1, 0.5, 0.9, 1.0)
 DIFFERENT = ("LMSDiscreteScheduler", "PNDMScheduler")
 # Ended by diffusers in the middle of a step.
 TORN = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
-STEPS = 12
+# Cut at whole steps, they give what the run in one gives; others look back at steps before.
+WHOLE = ("euler", "euler_karras", "ddim", "heun", "dpm2")
+STEPS, CUT = 12, 0.6
 
 
 class Family:
@@ -91,8 +95,10 @@ def test_every_scheduler_equals_diffusers(
     config = models.config(scheduler=scheduler, strength=strength)
     cell = (f"from latents, {name}", scheduler, f"strength {strength}")
     if SCHEDULERS[scheduler].class_name in DIFFERENT and strength < 1:
-        parity_table.add(*cell, "ours is right")
-        assert np.isfinite(models.ours.denoise(config)).all()
+        found = models.ours.denoise(config)
+        assert np.isfinite(found).all()
+        off = relative_difference(models.by_diffusers(config, strength=strength), found)
+        parity_table.add(*cell, f"diffusers is {100 * off:.1f} % off")
         return
     try:
         expected = models.by_diffusers(config, strength=strength)
@@ -138,6 +144,61 @@ def test_two_runs_are_the_run_in_one(family: tuple[str, Family], backend: str) -
         second = models.config(scheduler=scheduler, init_latents=str(file), denoising_start=0.45)
         assert relative_difference(ours.denoise(second), whole) < 1e-5
         assert relative_difference(first, whole) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_what_a_cut_changes(
+    family: tuple[str, Family],
+    scheduler: str,
+    parity_table: ParityTable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run cut in two beside the run in one, by ours and by diffusers."""
+    name, models = family
+    if name == "SD":
+        pytest.skip("diffusers' pipeline for SD has no denoising_start")
+    base = diffusers.StableDiffusionXLPipeline(**models.pipeline.components)
+    base.set_progress_bar_config(disable=True)
+    whole = models.config(scheduler=scheduler, init_latents=None)
+    file = models.file.with_name("cut.safetensors")
+    second = models.config(scheduler=scheduler, init_latents=str(file), denoising_start=CUT)
+    if make_tables(make_sampler(whole, models.ours.checkpoint)).noises:
+        pytest.skip("its noises are drawn anew in the second run")
+
+    def by_base(**options: Any) -> np.ndarray:
+        with scheduled(base, whole):
+            made = base(
+                prompt=[prompt.prompt for prompt in whole.prompts],
+                negative_prompt=[prompt.negative_prompt for prompt in whole.prompts],
+                num_inference_steps=STEPS,
+                guidance_scale=whole.guidance_scale,
+                generator=generators_of(whole),
+                output_type="latent",
+                **options,
+            ).images
+        return np.asarray(made.numpy())
+
+    section = f"SDXL, cut in two at {CUT}: how far from the run in one"
+    if scheduler == "edm_euler":  # diffusers compares its timesteps with noise levels
+        with pytest.raises(BadSettingError, match="denoising_start"):
+            models.ours.denoise(second)
+        parity_table.add(section, scheduler, "ours", "refused")
+        return
+    expected = models.ours.denoise(whole)
+    first = models.ours.denoise(whole.model_copy(update={"denoising_end": CUT}))
+    save_file({"latents": torch.from_numpy(first)}, file)
+    ours = relative_difference(models.ours.denoise(second), expected)
+    parity_table.add(section, scheduler, "ours", f"{100 * ours:.1g} %")
+    assert ours < (1e-5 if scheduler in WHOLE else 0.01)
+    try:
+        in_one = by_base()
+        monkeypatch.setattr(models, "latents", torch.from_numpy(by_base(denoising_end=CUT)))
+        theirs = relative_difference(models.by_diffusers(second, denoising_start=CUT), in_one)
+        parity_table.add(section, scheduler, "diffusers", f"{100 * theirs:.1g} %")
+        assert ours < theirs + 1e-5
+    except REFUSALS as error:
+        parity_table.add(section, scheduler, "diffusers", type(error).__name__)
 
 
 def test_a_scheduler_on_the_host_begins_there_too(family: tuple[str, Family]) -> None:

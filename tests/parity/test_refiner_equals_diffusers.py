@@ -74,6 +74,21 @@ def test_an_ensemble_of_experts(refined: Refined, end: float) -> None:
     assert relative_difference(found, begun) > 0.01
 
 
+@pytest.mark.slow
+def test_eight_devices_give_what_one_gives(refined: Refined) -> None:
+    """The base up to a cut, the refiner from there."""
+    file = refined.folder / "on eight.safetensors"
+    for model, flags in (
+        (refined.base, {"denoising_end": 0.6}),
+        (refined.refiner, {"denoising_start": 0.6, "init_latents": str(file)}),
+    ):
+        config, many = refined.config(model, **flags), Ours(model, mesh="data=2,cfg=2,rows=2")
+        found, expected = many.denoise(config), refined.by_ours[model].denoise(config)
+        assert many.denoiser.facts()["devices"] == 8
+        assert relative_difference(found, expected) < 1e-4
+        save_file({"latents": torch.from_numpy(expected)}, file)
+
+
 @pytest.mark.parametrize("scores", [{}, {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}])
 def test_from_pictures(refined: Refined, scores: dict[str, float]) -> None:
     random = np.random.default_rng(6)
