@@ -64,9 +64,11 @@ def conv2d(
         return (value, value) if isinstance(value, int) else (value[0], value[1])
 
     if platform == "tpu" and not isinstance(padding, str):
-        rows = _RowsOfKernel.of(weight, pair(stride), pair(padding))
-        if groups == 1 and pair(dilation) == (1, 1) and rows.fit(x, layout):
-            return _conv2d_by_rows(x, weight, bias, rows, layout)
+        rows, own, beyond = _RowsOfKernel.of(weight, pair(stride), pair(padding)), x, None
+        if pair(padding)[0] == 0 and rows.below > 0:  # the picture holds what is below its rows
+            own, beyond = x[:, :, : -rows.below], x[:, :, -rows.below :]
+        if groups == 1 and pair(dilation) == (1, 1) and rows.fit(own, layout):
+            return _conv2d_by_rows(own, beyond, weight, bias, rows, layout)
     result = jax.lax.conv_general_dilated(
         x.astype(weight.dtype),
         weight,
@@ -103,12 +105,13 @@ class _RowsOfKernel:
 
     def fit(self, x: Array, layout: ActivationLayout | None) -> bool:
         """Whether every device computes its share from few pictures and its neighbours' borders."""
-        pictures, rows = x.shape[0], x.shape[2]
+        pictures, rows, rest = x.shape[0], x.shape[2], 0
         if layout is not None:
             pictures //= layout.size_of(layout.batch)
-            rows //= layout.size_of(layout.rows)
+            rows, rest = divmod(rows, layout.size_of(layout.rows))
         return (
             pictures <= MOST_PICTURES_BY_ROWS
+            and rest == 0
             and rows % self.stride[0] == 0
             and 0 <= self.below <= rows
             and self.above <= rows
@@ -117,6 +120,7 @@ class _RowsOfKernel:
 
 def _conv2d_by_rows(
     x: Array,
+    beyond: Array | None,
     weight: Array,
     bias: Array | None,
     kernel: _RowsOfKernel,
@@ -126,11 +130,14 @@ def _conv2d_by_rows(
 
     Their batch are the rows of one picture, their sum is float32. A batch of few pictures is too
     small for XLA on TPUs, which cuts them into strips and lays activations out again around it.
+
+    Args:
+        beyond: the rows below the picture's, [N, C, below, w]; zeros else.
     """
     bias = jnp.zeros(weight.shape[-1], weight.dtype) if bias is None else bias
 
-    def convolve(x: Array, weight: Array, bias: Array) -> Array:
-        x = _with_borders(x, kernel.above, kernel.below, layout)
+    def convolve(x: Array, weight: Array, bias: Array, beyond: Array | None) -> Array:
+        x = _with_borders(x, kernel.above, kernel.below, layout, beyond)
         summed = jnp.stack([convolve_one(picture, weight) for picture in x])
         return (summed + bias.astype(jnp.float32)[:, None, None]).astype(x.dtype)
 
@@ -152,21 +159,28 @@ def _conv2d_by_rows(
         return jnp.asarray(summed).transpose(2, 0, 1)
 
     if layout is None:
-        return convolve(x, weight, bias)
+        return convolve(x, weight, bias, beyond)
     pictures = layout.pictures().spec
     return jax.shard_map(
         convolve,
         mesh=layout.mesh,
-        in_specs=(pictures, PartitionSpec(), PartitionSpec()),
+        in_specs=(pictures, PartitionSpec(), PartitionSpec(), PartitionSpec(pictures[0])),
         out_specs=pictures,
         check_vma=False,
-    )(x, weight, bias)
+    )(x, weight, bias, beyond)
 
 
-def _with_borders(x: Array, above: int, below: int, layout: ActivationLayout | None) -> Array:
-    """A device's rows of [N, C, h, w] and its neighbours' around them, zeros beyond the picture."""
+def _with_borders(
+    x: Array, above: int, below: int, layout: ActivationLayout | None, beyond: Array | None
+) -> Array:
+    """A device's rows of [N, C, h, w] and its neighbours' around them, zeros above the picture.
+
+    Below it there are the rows `beyond`, or zeros.
+    """
     devices = 1 if layout is None else layout.size_of(layout.rows)
     if layout is None or devices == 1:
+        if beyond is not None:
+            x, below = jnp.concatenate([x, beyond], 2), 0
         return jnp.pad(x, ((0, 0), (0, 0), (above, below), (0, 0)))
     parts = [x]
     if above:
@@ -174,7 +188,11 @@ def _with_borders(x: Array, above: int, below: int, layout: ActivationLayout | N
         parts.insert(0, jax.lax.ppermute(x[:, :, -above:], layout.rows, down))
     if below:
         up = [(device + 1, device) for device in range(devices - 1)]
-        parts.append(jax.lax.ppermute(x[:, :, :below], layout.rows, up))
+        theirs = jax.lax.ppermute(x[:, :, :below], layout.rows, up)
+        if beyond is not None:
+            is_last = jax.lax.axis_index(layout.rows) == devices - 1
+            theirs = jnp.where(is_last, beyond, theirs)
+        parts.append(theirs)
     return jnp.concatenate(parts, 2)
 
 
