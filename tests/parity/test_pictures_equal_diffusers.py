@@ -26,7 +26,7 @@ from tests.parity.test_init_latents_equal_diffusers import DIFFERENT, NO_CHECKER
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
 STEPS, SIDE, BATCH = 12, 64, 3
-# One of each kind; the others are slow tests.
+# One of each kind. All of them begin with latents in CI, by the same tables.
 SOME = ("euler", "euler_a", "ddim", "pndm", "lms", "heun", "dpmpp_2m", "dpmpp_sde", "unipc", "lcm")
 PIPELINES = {
     ("SDXL", "image"): "StableDiffusionXLImg2ImgPipeline",
@@ -36,7 +36,7 @@ PIPELINES = {
     ("SD", "4 channels"): "StableDiffusionInpaintPipeline",
     ("SD", "9 channels"): "StableDiffusionInpaintPipeline",
 }
-slow = pytest.mark.slow
+slow, matrix = pytest.mark.slow, pytest.mark.matrix
 
 
 class Way:
@@ -114,7 +114,7 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     "strength", [s if s == 0.5 else pytest.param(s, marks=slow) for s in STRENGTHS]
 )
 @pytest.mark.parametrize(
-    "scheduler", [s if s in SOME else pytest.param(s, marks=slow) for s in SCHEDULERS]
+    "scheduler", [s if s in SOME else pytest.param(s, marks=[slow, matrix]) for s in SCHEDULERS]
 )
 def test_every_scheduler_equals_diffusers(
     way: Way, scheduler: str, strength: float, parity_table: ParityTable
