@@ -84,8 +84,12 @@ READ_BACK = (
 
 @pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
 @pytest.mark.parametrize("prompt", READ_BACK)
-def test_the_settings_are_read_by_others(tmp_path: Path, ending: str, prompt: str) -> None:
+def test_the_settings_are_read_by_others(
+    tmp_path: Path, ending: str, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By sd-parsers, as what AUTOMATIC1111's web UI writes."""
+    # It takes another picture at the same address in memory for the one before.
+    monkeypatch.setattr("sd_parsers.extractors._jpeg_usercomment._image_id", None)
     pixels, record = make_picture()
     settings = SETTINGS | {"scheduler": "DPM++ 2M Karras", "prompt": prompt, "clip_skip": 2}
     text = picture_files.web_ui_parameters(settings, WEB_UI)
