@@ -27,6 +27,7 @@ from common.files import picture_files
 from common.files.report import Report, Seconds
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.stage_table import IMAGE_LATENTS_FILE
+from common.files.tensor_rows import names_as_given
 from common.messages import say
 from common.process import run_command
 from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
@@ -207,10 +208,11 @@ def input_groups(run: RunRecord, folders: Sequence[Path]) -> list[Group]:
     path = next(folder / file.name for folder in folders if (folder / file.name).exists())
     shown = []
     with safe_open(path, framework="numpy") as tensors:
-        whole = "whole_" if "crops" in tensors.keys() else ""  # noqa: SIM118  # no mapping
-        for name, words in (("pictures", "what it begins with"), ("masks", "its mask")):
-            if whole + name in tensors.keys():  # noqa: SIM118
-                arrays = tensors.get_tensor(whole + name)
+        names = [*tensors.keys()]
+        captions = ("what it begins with", "its mask")
+        for name, words in zip(names_as_given(names), captions, strict=True):
+            if name in names:
+                arrays = tensors.get_tensor(name)
                 shown.append([to_picture(Image.fromarray(array), words) for array in arrays])
     return [Group(inputs=list(each)) for each in zip(*shown, strict=True)]
 

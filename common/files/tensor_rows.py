@@ -1,6 +1,6 @@
 """Every tensor that a stage writes for another one: its name, shape by letters, dtypes, readers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,15 @@ WITH_MASK, WITH_CROP = "a mask", "`--padding_mask_crop`"  # of runs that have so
 TOKENS = 77  # of one chunk of a prompt
 
 Known = Mapping[str, int]  # sizes by the letters of dimensions; others may have any size
+
+
+def names_as_given(names: Container[str]) -> tuple[str, str]:
+    """Stage 0's tensors of pictures and masks as they were given: whole where there are crops.
+
+    Args:
+        names: of all of its tensors.
+    """
+    return ("whole_pictures", "whole_masks") if "crops" in names else ("pictures", "masks")
 
 
 @dataclass(frozen=True)

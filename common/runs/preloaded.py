@@ -77,7 +77,6 @@ def main() -> None:
     import runpy
 
     hold_signals()
-
     runpy.run_path(script, run_name="__main__")
 
 

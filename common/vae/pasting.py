@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.files.tensor_rows import names_as_given
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,8 +25,7 @@ def paste(images: np.ndarray, begun: "Mapping[str, torch.Tensor]") -> np.ndarray
     from PIL import Image
 
     crops = begun.get("crops")
-    names = ("pictures", "masks") if crops is None else ("whole_pictures", "whole_masks")
-    pictures, masks = (begun[name].numpy() for name in names)
+    pictures, masks = (begun[name].numpy() for name in names_as_given(begun))
     processor, images_of_each = VaeImageProcessor(), len(images) // len(pictures)
     pasted = []
     for index, image in enumerate(images):

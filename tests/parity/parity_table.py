@@ -13,9 +13,9 @@ size), 12 steps unless the column says otherwise, guidance 7.5, two prompts, the
 A cell holds the relative difference of the latents (must be below 1e-4) and the largest difference
 of a pixel out of 255 (must be at most 2); or what diffusers itself says, in which case stage 2 ends
 with exit code 2 where diffusers raises and 4 where its latents are not finite. A dash: the class
-has no such setting. Runs from latents and from pictures have the same steps; where
-diffusers begins a schedule in its middle wrongly (its LMS takes its order from the place in the
-schedule, its PNDM loses a step), the cell says how far its latents are from ours, which
+has no such setting. Runs from latents and from pictures have the same steps; where diffusers begins
+a schedule in its middle wrongly (its LMS takes its order from the place in the schedule, its PNDM
+loses a step), the cell says how far its latents are from ours, which
 `tests/sampling/test_step_range.py` holds against the definition.
 
 Made by `make parity`, with {versions}.

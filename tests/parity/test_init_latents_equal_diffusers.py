@@ -53,17 +53,18 @@ class Family:
         size = {"height": 64, "width": 64, "num_inference_steps": STEPS, "batch": 2}
         return make_config(self.model, **{"init_latents": str(self.file), **size, **settings})
 
-    def by_diffusers(self, config: Any, **options: Any) -> np.ndarray:
-        with scheduled(self.pipeline, config):
-            made = self.pipeline(
+    def by_diffusers(self, config: Any, base: Any = None, **options: Any) -> np.ndarray:
+        """From the latents, or from noise by a pipeline `base`."""
+        pipeline, begun = base or self.pipeline, {} if base else {"image": self.latents}
+        with scheduled(pipeline, config):
+            made = pipeline(
                 prompt=[prompt.prompt for prompt in config.prompts],
                 negative_prompt=[prompt.negative_prompt for prompt in config.prompts],
-                image=self.latents,
                 num_inference_steps=STEPS,
                 guidance_scale=config.guidance_scale,
                 generator=generators_of(config),
                 output_type="latent",
-                **options,
+                **{**begun, **options},
             ).images
         return np.asarray(made.numpy())
 
@@ -149,10 +150,7 @@ def test_two_runs_are_the_run_in_one(family: tuple[str, Family], backend: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_what_a_cut_changes(
-    family: tuple[str, Family],
-    scheduler: str,
-    parity_table: ParityTable,
-    monkeypatch: pytest.MonkeyPatch,
+    family: tuple[str, Family], scheduler: str, parity_table: ParityTable
 ) -> None:
     """A run cut in two beside the run in one, by ours and by diffusers."""
     name, models = family
@@ -165,19 +163,6 @@ def test_what_a_cut_changes(
     second = models.config(scheduler=scheduler, init_latents=str(file), denoising_start=CUT)
     if make_tables(make_sampler(whole, models.ours.checkpoint)).noises:
         pytest.skip("its noises are drawn anew in the second run")
-
-    def by_base(**options: Any) -> np.ndarray:
-        with scheduled(base, whole):
-            made = base(
-                prompt=[prompt.prompt for prompt in whole.prompts],
-                negative_prompt=[prompt.negative_prompt for prompt in whole.prompts],
-                num_inference_steps=STEPS,
-                guidance_scale=whole.guidance_scale,
-                generator=generators_of(whole),
-                output_type="latent",
-                **options,
-            ).images
-        return np.asarray(made.numpy())
 
     section = f"SDXL, cut in two at {CUT}: how far from the run in one"
     if scheduler == "edm_euler":  # diffusers compares its timesteps with noise levels
@@ -192,9 +177,10 @@ def test_what_a_cut_changes(
     parity_table.add(section, scheduler, "ours", f"{100 * ours:.1g} %")
     assert ours < (1e-5 if scheduler in WHOLE else 0.01)
     try:
-        in_one = by_base()
-        monkeypatch.setattr(models, "latents", torch.from_numpy(by_base(denoising_end=CUT)))
-        theirs = relative_difference(models.by_diffusers(second, denoising_start=CUT), in_one)
+        in_one = models.by_diffusers(whole, base)
+        cut = torch.from_numpy(models.by_diffusers(whole, base, denoising_end=CUT))
+        ended = models.by_diffusers(second, image=cut, denoising_start=CUT)
+        theirs = relative_difference(ended, in_one)
         parity_table.add(section, scheduler, "diffusers", f"{100 * theirs:.1g} %")
         assert ours < theirs + 1e-5
     except REFUSALS as error:

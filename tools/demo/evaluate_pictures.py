@@ -117,7 +117,9 @@ def measure_strengths(
             flags=[*flags, f"--strength={strength}"],
         )
         kept = kept_attributes(drawn, results)
-        shares = [100 * count / len(drawn) for count in (*kept.values(), sum(kept.values()) / 5)]
+        shares = [
+            100 * count / len(drawn) for count in (*kept.values(), sum(kept.values()) / len(kept))
+        ]
         changed = np.mean(
             [
                 np.abs(each.pixels.astype(int) - r).mean()
