@@ -51,7 +51,8 @@ class PreloadedStage:
 def main() -> None:
     """Import modules, wait for the arguments on the standard input, run the script."""
     script, *modules = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is begun
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # else the stage is to ignore it as well
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is begun
     sys.path[0] = str(PROJECT_DIR)  # in place of this file's folder, whose names hide others
     from common.compute.clock import count_from_now
     from common.models.library_imports import quiet_libraries

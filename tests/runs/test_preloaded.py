@@ -78,6 +78,21 @@ def test_a_turn_that_comes_at_once_imports_nothing_ahead(
     assert json.loads(capfd.readouterr().out)[1] == []
 
 
+def test_a_signal_that_the_parent_ignores_stays_ignored(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As `trap '' INT` has it in a shell."""
+    (tmp_path / "script.py").write_text("import signal; print(signal.getsignal(signal.SIGINT))")
+    for ignored in (False, True):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        try:
+            process = PreloadedStage(str(tmp_path / "script.py"), []).begin([])
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert process is not None and process.wait() == 0
+        assert int(capfd.readouterr().out) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+
 def test_one_that_is_no_more_is_said(script: str) -> None:
     ahead = PreloadedStage(script, [])
     ahead.process.kill()
