@@ -11,13 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.declared import INPUT, MODEL
+from common.conditions.prompt_settings import AskedPrompts
+from common.declared import INPUT, MODEL, declarations, flag_of
 from common.errors import BadSettingError, listed
+from common.files.recipe import to_json
 from common.files.stage_table import DENOISE, ENCODE_PICTURES, FIRST, LAST, STAGES, Stage
 from common.messages import say
 from common.models.find import open_checkpoint
-from common.runs.flags import all_flags
-from common.runs.generation import read_generation_config
+from common.runs.flags import Given, all_flags
+from common.runs.generation import (
+    GenerationConfig,
+    RunSettings,
+    read_generation_config,
+    read_run_settings,
+)
 from common.runs.in_turn import (
     begins_with_pictures,
     libraries_of,
@@ -26,9 +33,12 @@ from common.runs.in_turn import (
     run_in_turn,
 )
 from common.runs.inputs import enlarged_size
+from common.whole_files import write_text_whole
 
 HIRES, REFINER = "hires", "refiner"  # the passes, and their folders
 NAMES = (HIRES, REFINER)
+# In a pass's folder: what it has of the run before it, as its first stage reads it.
+SETTINGS_FILE, PROMPTS_FILE = "pass_settings.json", "pass_prompts.jsonl"
 ENSEMBLE_END = 0.8  # of the base, as in diffusers' documentation of SDXL's ensemble of experts
 HIRES_STRENGTH = 0.6
 # What only the first pass begins with, or what each pass has of its own.
@@ -49,10 +59,20 @@ class Passes:
 
     def __post_init__(self) -> None:
         for name in NAMES:
-            if getattr(self, f"{name}_strength") is not None and getattr(self, name) is None:
+            strength = getattr(self, f"{name}_strength")
+            if strength is not None and getattr(self, name) is None:
                 raise BadSettingError(f"--{name}_strength is for --{name}: give that as well")
-        if self.hires is not None and self.hires <= 1:
-            raise BadSettingError(f"--hires {self.hires}: give a number over 1, as 1.5")
+            if strength is not None and not 0 < strength <= 1:
+                raise BadSettingError(
+                    f"--{name}_strength {strength}: give a number over 0, and at most 1"
+                )
+        most = next(
+            at.le for at in RunSettings.model_fields["upscale"].metadata if hasattr(at, "le")
+        )
+        if self.hires is not None and not 1 < self.hires <= most:
+            raise BadSettingError(
+                f"--hires {self.hires}: give a number over 1 and at most {most}, as 1.5"
+            )
         if self.hires is not None and self.refiner is not None and self.refiner_strength is None:
             raise BadSettingError(
                 "--hires and --refiner: give --refiner_strength, since enlarged latents have not "
@@ -69,41 +89,133 @@ class Passes:
         """Whether the refiner takes the last steps of the base's own schedule."""
         return self.refiner is not None and self.refiner_strength is None
 
-    def flags_of_the_first(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def refuse_unfit(self, settings: RunSettings | GenerationConfig) -> None:
+        """Raise `BadSettingError` where the first pass is to do what no other one goes on from."""
+        if not self.names:
+            return
+        last = self.names[-1]
+        if settings.denoising_end is not None and not self.is_ensemble:
+            raise BadSettingError(
+                f"--denoising_end leaves noise, and --{self.names[0]} adds its own: leave "
+                "--denoising_end out"
+            )
+        for name in ("keep_unmasked", "padding_mask_crop"):
+            if getattr(settings, name) not in (None, False):
+                raise BadSettingError(
+                    f"--{name} pastes into the pictures begun with, and --{last} makes all of them "
+                    "anew: leave one of both out"
+                )
+        if self.hires is not None:
+            checkpoint = open_checkpoint(settings, ("unet",))
+            if checkpoint.edits_pictures or checkpoint.inpaints_by_channels:
+                raise BadSettingError(
+                    f"{checkpoint.source('unet').said}: its UNet is shown pictures, which --hires "
+                    "has none of: leave it out, or choose another checkpoint"
+                )
+
+    def flags_of_the_first(
+        self, given: Mapping[str, Any], settings: RunSettings | GenerationConfig
+    ) -> dict[str, Any]:
         """The flags of the first pass: in an ensemble it ends early."""
-        if not self.is_ensemble:
+        if not self.is_ensemble or settings.denoising_end is not None:
             return dict(given)
         return {"denoising_end": ENSEMBLE_END, **given}
 
-    def flags_of(self, name: str, given: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-        """The flags of a pass, whose predecessor's latents are there."""
-        before = run_dir
-        for each in self.names[: self.names.index(name)]:
-            before = run_dir / each
+    def before(self, name: str, run_dir: Path) -> Path:
+        """The folder of the pass before one."""
+        earlier = self.names[: self.names.index(name)]
+        return run_dir / earlier[-1] if earlier else run_dir
+
+    def flags_of(
+        self, name: str, given: Mapping[str, Any], run_dir: Path, *, alone: bool = False
+    ) -> dict[str, Any]:
+        """The flags of a pass, whose predecessor's latents are there.
+
+        All that the run before it was settled to stands in files that `write_settings` writes.
+
+        Args:
+            alone: whether the run begins with this pass, so that the prompts given are its own.
+
+        Raises:
+            BadSettingError: `alone`, a negative prompt without a prompt is given.
+        """
+        before = self.before(name, run_dir)
         config = read_generation_config(before)
-        others = {f.name for f in all_flags() if f.declared.group == INPUT} | {*_OF_THE_FIRST}
         size = (config.height, config.width)
-        own: dict[str, Any] = {"output_dir": run_dir / name, "init_latents": before}
+        own: dict[str, Any] = {
+            **{"output_dir": run_dir / name, "config": run_dir / name / SETTINGS_FILE},
+            "init_latents": before,
+        }
+        others = _flags_of(INPUT) | {*_OF_THE_FIRST}
         if name == HIRES:
             factor = open_checkpoint(config, ()).vae_scale_factor
             cells = enlarged_size([side // factor for side in size], self.hires)
             size = (cells[0] * factor, cells[1] * factor)
-            own |= {"upscale": self.hires, "strength": self.hires_strength or HIRES_STRENGTH}
+            strength = self.hires_strength
+            own |= {"upscale": self.hires}
+            own |= {"strength": HIRES_STRENGTH if strength is None else strength}
         else:
-            others |= self.dropped(given)
+            others |= _flags_of(MODEL) | {"embedding"}
             own["model_id"] = self.refiner
             if self.is_ensemble:
                 own["denoising_start"] = config.denoising_end
             else:
                 own["strength"] = self.refiner_strength
-        kept = {flag: value for flag, value in given.items() if flag not in others}
+        asked = _PROMPT_FLAGS & given.keys() if alone else set()
+        if asked and not asked & {"prompt", "prompts_file"}:
+            raise BadSettingError(
+                f"--from_stage {name} has the prompts of the pass before: give --prompt with "
+                f"{listed([f'--{flag}' for flag in sorted(asked)])}"
+            )
+        if not asked:
+            others |= _PROMPT_FLAGS
+            own["prompts_file"] = run_dir / name / PROMPTS_FILE
+        kept = {f: v for f, v in given.items() if f not in others or f.endswith("dtype")}
         return {**kept, **own, "height": size[0], "width": size[1]}
 
-    def dropped(self, given: Mapping[str, Any]) -> set[str]:
-        """The flags given for the base's models, which the refiner does without."""
-        of_models = {f.name for f in all_flags() if f.declared.group == MODEL}
-        of_models |= {"embedding"}
-        return {name for name in given if name in of_models and not name.endswith("dtype")}
+    def write_settings(self, name: str, run_dir: Path) -> None:
+        """Write what a pass has of the run before it: its settings, and its prompts."""
+        config = read_generation_config(self.before(name, run_dir))
+        settings = self.settings_of(name, config)
+        prompts = [prompt.model_dump(exclude={"image", "mask_image"}) for prompt in config.prompts]
+        lines = [to_json({k: v for k, v in each.items() if _says(k, v)}) for each in prompts]
+        (run_dir / name).mkdir(exist_ok=True)
+        write_text_whole(run_dir / name / SETTINGS_FILE, to_json(settings) + "\n")
+        write_text_whole(run_dir / name / PROMPTS_FILE, "\n".join(lines) + "\n")
+
+    def settings_of(self, name: str, config: GenerationConfig) -> dict[str, Any]:
+        """The settings that a pass has of the run before it, but for the prompts."""
+        settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"prompts"})
+        dropped = _settings_of(INPUT) | {*_OF_THE_FIRST}
+        if name == REFINER:
+            dropped |= {*self.dropped(config), "model_id"}
+        return {name: value for name, value in settings.items() if name not in dropped}
+
+    def dropped(self, config: GenerationConfig) -> list[str]:
+        """The settings of the base's models, which the refiner does without."""
+        of_models = (_settings_of(MODEL) | {"embeddings"}) - {"model_id"}
+        given = config.model_dump(exclude_defaults=True).keys() & of_models
+        return sorted(name for name in given if not name.endswith("dtype"))
+
+
+def _says(name: str, value: Any) -> bool:
+    """Whether a line of prompts needs a value: no negative prompt is one, unlike no seed."""
+    return value is not None or name == "negative_prompt"
+
+
+def _flags_of(group: str) -> set[str]:
+    return {flag.name for flag in all_flags() if flag.declared.group == group}
+
+
+def _settings_of(group: str) -> set[str]:
+    return {name for name, declared in declarations(RunSettings) if declared.group == group}
+
+
+_PROMPT_FLAGS = {
+    name
+    for setting, declared in declarations(AskedPrompts)
+    for name in (declared.flag or setting, *(declared.none_flag or ())[:1])
+}
 
 
 class Turns:
@@ -127,19 +239,22 @@ class Turns:
             BadSettingError: stages out of order, or flags that no stage to run knows.
         """
         self.passes, self.run_dir, self.force = passes, run_dir, force
-        self.given = passes.flags_of_the_first(given)
-        self.to_stage = to_stage
-        self.names = passes.names
+        self.given, self.to_stage, self.names = dict(given), to_stage, passes.names
         if self.names and to_stage != LAST.number:
             raise BadSettingError(f"--to_stage does not go with --{self.names[0]}: leave it out")
         self.first: dict[Stage, list[str]] = {}
-        if from_stage in self.names:
+        self.begins_with_a_pass = from_stage in self.names
+        if self.begins_with_a_pass:
             self.names = self.names[self.names.index(from_stage) :]
             return
         if not from_stage.isdecimal():
             known = ", ".join([*(str(stage.number) for stage in STAGES), *self.names])
             raise BadSettingError(f"--from_stage {from_stage}: this run has {known}")
         self.from_stage = int(from_stage)
+        if self.names:
+            settings = self._settings_of_the_first()
+            passes.refuse_unfit(settings)
+            self.given = passes.flags_of_the_first(given, settings)
         last = DENOISE.number if self.names else to_stage
         self.first = plan(self.given, from_stage=self.from_stage, to_stage=last, force=force)
 
@@ -160,14 +275,33 @@ class Turns:
                 return 0, picture_path(self.run_dir, latents_dir, self.given.get("image_format"))
         for name in self.names:
             folder = self.run_dir / name
-            flags = self.passes.flags_of(name, self.given, self.run_dir)
+            alone = self.begins_with_a_pass and name == self.names[0]
+            flags = self.passes.flags_of(name, self.given, self.run_dir, alone=alone)
+            self.passes.write_settings(name, self.run_dir)
             say(f"{name}: {folder}")
-            dropped = self.passes.dropped(self.given) - {"model_id"}
-            if name == REFINER and dropped:
-                say(f"  without {listed([f'--{flag}' for flag in sorted(dropped)])} of the base")
+            self._say_what_is_left_out(name)
             last = LAST.number if name == self.names[-1] else DENOISE.number
             commands = plan(flags, to_stage=last, force=self.force)
             code = run_in_turn(commands, libraries_of(flags), lambda: False)
             if code != 0:
                 return code, None
         return 0, picture_path(folder, folder, self.given.get("image_format"))
+
+    def _settings_of_the_first(self) -> RunSettings | GenerationConfig:
+        """What the first pass is asked for, or was settled to."""
+        flags = Given(FIRST, {name: v for name, v in self.given.items() if name != "dtype"})
+        if self.from_stage == FIRST.number:
+            return read_run_settings(flags.flags.config, flags.settings())
+        return read_generation_config(flags.source_dir).override(flags.settings())[0]
+
+    def _say_what_is_left_out(self, name: str) -> None:
+        """Say what of the run before it a pass does without."""
+        config = read_generation_config(self.passes.before(name, self.run_dir))
+        if self.begins_with_a_pass and "config" in self.given:
+            say("  its settings are those of the pass before it; flags change them, not --config")
+        if config.inpaints:
+            say("  the whole pictures: masks are the first pass's")
+        dropped = self.passes.dropped(config) if name == REFINER else []
+        if dropped:
+            flags = [f"--{flag_of(RunSettings, each)}" for each in dropped]
+            say(f"  without {listed(flags)} of the base")
