@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,6 +81,18 @@ def remove_file(path: Path) -> None:
                 f"{path} cannot be removed ({error.strerror}): make its folder writable, or choose "
                 "another --output_dir"
             ) from None
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Let a file stand at another place as well, whole or not at all; one copy where that can be.
+
+    Such a file is never written to, only replaced.
+    """
+    with replace_whole(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # on another disk, or one that knows no links
+            shutil.copyfile(source, temporary)
 
 
 def write_bytes_whole(path: Path, content: bytes) -> None:

@@ -126,8 +126,8 @@ def denoise(
             devices = {name: facts.get(name) for name in ("backend", "platform", "mesh")}
             made = {**devices, "unet_dtype_asked": config.unet_dtype, "overrides": run.overrides}
             provenance = {**config.model_settings(), **made}
-            every = run.options.save_trajectory
-            save_latents(run.run_dir, denoised, recipe, every, provenance)
+            every, begun = run.options.save_trajectory, begin if config.pastes else None
+            save_latents(run.run_dir, denoised, recipe, every, provenance, begun)
             run.settings_written(config)
         if stop is not None:
             stop.raise_if_asked(f"when {path} was written")

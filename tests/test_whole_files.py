@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from common.errors import UnfitEnvironmentError
 from common.files.stage_table import TRAJECTORY_FILE
 from common.whole_files import (
+    copy_whole,
     keep_if_stopped,
     remove_file,
     remove_if_stopped,
@@ -54,6 +56,26 @@ def test_a_full_disk_names_the_mend(tmp_path: Path) -> None:
     ):
         full.write("text\n")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_stands_at_another_place_too(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also twice, and where the disk knows no links."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    source, path = tmp_path / "source", tmp_path / "made" / "file"
+    source.write_text("first")
+    for _ in range(2):
+        copy_whole(source, path)
+        assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    write_text_whole(source, "second")
+    assert path.read_text() == "first"
 
 
 def test_bytes_and_text_are_written_as_they_are(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from common.errors import BadInputFileError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.messages import say
 from common.process import run_command
+from common.runs.passes import passes_in
 from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run, summarize_tensors
 
 INSPECT = "What to show"
@@ -97,6 +98,8 @@ def lines_of(run: RunRecord, content: dict[str, Any]) -> Iterator[str]:
             )
             finite = "" if tensor["finite"] else "; NOT ALL FINITE"
             yield f"  {tensor['name']:30} {tensor['dtype']:5} {shape:16} {values}{finite}"
+    for folder in passes_in(run.run_dir):
+        yield f"{folder.name}/ is a further pass, a run of its own: inspect {folder}"
 
 
 if __name__ == "__main__":

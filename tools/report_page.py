@@ -30,7 +30,8 @@ from common.files.stage_table import IMAGE_LATENTS_FILE
 from common.files.tensor_rows import names_as_given
 from common.messages import say
 from common.process import run_command
-from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run
+from common.runs.passes import passes_in
+from common.runs.record import DAMAGED, MISSING, STALE, FileRecord, RunRecord, read_run
 from common.runs.sweep import Cell, Sweep, read_sweep
 from common.whole_files import write_text_whole
 
@@ -127,7 +128,7 @@ def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
     """
     runs: list[RunView] = []
     grids: list[Grid] = []
-    for run_dir in run_dirs:
+    for run_dir in [each for folder in run_dirs for each in (folder, *passes_in(folder))]:
         if not run_dir.is_dir():
             raise BadInputFileError(f"{run_dir} is no folder: name a run directory")
         sweep = read_sweep(run_dir)
@@ -203,7 +204,8 @@ def input_groups(run: RunRecord, folders: Sequence[Path]) -> list[Group]:
     from safetensors import safe_open
 
     file = run.file(IMAGE_LATENTS_FILE)
-    if file is None or file.state in (MISSING, DAMAGED):
+    has_pictures = run.config is None or run.config.has_pictures
+    if not has_pictures or file is None or file.state in (MISSING, DAMAGED, STALE):
         return []
     path = next(folder / file.name for folder in folders if (folder / file.name).exists())
     shown = []

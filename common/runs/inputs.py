@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.conditions.prompt_settings import PromptSettings
+from common.conditions.sizes import MOST_PIXELS
 from common.errors import BadInputFileError, BadSettingError
 from common.files import artifacts
 from common.files.input_pictures import picture_size, pictures_in
@@ -79,6 +80,11 @@ def size_of_pictures(
     ((height, width),) = sizes
     left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
     whole = (height + top + bottom, width + left + right)
+    if not size_factor <= min(whole) <= max(whole) <= MOST_PIXELS:
+        raise BadSettingError(
+            f"--image: {places[0]} gives pictures of {whole[1]}×{whole[0]}, and these have at "
+            f"least {size_factor} pixels a side, at most {MOST_PIXELS}: give --height and --width"
+        )
     rounded = tuple(size // size_factor * size_factor for size in whole)
     if rounded != whole:
         say(

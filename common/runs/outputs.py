@@ -19,7 +19,7 @@ from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.recipes import trajectory_pictures_recipe
 from common.sampling.schedulers import web_ui_sampler
-from common.whole_files import remove_file, write_bytes_whole
+from common.whole_files import copy_whole, remove_file, write_bytes_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,12 +33,19 @@ def save_latents(
     recipe: Recipe,
     save_trajectory: int | None,
     provenance: dict[str, Any],
+    begun: Artifact | None = None,
 ) -> None:
-    """Write the latents, and the trajectory in place of another run's."""
+    """Write the latents, and the trajectory in place of another run's.
+
+    Args:
+        begun: the pictures that stage 3 pastes into, which it finds beside the latents.
+    """
     import torch
 
     latents_file, trajectory_file = (run_dir / name for name in DENOISE.writes)
     remove_file(trajectory_file)
+    if begun is not None and begun.path.parent.resolve() != run_dir.resolve():
+        copy_whole(begun.path, run_dir / begun.path.name)
     artifacts.save_tensors(latents_file, {"latents": denoised.latents}, recipe, provenance)
     if denoised.trajectory is not None and save_trajectory is not None:
         artifacts.save_tensors(

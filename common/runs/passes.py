@@ -15,6 +15,7 @@ from common.conditions.prompt_settings import AskedPrompts
 from common.declared import INPUT, MODEL, declarations, flag_of
 from common.errors import BadSettingError, listed
 from common.files.recipe import to_json
+from common.files.run_files import GENERATION_CONFIG_FILE
 from common.files.stage_table import DENOISE, ENCODE_PICTURES, FIRST, LAST, STAGES, Stage
 from common.messages import say
 from common.models.find import open_checkpoint
@@ -46,6 +47,11 @@ _OF_THE_FIRST = (
     *("init_latents", "upscale", "strength", "denoising_start", "denoising_end"),
     *("height", "width", "input_dir", "output_dir"),
 )
+
+
+def passes_in(run_dir: Path) -> list[Path]:
+    """The folders of the further passes that a run has made."""
+    return [run_dir / each for each in NAMES if (run_dir / each / GENERATION_CONFIG_FILE).exists()]
 
 
 @dataclass(frozen=True, kw_only=True)

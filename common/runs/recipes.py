@@ -133,6 +133,7 @@ def latents_recipe(
         "scheduler_options": scheduler_options,
         "unet_dtype": unet_dtype,
         "init_latents": init_latents,
+        **(_scales_of_pictures(checkpoint) if config.has_pictures else {}),
     }
     return Recipe(
         stage=DENOISE.number,
@@ -143,6 +144,14 @@ def latents_recipe(
             *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
         ),
     )
+
+
+def _scales_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How what stage 0 wrote is scaled for the UNet."""
+    vae = checkpoint.config("vae")
+    names = ("scaling_factor", "latents_mean", "latents_std")
+    scales = {f"vae_{name}": vae.get(name) for name in names}
+    return {**scales, "is_cosxl_edit": bool(checkpoint.index().get("is_cosxl_edit"))}
 
 
 def pictures_recipe(

@@ -1,4 +1,4 @@
-"""What stages 2 and 3 compile for a TPU that is not there, in place of a run (`--topology`)."""
+"""What stages 0, 2 and 3 compile for a TPU that is not there, in place of a run (`--topology`)."""
 
 import re
 from dataclasses import dataclass, replace

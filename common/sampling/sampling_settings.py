@@ -86,7 +86,7 @@ class SamplingSettings(Settings):
     )
     denoising_start: float | None = setting(
         None,
-        "Go on from this share of steps.",
+        "Go on from this share of time.",
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
@@ -96,7 +96,7 @@ class SamplingSettings(Settings):
     )
     denoising_end: float | None = setting(
         None,
-        "Stop at this share of steps.",
+        "Stop at this share of time.",
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),

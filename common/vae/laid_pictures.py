@@ -9,6 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from common.errors import BadInputFileError
 from common.files.input_pictures import WHITE_FROM
 
 
@@ -80,16 +81,20 @@ def lay(
         crops = [_crop_of(mask >= white_from, size, padding_mask_crop) for mask in inputs.masks]
 
     def laid(processor: Any, arrays: Sequence[np.ndarray]) -> torch.Tensor:
-        each = [
-            processor.preprocess(
-                Image.fromarray(array),
-                height=height,
-                width=width,
-                resize_mode=resize_mode,
-                crops_coords=crops[number] if crops else None,
+        each = []
+        for number, array in enumerate(arrays):
+            crop = crops[number] if crops else None
+            if resize_mode == "fill":
+                _refuse_thin(crop or (0, 0, *array.shape[1::-1]), size, number)
+            each.append(
+                processor.preprocess(
+                    Image.fromarray(array),
+                    height=height,
+                    width=width,
+                    resize_mode=resize_mode,
+                    crops_coords=crop,
+                )
             )
-            for number, array in enumerate(arrays)
-        ]
         return torch.cat(each)
 
     return Laid(
@@ -98,6 +103,18 @@ def lay(
         crops=torch.tensor(crops) if crops else None,
         soft_masks=soft_masks,
     )
+
+
+def _refuse_thin(box: tuple[int, int, int, int], size: tuple[int, int], number: int) -> None:
+    """Raise `BadInputFileError` for what would be less than a pixel wide or high in a size."""
+    height, width = size
+    own_width, own_height = box[2] - box[0], box[3] - box[1]
+    if own_width * height < own_height or own_height * width < own_width:
+        raise BadInputFileError(
+            f"--image: of picture {number + 1} {own_width}×{own_height} are to fill {width}×"
+            f"{height}, which is less than a pixel on one side: use --resize_mode default, another "
+            "size or picture"
+        )
 
 
 def _crop_of(masked: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:

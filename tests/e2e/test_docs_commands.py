@@ -26,6 +26,7 @@ NOT_RUN = {
     "make": "runs all tests, these among them",
     "tools/set_up.sh": "installs packages from the network",
     "configs/sdxl_base_1024.yaml": "fetches SDXL from the network",
+    "timbrooks/instruct-pix2pix": "fetches a checkpoint from the network",
     "--topology": "needs the TPU compiler; tests/tpu has it",
     "--distributed": "needs several hosts; tests/sharded has several processes",
     "benchmarks/": "takes long on a machine of its own; tests/benchmarks has small ones",

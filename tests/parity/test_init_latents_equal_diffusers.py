@@ -131,6 +131,15 @@ def test_going_on_from_a_cut_equals_diffusers(family: tuple[str, Family], schedu
     assert relative_difference(models.ours.denoise(config), expected) < 1e-4
 
 
+def test_enlarged_latents_equal_diffusers(family: tuple[str, Family]) -> None:
+    """Which is given latents that are enlarged already, bilinearly."""
+    _, models = family
+    config = models.config(strength=0.6, upscale=1.5, height=96, width=96, scheduler="ddim")
+    larger = torch.nn.functional.interpolate(models.latents, size=(12, 12), mode="bilinear")
+    expected = models.by_diffusers(config, image=larger, strength=0.6)
+    assert relative_difference(models.ours.denoise(config), expected) < 1e-4
+
+
 @pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
 def test_two_runs_are_the_run_in_one(family: tuple[str, Family], backend: str) -> None:
     """Heun's and KDPM2's steps are two evaluations, which diffusers tears apart."""

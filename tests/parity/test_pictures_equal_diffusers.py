@@ -1,6 +1,7 @@
 """Runs that begin with pictures equal diffusers' image-to-image and inpainting pipelines."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from common.errors import BadSettingError
 from common.sampling.sampler import REFUSALS
 from common.sampling.schedulers import SCHEDULERS
+from common.vae.pasting import paste
 from tests.in_process import (
     Ours,
     generators_of,
@@ -42,11 +44,13 @@ slow, matrix = pytest.mark.slow, pytest.mark.matrix
 class Way:
     """One way to begin with pictures, by a tiny checkpoint of ours and diffusers' own pipeline."""
 
-    def __init__(self, family: str, kind: str, folder: Path) -> None:
+    def __init__(self, family: str, kind: str, folder: Path, **vae: Any) -> None:
         self.family, self.kind = family, kind
         save = {"SDXL": save_sdxl, "SD": save_sd}[family]
         channels = {"8 channels": 8, "9 channels": 9}.get(kind, 4)
         self.model = save(folder / "model", in_channels=channels)
+        config = self.model / "vae" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | vae))
         self.ours, parts = Ours(self.model), load_pipeline(self.model).components
         extra = {} if family == "SDXL" else NO_CHECKER
         pipeline_class = getattr(diffusers, PIPELINES[family, kind])
@@ -149,10 +153,48 @@ def test_pixels_equal_diffusers(way: Way) -> None:
 
 
 def test_an_image_is_the_same_alone(way: Way) -> None:
-    """Each draws by its own seed what it begins with."""
+    """Each draws by its own seed what it begins with, also where several begin with one picture."""
     together = way.ours.denoise(way.config(strength=0.6))
     alone = way.ours.denoise(way.config(batch=1, strength=0.6))
     assert relative_difference(alone[0], together[0]) < 1e-5
+    several = way.config(batch=1, strength=0.6, num_images_per_prompt=2)
+    second = way.config(batch=1, strength=0.6, seed=several.image_seeds()[1])
+    found = way.ours.denoise(several)
+    assert relative_difference(found[1], way.ours.denoise(second)[0]) < 1e-5
+    assert relative_difference(found[1], found[0]) > 0.01
+
+
+@pytest.mark.slow
+def test_a_vae_that_centres_its_latents_equals_diffusers(tmp_path: Path) -> None:
+    """As Playground's; diffusers' image to image is right there, its inpainting is not."""
+    vae = {"latents_mean": [-1.6, 0.5, 1.2, 0.1], "latents_std": [8.4, 6.1, 5.3, 7.7]}
+    way = Way("SDXL", "image", tmp_path, **vae, scaling_factor=0.5)
+    config = way.config(strength=0.4)
+    expected = way.by_diffusers(config, strength=0.4)
+    found = way.ours.denoise(config)
+    assert relative_difference(found, expected.numpy()) < 1e-4
+    pixels = np.stack([np.asarray(i) for i in way.by_diffusers(config, "pil", strength=0.4)])
+    assert pixel_difference(way.ours.decode(found), pixels) <= 2
+
+
+@pytest.mark.slow
+def test_a_region_made_anew_and_pasted_equals_diffusers(tmp_path: Path) -> None:
+    way = Way("SDXL", "4 channels", tmp_path)
+    config = way.config(batch=1, strength=0.6, padding_mask_crop=6)
+    (prompt,) = config.prompts
+    (expected,) = way.pipeline(
+        prompt=prompt.prompt,
+        negative_prompt=prompt.negative_prompt,
+        image=Image.open(prompt.image),
+        mask_image=Image.open(prompt.mask_image),
+        padding_mask_crop=6,
+        **{"height": SIDE, "width": SIDE, "strength": 0.6, "num_inference_steps": STEPS},
+        guidance_scale=config.guidance_scale,
+        generator=generators_of(config),
+    ).images
+    images = way.ours.decode(way.ours.denoise(config))
+    (found,) = paste(images, way.ours.image_latents(config))
+    assert pixel_difference(found, np.asarray(expected)) <= 2
 
 
 def test_a_scheduler_on_the_host_equals_diffusers(way: Way) -> None:

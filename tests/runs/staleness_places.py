@@ -73,6 +73,9 @@ def lay_out(root: Path) -> None:
     }
     (root / "vae_of_factor_4" / "config.json").write_text(json.dumps(vae))
 
+    shutil.copytree(DEMO / "vae", root / "vae_of_another_scale")
+    change_json(root / "vae_of_another_scale" / "config.json", {"scaling_factor": 0.5})
+
     for name, value in (("single", 1), ("single_renamed", 1), ("single_other", 2)):
         save_file({"weights": np.full(4, value, "float32")}, root / f"{name}.safetensors")
     for name, value in (("red", 1), ("red_copy", 1), ("blue", 2)):

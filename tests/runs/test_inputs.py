@@ -95,6 +95,15 @@ def test_what_does_not_go_together(folder: Path, values: dict[str, Any], words: 
         resolved(**values)
 
 
+@pytest.mark.parametrize(("width", "height"), [(5, 5), (20_000, 16)])
+def test_a_picture_of_no_size_for_a_run(tmp_path: Path, width: int, height: int) -> None:
+    path = tmp_path / "odd.png"
+    Image.new("L", (width, height)).save(path)
+    with refusal(BadSettingError, f"--image: {path} gives pictures of {width}×{height}"):
+        resolved(image=str(path))
+    assert resolved(image=str(path), height=64, width=64).height == 64
+
+
 def test_a_picture_that_is_not_there(folder: Path) -> None:
     with refusal(BadInputFileError, "--image nowhere.png is not there"):
         resolved(image="nowhere.png")

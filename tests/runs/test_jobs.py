@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.declared import LATENTS
+from common.errors import BadSettingError
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
 from common.models.find import open_checkpoint
@@ -17,6 +18,7 @@ from common.runs.jobs import (
     latent_shape,
     make_sampler,
     packages_to_spare,
+    refuse_unfit_inputs,
     warn_of_settings,
 )
 from common.sampling.denoising import denoise_images
@@ -24,8 +26,8 @@ from common.sampling.loading import UNetToLoad, open_denoiser
 from tests.configs import make_config
 from tests.conftest import DEMO
 from tests.in_process import Ours
-from tests.refusals import EMBEDDINGS, zeros
-from tests.tiny_checkpoints import save_sd
+from tests.refusals import EMBEDDINGS, refusal, zeros
+from tests.tiny_checkpoints import save_sd, save_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,22 @@ def test_settings_without_effect_are_said(
     warn_of_settings(make_config(DEMO, **settings), demo)
     heard = capsys.readouterr().err
     assert said in heard and bool(said) == bool(heard)
+
+
+def test_nine_channels_are_for_masks_and_less_than_full_strength(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_sdxl(tmp_path / "nine", in_channels=9)
+    checkpoint = open_checkpoint(make_config(model), loaded_for(LATENTS))
+    with refusal(BadSettingError, "its UNet inpaints", "give --image and --mask_image"):
+        refuse_unfit_inputs(make_config(model), checkpoint)
+    begins = {"prompt": "x", "negative_prompt": "", "image": "a.png", "mask_image": "b.png"}
+    capsys.readouterr()  # what saving it said
+    for strength, said in ((None, False), (0.99, False), (1.0, True)):
+        config = make_config(model, prompts=[begins], strength=strength)
+        refuse_unfit_inputs(config, checkpoint)
+        warn_of_settings(config, checkpoint)
+        assert ("gives noise with public SDXL UNets" in capsys.readouterr().err) == said
 
 
 def test_a_unet_that_is_told_the_scale_has_no_interval(

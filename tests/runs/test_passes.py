@@ -21,9 +21,10 @@ from common.runs.generation import (
 from common.runs.passes import PROMPTS_FILE, SETTINGS_FILE, Passes, Turns
 from common.runs.prompts_file import read_prompts_file
 from tests.configs import make_config
-from tests.conftest import DEMO, Run
+from tests.conftest import DEMO, PROJECT_DIR, Run, run_script
 from tests.refusals import expect, refusal
 from tests.tiny_checkpoints import save_refiner, save_sdxl
+from tools.report_page import write_page
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -181,6 +182,11 @@ def test_one_command_makes_two_passes(tmp_path: Path, run_all: Run) -> None:
     with Image.open(run_dir / "hires" / "output_image_0001.png") as picture:
         assert picture.size == (192, 192)
     assert {p.prompt for p in read_generation_config(run_dir / "hires").prompts} == {"a green star"}
+    page = write_page(tmp_path / "page.html", [run_dir]).read_text(encoding="utf-8")
+    assert page.count("what it begins with</figcaption>") == 2 and str(run_dir / "hires") in page
+    inspected = run_script(PROJECT_DIR / "tools" / "inspect_run.py", run_dir)
+    assert f"hires/ is a further pass, a run of its own: inspect {run_dir}" in inspected.stdout
+    assert "stage0_latents.safetensors: fresh" in inspected.stdout
     again = run_all(*base, "--prompt", "a green star")
     assert again.stdout.count("fresh") == 6
     other = run_all(*base, "--from_stage", "hires", "--hires_strength", 0.8)

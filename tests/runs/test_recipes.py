@@ -247,6 +247,19 @@ def test_every_case_is_stale_to_the_end() -> None:
             )
 
 
+def test_latents_know_how_what_they_begin_with_is_scaled() -> None:
+    """By a VAE's config, when stage 2 reads it; stage 0's data are as before."""
+
+    def made_with(**settings: Any) -> dict[int, Recipe]:
+        return recipes_of(base_config(prompts=[BEGINS], **settings), lambda _: "0" * 64)
+
+    before, after = made_with(), made_with(vae="vae_of_another_scale")
+    assert stale_stages(before, after) == {0, 2, 3}
+    check_what_is_said(before[2], after[2], "vae_scaling_factor")
+    texts = [recipes_of(base_config(**own)) for own in ({}, {"vae": "vae_of_another_scale"})]
+    assert stale_stages(*texts) == {3}  # nothing is begun with
+
+
 # --- how a stage computes ------------------------------------------------------------------------
 
 

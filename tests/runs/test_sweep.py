@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import BadInputFileError, BadSettingError
 from common.runs.sweep import CellRun, parse_sweep, read_sweep, run_sweep
@@ -40,6 +42,30 @@ def test_each_stage_runs_as_often_as_its_output_differs(tmp_path: Path) -> None:
     assert [stage for stage, _ in runs] == [1, 2, 3, 2, 3, 1, 2, 3, 2, 3]
     runs, _ = ran(tmp_path, "model_id=a,b")
     assert [stage for stage, _ in runs] == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_cells_of_a_picture_are_pasted_into_it(tmp_path: Path, run_all: Run) -> None:
+    """Pictures are encoded once, and each cell's stage 3 finds what it pastes into."""
+    pixels = np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    mask = np.zeros((128, 128), np.uint8)
+    mask[:, 64:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = ("--image", tmp_path / "picture.png", "--mask_image", tmp_path / "mask.png")
+    result = run_all(
+        *("--output_dir", tmp_path / "run", *flags, "--keep_unmasked"),
+        *("--num_inference_steps", 4, "--sweep", "strength=0.3,0.9"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stage 0: encode") == 1
+    made = []
+    for strength in (0.3, 0.9):
+        folder = tmp_path / "run" / "sweep" / f"strength={strength}"
+        with Image.open(folder / "output_image.png") as picture:
+            made.append(np.asarray(picture))
+        np.testing.assert_array_equal(made[-1][:, :64], pixels[:, :64])
+    assert (made[0] != made[1]).any()
 
 
 def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path) -> None:

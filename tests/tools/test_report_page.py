@@ -158,6 +158,8 @@ def test_pictures_stand_beside_what_they_begin_with(
             assert np.abs(found - expected).mean() < 3  # WebP's
     page = write_page(tmp_path / "page.html", [run]).read_text(encoding="utf-8")
     assert page.count("<figcaption>its mask</figcaption>") == 2
+    assert quick_stage(1, "--output_dir", run, "--prompt", "a red star").returncode == 0
+    assert all(not group.inputs for group in view_run(run).groups)  # it begins with none now
 
 
 def test_no_run_directory_is_one_sentence(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from diffusers import StableDiffusionXLInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from common.errors import BadInputFileError
 from common.vae.laid_pictures import Inputs, lay
+from tests.refusals import refusal
 from tests.tiny_checkpoints import save_sdxl
 
 RANDOM = np.random.default_rng(5)
@@ -50,6 +52,15 @@ def test_pictures_and_masks_are_those_of_diffusers_processors(mode: str) -> None
     np.testing.assert_array_equal(parts["masked_image_latents"], masked.numpy())
     cells = torch.nn.functional.interpolate(binary, size=(8, 6))
     assert laid.latent_masks(8).equal(cells)
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (500, 1)])
+def test_a_picture_too_thin_to_fill_the_size_is_told(shape: tuple[int, int]) -> None:
+    """Pillow's own words are of widths that must not be 0."""
+    inputs = Inputs(pictures=[np.zeros((*shape, 3), np.uint8)], masks=[])
+    with refusal(BadInputFileError, "picture 1", "are to fill 48×64", "--resize_mode default"):
+        lay(inputs, SIZE, resize_mode="fill")
+    assert lay(inputs, SIZE).pictures.shape == (1, 3, *SIZE)
 
 
 def test_soft_masks_are_their_cells_means() -> None:
