@@ -5,14 +5,50 @@ compiling the tiny checkpoints' programs, which many tests share; their weights 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.parity.parity_table import ParityTable
+
+# One scheduler of each kind. All of them are tried with texts alone and, in the middle of a
+# schedule, with latents; what else there is, is other data of the same programs.
+SOME = ("euler", "euler_a", "ddim", "pndm", "lms", "heun", "dpmpp_2m", "dpmpp_sde", "unipc", "lcm")
+FEW = ("euler", "ddim", "heun", "dpmpp_sde")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the combinations of schedulers with all else that CI has no time for as `matrix`."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        is_ours = call is not None and Path(__file__).parent in item.path.parents
+        if is_ours and is_of_the_matrix(item.name, call.params):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.matrix)
+
+
+def is_of_the_matrix(test: str, params: Mapping[str, Any]) -> bool:
+    """Whether `make parity` alone runs a test with these parameters."""
+    scheduler, strength = params.get("scheduler"), params.get("strength", 0.5)
+    is_sd = "SD" in str(params.get("family", params.get("way"))).replace("SDXL", "")
+    if scheduler is None:
+        return False
+    if test.startswith("test_every_variation"):
+        return is_sd or scheduler not in SOME
+    if test.startswith("test_every_scheduler") and params.keys() <= TEXTS:
+        return is_sd and scheduler not in SOME
+    begins_with_latents = "family" in params and not test.startswith("test_what_a_cut")
+    if begins_with_latents and strength == 0.5 and not is_sd:
+        return False
+    return scheduler not in (FEW if is_sd or strength != 0.5 else SOME)
+
+
+TEXTS = {"family", "scheduler"}  # the parameters of a text's
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,6 @@ from tests.parity.test_init_latents_equal_diffusers import DIFFERENT, NO_CHECKER
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
 STEPS, SIDE, BATCH = 12, 64, 3
-# One of each kind. All of them begin with latents in CI, by the same tables.
-SOME = ("euler", "euler_a", "ddim", "pndm", "lms", "heun", "dpmpp_2m", "dpmpp_sde", "unipc", "lcm")
 PIPELINES = {
     ("SDXL", "image"): "StableDiffusionXLImg2ImgPipeline",
     ("SDXL", "4 channels"): "StableDiffusionXLInpaintPipeline",
@@ -38,7 +36,7 @@ PIPELINES = {
     ("SD", "4 channels"): "StableDiffusionInpaintPipeline",
     ("SD", "9 channels"): "StableDiffusionInpaintPipeline",
 }
-slow, matrix = pytest.mark.slow, pytest.mark.matrix
+slow = pytest.mark.slow
 
 
 class Way:
@@ -117,9 +115,7 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(
     "strength", [s if s == 0.5 else pytest.param(s, marks=slow) for s in STRENGTHS]
 )
-@pytest.mark.parametrize(
-    "scheduler", [s if s in SOME else pytest.param(s, marks=[slow, matrix]) for s in SCHEDULERS]
-)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_equals_diffusers(
     way: Way, scheduler: str, strength: float, parity_table: ParityTable
 ) -> None:
