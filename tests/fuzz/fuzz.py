@@ -70,10 +70,17 @@ COMPONENT_CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json",
 # Of a run that begins with pictures: one of each format, each with its mask.
 PICTURES = ("picture.png", "picture.jpg", "picture.webp")
 MASKS = ("mask.png", "mask.jpg", "mask.webp")
-OF_PICTURES = (*PICTURES, *MASKS, IMAGE_LATENTS_FILE)
+BEGUN_CONFIG = f"begun/{CONFIG}"
+OF_PICTURES = (*PICTURES, *MASKS, IMAGE_LATENTS_FILE, BEGUN_CONFIG)
+WAYS_TO_LAY = (
+    *(("--resize_mode", mode) for mode in ("fill", "crop")),
+    *(("--padding_mask_crop", pixels) for pixels in ("0", "8", "8192")),
+    ("--soft_mask",),
+)
 # What is damaged, and the stages that read it.
 TARGETS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys((*PICTURES, *MASKS), (0,)),
+    **dict.fromkeys((*PICTURES, *MASKS), (0, 0, 1)),
+    BEGUN_CONFIG: (0, 2),
     IMAGE_LATENTS_FILE: (2, 3),
     EMBEDDINGS_FILE: (2,),
     LATENTS_FILE: (3,),
@@ -82,13 +89,14 @@ TARGETS: dict[str, tuple[int, ...]] = {
     "settings.yaml": (1,),
     "prompts.txt": (1,),
     "prompts.jsonl": (1,),
-    **dict.fromkeys((f"checkpoint/{name}" for name in COMPONENT_CONFIGS), (1, 2, 3)),
+    **dict.fromkeys((f"checkpoint/{name}" for name in COMPONENT_CONFIGS), (0, 1, 2, 3)),
 }
 SEEDS_OF_TEXTS = {
     "settings.yaml": "prompt: [a red star, a ring]\nheight: 128\nscheduler: euler\nseed: 3\n"
     "scheduler_options: {use_karras_sigmas: true}\nloras: []\nguidance_scale: 5.0\n",
     "prompts.txt": "a red star\na green ring\n",
-    "prompts.jsonl": '{"prompt": "a star", "negative_prompt": null, "seed": 5}\n{"prompt": "b"}\n',
+    "prompts.jsonl": '{"prompt": "a star", "negative_prompt": null, "seed": 5, "image": null}\n'
+    '{"prompt": "b", "mask_image": null}\n',
 }
 
 
@@ -159,7 +167,7 @@ class Folders:
     def path(self, target: str) -> Path:
         """Where a target's file stands."""
         if target in OF_PICTURES:
-            return self.begun / target
+            return self.begun / Path(target).name
         inside = target.removeprefix("checkpoint/")
         return self.run_dir / target if inside == target else self.checkpoint / inside
 
@@ -175,14 +183,18 @@ class Folders:
         out = self.run_dir.parent / "out"
         arguments = ["--output_dir", str(out)]
         if case.stage != 1:
-            source = self.begun if case.target in OF_PICTURES else self.run_dir
-            arguments += ["--input_dir", str(source)]
+            begun = case.target in OF_PICTURES or case.stage == 0
+            arguments += ["--input_dir", str(self.begun if begun else self.run_dir)]
         else:
             arguments += ["--model_id", str(self.checkpoint)]
         if case.target == "settings.yaml":
             arguments = ["--output_dir", str(out), "--config", str(path)]
         elif case.target.startswith("prompts."):
             arguments += ["--prompts_file", str(path)]
+        elif case.stage == 1 and case.target in (*PICTURES, *MASKS):
+            kind = path.suffix
+            for flag, name in (("--image", "picture"), ("--mask_image", "mask")):
+                arguments += [flag, str(self.begun / f"{name}{kind}")]
         try:
             path.write_bytes(case.content)
             yield [*arguments, *case.flags]
@@ -390,8 +402,12 @@ def cases(draw: Any, good: dict[str, bytes]) -> Case:
         content = mutate_lines(content, draw, chance)
     if chance.random() < 0.005:
         content = DEEP
-    flags = ("--no_verify",) if stage != 1 and chance.random() < 0.3 else ()
-    return Case(stage, target, content, flags)
+    flags: list[str] = []
+    if stage != 1 and chance.random() < 0.3:
+        flags.append("--no_verify")
+    if stage == 0 and chance.random() < 0.5:
+        flags += chance.choice(WAYS_TO_LAY)
+    return Case(stage, target, content, tuple(flags))
 
 
 # --- how it is run -------------------------------------------------------------------------------
