@@ -15,7 +15,7 @@ test: setup
 	$(PYTEST)
 
 test-slow: setup
-	$(PYTEST) -m "slow and not matrix and not tpu_compiler and not gpu"
+	$(PYTEST) -m "slow and not long and not tpu_compiler and not gpu"
 
 test-all: setup
 	$(PYTEST) -m "not tpu_compiler and not gpu"

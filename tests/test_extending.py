@@ -148,6 +148,7 @@ def test_a_setting(extended: Extended) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @of_section(SCHEDULER)
 def test_a_scheduler(extended: Extended) -> None:
     name, class_name = "dpmpp_2m_exponential", "DPMSolverMultistepScheduler"
@@ -169,6 +170,7 @@ def test_a_scheduler(extended: Extended) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @of_section(COMPONENT)
 def test_a_component(extended: Extended) -> None:
     assert extended.pages().stages_with("tiny_vae") == dict.fromkeys(
@@ -212,6 +214,7 @@ def test_a_component(extended: Extended) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @of_section(TENSOR)
 def test_a_tensor(extended: Extended) -> None:
     checkpoint = Path(shutil.copytree(DEMO, extended.folder / "checkpoint"))
@@ -287,6 +290,7 @@ def test_a_condition(extended: Extended) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @of_section(BACKEND)
 def test_a_backend(extended: Extended) -> None:
     text = "jax, torch (on the CPU), channels_last, or auto. \\[auto]"

@@ -13,6 +13,7 @@ BENCHMARKS = PROJECT_DIR / "benchmarks"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_guidance() -> None:
     small = ["--repeat", "1", "--batch", "1", "--num_inference_steps", "2"]
     small += ["--mesh", "single", "--mesh", "auto"]
@@ -52,6 +53,7 @@ def test_side_by_side() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gpu_sdxl_on_a_cpu() -> None:
     """Weights computed by torch and by jax are the same, so are the results."""
     small = ["--tiny", "--repeat=1", "--batch=2", "--num_inference_steps=2"]
@@ -81,6 +83,7 @@ def test_cold_start() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_report_overhead() -> None:
     result = subprocess.run(
         [sys.executable, BENCHMARKS / "report_overhead.py", "--repeat", "1"],

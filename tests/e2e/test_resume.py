@@ -195,6 +195,7 @@ def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) ->
     assert not list(run_copy.glob("*progress*")) and not list(run_copy.glob(".*"))
 
 
+@pytest.mark.slow
 def test_one_writer_at_a_time(run_copy: Path, stage: Run, run_all: Run) -> None:
     """A second one says who the first is, or waits for it."""
     long = ("--num_inference_steps", "400", "--output_dir", str(run_copy))

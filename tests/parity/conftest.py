@@ -15,37 +15,36 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.parity.parity_table import ParityTable
 
-# One scheduler of each kind. All of them are tried with texts alone and, in the middle of a
-# schedule, with latents; what else there is, is other data of the same programs.
+# One scheduler of each kind. All of them are tried with texts alone; what else there is, is other
+# data of the same programs.
 SOME = ("euler", "euler_a", "ddim", "pndm", "lms", "heun", "dpmpp_2m", "dpmpp_sde", "unipc", "lcm")
 FEW = ("euler", "ddim", "heun", "dpmpp_sde")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the combinations of schedulers with all else that CI has no time for as `matrix`."""
+    """Mark the combinations of schedulers with all else that CI has no time for as `long`."""
     for item in items:
         call = getattr(item, "callspec", None)
         is_ours = call is not None and Path(__file__).parent in item.path.parents
-        if is_ours and is_of_the_matrix(item.name, call.params):
+        if is_ours and is_long(item.name, call.params):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.matrix)
+            item.add_marker(pytest.mark.long)
 
 
-def is_of_the_matrix(test: str, params: Mapping[str, Any]) -> bool:
-    """Whether `make parity` alone runs a test with these parameters."""
+def is_long(test: str, params: Mapping[str, Any]) -> bool:
+    """Whether a test with these parameters is of the matrix that `make parity` runs."""
     scheduler, strength = params.get("scheduler"), params.get("strength", 0.5)
     is_sd = "SD" in str(params.get("family", params.get("way"))).replace("SDXL", "")
     if scheduler is None:
         return False
-    if test.startswith("test_every_variation"):
-        return is_sd or scheduler not in SOME
     if test.startswith("test_every_scheduler") and params.keys() <= TEXTS:
-        return is_sd and scheduler not in SOME
-    begins_with_latents = "family" in params and not test.startswith("test_what_a_cut")
-    if begins_with_latents and strength == 0.5 and not is_sd:
-        return False
-    return scheduler not in (FEW if is_sd or strength != 0.5 else SOME)
+        return is_sd and scheduler not in FEW
+    if test.startswith("test_every_variation"):
+        return is_sd or scheduler not in FEW
+    if is_sd or strength != 0.5 or test.startswith("test_what_a_cut"):
+        return scheduler not in FEW[: 2 if is_sd else 4] or (is_sd and strength not in (0.5, 1.0))
+    return scheduler not in SOME
 
 
 TEXTS = {"family", "scheduler"}  # the parameters of a text's

@@ -89,6 +89,7 @@ def test_a_unet_that_is_told_the_guidance_scale(tmp_path: Path) -> None:
     assert relative_difference(*both) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_bfloat16_is_as_near_to_float32_as_diffusers_own(backend: str, in_jax: Ours) -> None:
     """On CPUs jax computes 16-bit products in float32, PyTorch with attention of its own kind."""

@@ -52,7 +52,7 @@ def both() -> tuple[Any, Ours]:
     [
         *SELECTED,
         *(
-            pytest.param(*combination, marks=pytest.mark.slow)
+            pytest.param(*combination, marks=[pytest.mark.slow, pytest.mark.long])
             for combination in EVERYTHING
             if combination not in SELECTED
         ),

@@ -36,7 +36,10 @@ class Single:
         self.pictures = ours.decode(self.latents)
 
 
-@pytest.fixture(scope="module", params=["SDXL", pytest.param("SD 2", marks=pytest.mark.slow)])
+LONG = (pytest.mark.slow, pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=["SDXL", pytest.param("SD 2", marks=LONG)])
 def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Single:
     return Single(FAMILIES[request.param](tmp_path_factory.mktemp("tiny") / "model"))
 
@@ -61,9 +64,7 @@ def test_every_mesh_equals_one_device(single: Single, mesh: str) -> None:
     check_equal(Ours(single.config.model_id, mesh=mesh), single.config, single)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["cfg=2,rows=4", pytest.param("data=2,cfg=2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mesh", ["cfg=2,rows=4", pytest.param("data=2,cfg=2", marks=LONG)])
 def test_guidance_in_a_part_of_the_steps(
     mesh: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +133,7 @@ def test_activations_are_really_split(
     ("mesh", "axis", "share"),
     [
         ("cfg=2,rows=4", "rows", 4),
-        pytest.param("tensor=2,data=2", "data", 2, marks=pytest.mark.slow),
+        pytest.param("tensor=2,data=2", "data", 2, marks=LONG),
     ],
 )
 def test_weights_that_do_not_fit_are_split(

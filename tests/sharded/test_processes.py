@@ -53,6 +53,7 @@ def run_together(stage: int, folders: list[Path]) -> None:
     assert "wrote" not in results[1][0] and "the first process writes" in results[1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_equal_one(stage: int, finished_run: Path, two_folders: list[Path]) -> None:
     for folder in two_folders:

@@ -58,6 +58,8 @@ def train_a_little(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_training_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +87,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(
         assert torch.equal(actual[key], tensor), key
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_state_of_another_length_is_refused(tmp_path: Path) -> None:
     pictures = np.zeros((4, 128, 128, 3), np.uint8)
     train.train_vae(pictures, tmp_path, 1, 0, CPU)
