@@ -33,6 +33,8 @@ DEMO = PROJECT_DIR / "models" / "demo"
 STAGES = {stage.number: PROJECT_DIR / "stages" / stage.script for stage in stage_table.STAGES}
 RUN_ALL = PROJECT_DIR / "tools" / "run_all.py"
 
+LONG = (pytest.mark.slow, pytest.mark.long)  # what CI has no time for
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -175,7 +175,12 @@ def test_what_compiles_for_long_says_so() -> None:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_the_parent_ignores_stays_ignored(number: int) -> None:
     """As `nohup` has it; Python's own handlers are set by then."""
-    process = start(STEPPING, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+
+    def ignore() -> None:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # else a shell would have it unasked
+        signal.signal(number, signal.SIG_IGN)
+
+    process = start(STEPPING, preexec_fn=ignore)
     process.send_signal(number)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)

@@ -125,6 +125,7 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> Shifted:
     return Shifted(tmp_path_factory.mktemp("new condition"))
 
 
+@pytest.mark.slow
 def test_a_new_condition_reaches_both_backends_and_every_mesh(shifted: Shifted) -> None:
     """Told by the UNet's own arguments, it gives what diffusers' changed UNet gives."""
     expected, without = shifted.by_diffusers(SHIFT), shifted.by_diffusers(0)

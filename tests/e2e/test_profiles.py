@@ -50,6 +50,8 @@ def steps_in(trace: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", ["cfg=2", pytest.param("single", marks=pytest.mark.slow)])
 def test_stage_2_traces_the_steps_that_were_asked_for(
     run_copy: Path, stage: Run, mesh: str
@@ -81,6 +83,7 @@ def test_stage_2_traces_the_steps_that_were_asked_for(
     assert found.equal(expected)
 
 
+@pytest.mark.slow
 def test_stage_3_and_stage_1_trace_their_modules(
     run_copy: Path, stage: Run, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def check_parts(seconds: float, report: dict[str, Any]) -> None:
     assert all(value >= 0 for value in parts.values())
 
 
+@pytest.mark.slow
 def test_the_parts_sum_to_the_wall_time_cold_and_warm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, file_contents
+from tests.conftest import LONG, Run, file_contents
 
 NEW_SEED = {0: (), 1: ("--prompt", "a blue ring"), 2: ("--seed", 5), 3: ("--image_format", "webp")}
 
@@ -41,7 +41,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(0, marks=LONG), pytest.param(1, marks=LONG), 2, pytest.param(3, marks=LONG)],
+)
 def test_a_limit_on_files_leaves_the_old_ones(run_copy: Path, stage: Run, number: int) -> None:
     if number == 0:
         image = run_copy / "output_image_0000.png"
@@ -56,6 +59,7 @@ def test_a_limit_on_files_leaves_the_old_ones(run_copy: Path, stage: Run, number
     assert file_contents(run_copy) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_files(
     finished_run: Path, stage: Run, small_disk: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import DEMO
+from tests.conftest import DEMO, LONG
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -50,9 +50,10 @@ def both() -> tuple[Any, Ours]:
 @pytest.mark.parametrize(
     ("scheduler", "guidance", "batch", "width", "negative"),
     [
-        *SELECTED,
+        *SELECTED[:4],
+        *(pytest.param(*combination, marks=pytest.mark.slow) for combination in SELECTED[4:]),
         *(
-            pytest.param(*combination, marks=[pytest.mark.slow, pytest.mark.long])
+            pytest.param(*combination, marks=LONG)
             for combination in EVERYTHING
             if combination not in SELECTED
         ),
@@ -92,6 +93,7 @@ def test_other_schedulers_equal_diffusers(both: tuple[Any, Ours], scheduler: str
     assert pixel_difference(ours.decode(latents), expected_pictures) <= 2
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(both: tuple[Any, Ours]) -> None:
     config = make_config(DEMO, batch=3, num_inference_steps=20)
     _, expected = run_pipeline(both[0], config)

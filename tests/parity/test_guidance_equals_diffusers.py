@@ -8,6 +8,7 @@ import torch
 from diffusers import ClassifierFreeGuidance
 
 from common.sampling.scheduler_tables import NotLinearError
+from tests.conftest import LONG
 from tests.in_process import Ours, load_pipeline, make_config, relative_difference, run_pipeline
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
@@ -51,7 +52,7 @@ def run_with_guider(model: Path, guider: ClassifierFreeGuidance, steps: int) -> 
 @pytest.mark.parametrize(
     ("start", "end"), [(0.0, 0.5), (0.3, 1.0), (0.25, 0.65), (0.0, 1.0), (0.5, 0.5)]
 )
-@pytest.mark.parametrize("steps_per_call", [None, 4])
+@pytest.mark.parametrize("steps_per_call", [pytest.param(None, marks=LONG), 4])
 def test_an_interval_equals_diffusers_guider(
     tiny_sdxl: Path, start: float, end: float, steps_per_call: int | None
 ) -> None:
@@ -63,7 +64,9 @@ def test_an_interval_equals_diffusers_guider(
     assert relative_difference(ours.denoise(config), expected) < 1e-4
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "heun", "dpmpp_sde"])
+@pytest.mark.parametrize(
+    "scheduler", ["ddim", "heun", *(pytest.param(s, marks=LONG) for s in ("euler_a", "dpmpp_sde"))]
+)
 def test_stepping_on_the_host_equals_tables(
     tiny_sdxl: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

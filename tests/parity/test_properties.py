@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.conditions.prompts import embeddings_names, encode_prompts
+from tests.conftest import LONG
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -29,7 +30,7 @@ class Both:
         self.ours = {size: Ours(model, batch_size=size) for size in (1, 2, 3)}
 
 
-@pytest.fixture(scope="module", params=["SDXL", "SD"])
+@pytest.fixture(scope="module", params=["SDXL", pytest.param("SD", marks=LONG)])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     save = {"SDXL": save_sdxl, "SD": save_sd}[request.param]
     return Both(save(tmp_path_factory.mktemp("tiny") / request.param))

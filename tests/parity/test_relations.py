@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from common.runs.generation import GenerationConfig
+from tests.conftest import LONG
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 from tests.tiny_checkpoints import save_sdxl
 
@@ -49,7 +50,11 @@ def test_an_image_of_a_batch_is_the_image_made_alone(
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 2}, {"mesh": "data=2"}, {"steps_per_call": 2}],
+    [
+        {"batch_size": 2},
+        {"mesh": "data=2"},
+        pytest.param({"steps_per_call": 2}, marks=LONG),
+    ],
     ids=["groups with padding", "two devices", "a loop on the device"],
 )
 def test_how_it_is_computed_changes_nothing(

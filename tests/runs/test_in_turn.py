@@ -91,6 +91,8 @@ def test_a_run_without_pictures_has_no_stage_for_them(tmp_path: Path, of_picture
     assert ran == ({0, 1, 2, 3} if of_pictures else {1, 2, 3})
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_damaged_output_is_made_again(run_copy: Path, run_all: Run) -> None:
     base = ["--output_dir", run_copy, "--num_inference_steps", 4, "--num_images_per_prompt", 2]
     expected = load_file(run_copy / LATENTS_FILE)["latents"].clone()  # the file is mapped, then cut

@@ -83,6 +83,7 @@ def test_stages_run_as_modules_too(run_copy: Path) -> None:
         assert result.returncode == 0 and "fresh" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_stages_2_and_3_need_no_text_encoder(run_copy: Path, demo_copy: Path, stage: Run) -> None:
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         shutil.rmtree(demo_copy / name)

@@ -130,6 +130,8 @@ def test_a_unet_is_kept_by_its_content(checkpoint: Checkpoint, tmp_path: Path) -
         assert "checkpoint_read" in report.parts()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_each_way_to_denoise_is_loaded_for_itself(checkpoint: Checkpoint) -> None:
     kept, latents = Kept(most_models=9), dict[int, np.ndarray]()
     ways: list[tuple[str, str, dict[str, Any]]] = [

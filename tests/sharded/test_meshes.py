@@ -12,11 +12,15 @@ from common.compute.devices import Devices
 from common.compute.platforms import usable_cores
 from common.compute.sharding import ActivationLayout
 from common.runs.generation import GenerationConfig
+from tests.conftest import LONG
 from tests.in_process import Ours, make_config, pixel_difference, relative_difference
 from tests.tiny_checkpoints import save_sd, save_sdxl
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {"SDXL": save_sdxl, "SD 2": save_sd}
-MESHES = ["data=8", "cfg=2,rows=4", "rows=8", "tensor=4", "data=2,cfg=2,rows=2"]
+MESHES = [
+    *("cfg=2,rows=4", "tensor=4", "data=2,cfg=2,rows=2"),
+    *(pytest.param(mesh, marks=LONG) for mesh in ("data=8", "rows=8")),
+]
 
 
 class Single:
@@ -34,9 +38,6 @@ class Single:
         ours = Ours(model, mesh="single")
         self.latents = ours.denoise(self.config)
         self.pictures = ours.decode(self.latents)
-
-
-LONG = (pytest.mark.slow, pytest.mark.long)
 
 
 @pytest.fixture(scope="module", params=["SDXL", pytest.param("SD 2", marks=LONG)])
