@@ -112,6 +112,7 @@ def test_every_block_of_the_page_is_tried_and_looks_as_the_code_does(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @of_section(SETTING)
 def test_a_setting(extended: Extended) -> None:
     pages = extended.pages()
@@ -251,6 +252,7 @@ def test_a_tensor(extended: Extended) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @of_section(CONDITION)
 def test_a_condition(extended: Extended) -> None:
     """Both backends, and one over several devices, tell the UNet the same; so it is by class."""

@@ -69,6 +69,7 @@ def test_gpu_sdxl_on_a_cpu() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cold_start() -> None:
     rows = rows_of(BENCHMARKS / "cold_start.py", "--repeat=1", f"--checkout={PROJECT_DIR}")
     seconds = {

@@ -53,6 +53,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_runs_in_four_folders(
     tmp_path: Path, run_all: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def check_parts(seconds: float, report: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_parts_sum_to_the_wall_time_cold_and_warm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_read_only_folder(finished_run: Path, stage: Run, small_disk: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_prompts_take_little_more_memory_than_their_embeddings(
     tmp_path: Path, stage: Run
 ) -> None:

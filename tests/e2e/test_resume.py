@@ -157,6 +157,7 @@ def test_progress_on_a_cpu_is_for_its_number_of_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) -> None:
     flags = ("--num_inference_steps", 300, "--output_dir", run_copy)
     assert stage(2, *flags).returncode == 0
@@ -196,6 +197,7 @@ def test_a_terminated_stage_goes_on_from_its_step(run_copy: Path, stage: Run) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_writer_at_a_time(run_copy: Path, stage: Run, run_all: Run) -> None:
     """A second one says who the first is, or waits for it."""
     long = ("--num_inference_steps", "400", "--output_dir", str(run_copy))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DEMO, PROJECT_DIR, RUN_ALL, STAGES, Run, file_contents
+from tests.conftest import DEMO, LONG, PROJECT_DIR, RUN_ALL, STAGES, Run, file_contents
 from tests.refusals import expect
 
 
@@ -93,7 +93,10 @@ def test_the_compile_cache_damaged_elsewhere_and_not_there(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=LONG) for n in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_to_run_all_alone_reaches_its_stage(
     tmp_path: Path, run_all: Run, number: signal.Signals
 ) -> None:

@@ -148,6 +148,7 @@ print(report.facts["weights_bytes"], report.facts["host_bytes_while_loading"])
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_unet_of_two_gigabytes_takes_little_more_than_its_device_copy(tmp_path: Path) -> None:
     """Measured by a thread of its own, beside what the stage reports."""
     folder = tmp_path / "unet"

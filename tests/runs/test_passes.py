@@ -194,6 +194,7 @@ def test_one_command_makes_two_passes(tmp_path: Path, run_all: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_refiner_takes_the_last_steps(tmp_path: Path, run_all: Run) -> None:
     """Each part is rerun alone; a damaged checkpoint of the refiner spoils nothing of the base."""
     model, refiner = save_sdxl(tmp_path / "base"), save_refiner(tmp_path / "refiner")

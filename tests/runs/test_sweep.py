@@ -116,6 +116,7 @@ def test_folders_are_told_apart_and_stay_below_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_six_cells_run_stage_1_once(run_all: Run, tmp_path: Path) -> None:
     result = run_all(
         *("--output_dir", tmp_path, "--prompt", "a small green ring"),
