@@ -20,7 +20,7 @@ test-slow: setup
 test-all: setup
 	$(PYTEST) -m "not tpu_compiler and not gpu"
 
-# Every scheduler and variation beside diffusers; takes some 20 minutes on one core.
+# Every scheduler and variation beside diffusers; takes some 30 minutes on one core.
 parity: setup
 	PARITY_TABLE=docs/parity.md $(PYTHON_BIN) -m pytest -m "" $(addprefix tests/parity/test_, \
 	    schedulers_equal_diffusers.py init_latents_equal_diffusers.py \
