@@ -50,6 +50,7 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_in_turn_give_the_bits_of_the_scripts_and_compile_once(
     runs: dict[str, dict[Any, str]],
     residents: list[ResidentStage],
