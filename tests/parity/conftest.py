@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         call = getattr(item, "callspec", None)
         is_ours = call is not None and Path(__file__).parent in item.path.parents
-        if is_ours and is_long(item.name, call.params):
+        is_slow = is_ours and "scheduler" in call.params and item.get_closest_marker("slow")
+        if is_slow or (is_ours and is_long(item.name, call.params)):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.long)
 
