@@ -27,7 +27,11 @@ from common.messages import say
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig, check_size
 from common.runs.image_latents import ReadInputs, image_tensors, read_inputs
-from common.runs.recipes import expected_vae_dtype, image_latents_recipe
+from common.runs.recipes import (
+    expected_vae_dtype,
+    image_latents_recipe,
+    image_latents_rows,
+)
 from common.runs.stage_run import StageRun, run_script
 
 
@@ -104,7 +108,8 @@ def encode(
         tensors = image_tensors(laid, inputs, encoded, checkpoint.vae_scale_factor)
         names = {"images": inputs.names, "mask_images": inputs.mask_names}
         provenance = {**config.model_settings(), **names, "overrides": run.overrides}
-        artifacts.save_tensors(path, tensors, recipe, provenance)
+        rows = [each.fingerprint() for each in image_latents_rows(recipe, len(inputs.pictures))]
+        artifacts.save_tensors(path, tensors, recipe, provenance, rows)
         run.settings_written(config)
     run.finish(
         path,

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.files import artifacts
 from common.files.stage_table import EMBEDDINGS_FILE, ENCODE
 from common.messages import warn
-from common.runs.recipes import embeddings_recipe
+from common.runs.recipes import embeddings_recipe, embeddings_rows
 from common.runs.stage_run import StageRun, run_script
 
 
@@ -32,7 +32,7 @@ def main(run: StageRun) -> None:
 
     check_prompt_options(config, checkpoint)
     recipe = embeddings_recipe(config, checkpoint)
-    artifacts.refuse_long_prompts(recipe)
+    artifacts.refuse_long_prompts(recipe, len(config.image_seeds()))
 
     # 2. Fresh already?
     run.lock.acquire()
@@ -40,6 +40,7 @@ def main(run: StageRun) -> None:
         run.settings_written(config)
         return
     run.begin(f"encode {len(config.prompts)} prompt(s) with {config.model_id}")
+    rows = run.find_rows(path, embeddings_rows(config, recipe))
 
     # 3. Load the text encoders, with what is added to them
     run.import_libraries("peft", "scipy")
@@ -62,9 +63,9 @@ def main(run: StageRun) -> None:
     run.keep_progress(recipe, TORCH_FACTS)
     keeps = len(config.prompts) > 1 and run.progress is not None
     provenance = {**config.model_settings(), "device": "cpu"}
-    with written_in_parts(path, recipe, provenance, len(config.prompts)) as written:
+    with written_in_parts(path, recipe, provenance, rows.fingerprints) as written:
         with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
-            encode_into(written, pipeline, config, run.progress, stop)
+            encode_into(written, pipeline, config, rows, run.progress, stop)
         profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
 
     # 5. Written: the settings stand beside

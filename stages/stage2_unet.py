@@ -13,11 +13,12 @@ Takes   some seconds for the demo checkpoint on a CPU once compiled.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.compute.backends import Backend
+from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import embeddings_misfit
@@ -35,10 +36,11 @@ from common.runs.jobs import (
     say_steps,
     warn_of_settings,
 )
-from common.runs.outputs import save_latents
+from common.runs.outputs import write_latents
 from common.runs.recipes import (
     expected_unet_dtype,
     latents_recipe,
+    latents_rows,
     prompts_misfit,
     why_latents_stale,
 )
@@ -89,57 +91,45 @@ def denoise(
     backend: Backend,
 ) -> None:
     """The part of the story that takes time; `inputs` are embeddings, and what is begun with."""
-    from common.sampling.denoising import denoise_images
+    from common.sampling.denoising import denoise_images, taken_images
     from common.sampling.loading import UNetToLoad, open_denoiser
 
-    # 4. What to denoise, and the UNet; what the steps refuse is said before weights are read
+    # 4. What is to be denoised; what the steps refuse is said before weights are read
     embeddings, begin = inputs
-    tensors = run.load_input(embeddings)
-    given = None if begin is None else run.load_input(begin)
     with run.report.part("scheduler_tables"):
         sampler = make_sampler(config, checkpoint)
     run.refuse_steps_to_profile(len(sampler.restart()))
     say_steps(sampler)
-    job = denoising_job(config, checkpoint, tensors, sampler, given)
     dtype = backend.choose_dtype(config.unet_dtype)
-    unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
-    denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
     recipe = latents_recipe(config, checkpoint, embeddings, dtype, begin)
+    rows = run.find_rows(run.run_dir / LATENTS_FILE, latents_rows(config, recipe, *inputs))
+    write = partial(write_latents, run, config, (recipe, rows), begin)
+    if not rows.missing:  # they stand in another order, or some are gone
+        if backend.is_first_process:
+            write(taken_images(rows), TORCH_FACTS)
+        return
 
     # 5. Denoise, group by group; a stopped run goes on from what it kept
+    given = None if begin is None else run.load_input(begin)
+    job = denoising_job(config, checkpoint, run.load_input(embeddings), sampler, given)
+    unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
+    denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
     facts = denoiser.facts()
-    run.keep_progress(recipe, facts, loops_on_device=denoiser.loops_on_device)
+    run.keep_progress(recipe, facts, loops_on_device=denoiser.loops_on_device, rows=rows.key)
     if run.progress is None and run.options.checkpoint_every is not None:
         warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
     folder = run.profile_folder if run.options.profile else None
     with run.finishing_first(keeps=run.progress is not None) as stop:
         denoised = denoise_images(
-            denoiser, job, run.options, profile_folder=folder, progress=run.progress, stop=stop
+            *(denoiser, job, run.options, rows),
+            profile_folder=folder,
+            progress=run.progress,
+            stop=stop,
         )
         if not backend.is_first_process:
             say("  the first process writes")
             return
-
-        # 6. Write
-        path = run.run_dir / LATENTS_FILE
-        with run.report.part("writing"):
-            devices = {name: facts.get(name) for name in ("backend", "platform", "mesh")}
-            made = {**devices, "unet_dtype_asked": config.unet_dtype, "overrides": run.overrides}
-            provenance = {**config.model_settings(), **made}
-            every, begun = run.options.save_trajectory, begin if config.pastes else None
-            save_latents(run.run_dir, denoised, recipe, every, provenance, begun)
-            run.settings_written(config)
-        if stop is not None:
-            stop.raise_if_asked(f"when {path} was written")
-    run.finish(
-        path,
-        shapes={"latents": list(denoised.latents.shape)},
-        dtype=dtype,
-        dtype_asked=config.unet_dtype,
-        versions=recipe.versions,
-        profile=denoised.profile,
-        **denoiser.facts(),
-    )
+        write(denoised, facts, stop)
 
 
 if __name__ == "__main__":

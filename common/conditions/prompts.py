@@ -1,7 +1,7 @@
 """Prompts to embeddings, by diffusers' own `encode_prompt` or by compel."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.conditions.a1111_syntax import calls_of_loras, looks_weighted
@@ -10,6 +10,8 @@ from common.conditions.prompt_settings import PromptSettings, ResolvedPrompts
 from common.conditions.weighted_prompts import WeightedTexts
 from common.errors import shorten
 from common.files.kept_progress import Progress
+from common.files.rows import Rows
+from common.files.tensor_rows import TOKENS
 from common.messages import progress_bar, say
 from common.models.text_pipeline import embeddings_names, first_tokenizer, has_two_encoders, room_of
 from common.models.textual_inversion import unused_words
@@ -37,7 +39,7 @@ class TakesRows(Protocol):
 
 def encode_prompts(pipeline: Any, config: ResolvedPrompts) -> "Tensors":
     """All prompts of a run, held in memory; as `encode_into` gives them."""
-    made = Rows()
+    made = InMemory()
     encode_into(made, pipeline, config)
     return made.take()
 
@@ -46,6 +48,7 @@ def encode_into(
     made: TakesRows,
     pipeline: Any,
     config: ResolvedPrompts,
+    rows: Rows | None = None,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
 ) -> None:
@@ -56,6 +59,7 @@ def encode_into(
     the text encoders' dtype. L is 77, or a multiple of it where prompts are encoded in chunks.
 
     Args:
+        rows: those that an earlier file has are taken from there.
         progress: where prompts are kept until all are done, unless compel encodes them at once.
         stop: asked after each prompt.
 
@@ -66,10 +70,10 @@ def encode_into(
 
     with torch.no_grad():
         if config.prompt_weighting == "compel":
-            made.put(encode_with_compel(pipeline, config))
+            _encode_at_once(made, pipeline, config, rows)
             return
         kind = WeightedTexts if config.prompt_weighting == "a1111" else PlainTexts
-        _encode_one_by_one(made, kind(pipeline, config), config, progress, stop)
+        _encode_one_by_one(made, kind(pipeline, config), config, rows, (progress, stop))
 
 
 class PlainTexts:
@@ -108,25 +112,63 @@ class PlainTexts:
         return ""
 
 
+def _encode_at_once(
+    made: TakesRows, pipeline: Any, config: ResolvedPrompts, rows: Rows | None
+) -> None:
+    """All prompts that are to be made, by compel."""
+    places = _places(rows, None if config.long_prompts == "chunk" else TOKENS)
+    missing = tuple(p for row, p in enumerate(config.prompts) if row not in places)
+    encoded: Tensors = {}
+    if missing:
+        own = config.model_copy(update={"prompts": missing})
+        encoded = encode_with_compel(pipeline, own)
+    at = 0
+    for row in range(len(config.prompts)):
+        if rows is not None and row in places:
+            made.put(rows.read([row]))
+            continue
+        made.put({name: tensor[at : at + 1] for name, tensor in encoded.items()})
+        at += 1
+
+
+def _places(rows: Rows | None, length: int | None) -> Container[int]:
+    """The rows that an earlier file has, if its embeddings are as long as the run's longest.
+
+    Args:
+        length: tokens; None where that is not known before.
+    """
+    if rows is None or rows.earlier is None or not rows.places:
+        return ()
+    if rows.earlier.tensors["prompt_embeds"].shape[1] == length:
+        return rows.places
+    say("  all are encoded anew: they are as long as the longest, which may be another one now")
+    return ()
+
+
 def _encode_one_by_one(
     made: TakesRows,
     reader: PlainTexts | WeightedTexts,
     config: ResolvedPrompts,
-    progress: Progress | None,
-    stop: StopRequest | None,
+    rows: Rows | None,
+    kept_by: tuple[Progress | None, StopRequest | None],
 ) -> None:
     """One prompt at a time, so that its embeddings are the same bits in any company."""
+    progress, stop = kept_by
     chunked = [reader.chunks_of(prompt) for prompt in config.prompts]
     length = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
+    places = _places(rows, length * TOKENS)
     done = kept = _put_finished_groups(made, progress)
     if kept:
         say(f"  goes on after prompt {kept} of {len(chunked)}")
-    unkept = Rows()
+    unkept = InMemory()
     known_negatives: dict[Any, Tensors] = {}
     with progress_bar(len(chunked), "encode", "prompt") as bar:
         bar.update(kept)
-        for texts in chunked[kept:]:
-            encoded = _encode_chunks(reader, texts, length, known_negatives)
+        for row in range(kept, len(chunked)):
+            if rows is not None and row in places:
+                encoded = rows.read([row])
+            else:
+                encoded = _encode_chunks(reader, chunked[row], length, known_negatives)
             made.put(encoded)
             done += 1
             bar.update()
@@ -143,8 +185,8 @@ def _encode_one_by_one(
                 raise StoppedError(number, f"{said}: the same command goes on from there")
 
 
-class Rows:
-    """Rows in memory."""
+class InMemory:
+    """Rows that are held in memory."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, list[torch.Tensor]] = {}

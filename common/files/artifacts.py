@@ -13,10 +13,10 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,6 +42,7 @@ HEADER_KEY = "staged_diffusion"
 MOST_HEADER_BYTES = 16_000_000
 # Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
 MOST_PROMPTS_BYTES = 12_000_000
+BYTES_OF_A_ROW = 150  # its two hashes and what separates them
 
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
@@ -49,11 +50,19 @@ BYTES_OF_DTYPE = {
 }
 
 
+class Row(NamedTuple):
+    """What a file says of one of its rows."""
+
+    fingerprint: str  # of the recipe of a run of this row alone
+    data_sha256: str  # as the file of such a run has it
+
+
 class Header(BaseModel):
     """What a file of ours says of itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    rows: list[Row] = []  # none where a file is not of rows
     recipe: Recipe
     provenance: dict[str, Any]
     data_sha256: str
@@ -114,16 +123,27 @@ class Artifact:
 
 
 def save_tensors(
-    path: Path, tensors: "Mapping[str, torch.Tensor]", recipe: Recipe, provenance: dict[str, Any]
+    path: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    recipe: Recipe,
+    provenance: dict[str, Any],
+    rows: Sequence[str] = (),
 ) -> Header:
     """Save tensors with their header as safetensors, whole or not at all.
+
+    Args:
+        rows: the fingerprints of the tensors' rows, where these have some.
 
     Raises:
         NotFiniteError: a tensor holds an infinity or a not-a-number; nothing is written.
     """
     check_finite(tensors, path, "was not written")
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    header = make_header(recipe, provenance, hash_tensors(contiguous))
+    known = [
+        Row(fingerprint, hash_tensors({key: each[k : k + 1] for key, each in contiguous.items()}))
+        for k, fingerprint in enumerate(rows)
+    ]
+    header = make_header(recipe, provenance, hash_tensors(contiguous), known)
     save_whole(path, contiguous, {HEADER_KEY: header.to_json()})
     return header
 
@@ -147,26 +167,31 @@ def save_whole(path: Path, tensors: "dict[str, torch.Tensor]", metadata: Mapping
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
-def make_header(recipe: Recipe, provenance: dict[str, Any], data_sha256: str) -> Header:
+def make_header(
+    recipe: Recipe, provenance: dict[str, Any], data_sha256: str, rows: Sequence[Row] = ()
+) -> Header:
     """Complete a header with the fingerprint and the time."""
     return Header(
         recipe=recipe,
         provenance=provenance | {"written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
         data_sha256=data_sha256,
         fingerprint=recipe.fingerprint(),
+        rows=[*rows],
     )
 
 
-def refuse_long_prompts(recipe: Recipe) -> None:
+def refuse_long_prompts(recipe: Recipe, images: int) -> None:
     """Raise `BadSettingError` where files could not be read for all the prompts in their headers.
 
     Args:
         recipe: of the embeddings.
+        images: of the run, each with its row.
     """
     length = len(json.dumps(to_json(recipe.model_dump()), ensure_ascii=False).encode())
+    length += BYTES_OF_A_ROW * images
     if length > MOST_PROMPTS_BYTES:
         raise BadSettingError(
-            f"the prompts take {length / 1e6:.0f} MB of each file's header, which holds "
+            f"the prompts and images take {length / 1e6:.0f} MB of each file's header, which holds "
             f"{MOST_PROMPTS_BYTES / 1e6:.0f} MB of them: split them among several runs"
         )
 

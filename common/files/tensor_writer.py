@@ -3,18 +3,19 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files.artifacts import HEADER_KEY, check_finite, make_header
+from common.files.artifacts import HEADER_KEY, Row, check_finite, hash_tensors, make_header
 from common.files.recipe import Recipe
 from common.whole_files import replace_whole
 
 if TYPE_CHECKING:
     import torch
 
+NO_HASH = "0" * 64  # stands for one that is not known yet, as long
 _NAME_OF_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of what stages write
 
 
@@ -26,13 +27,16 @@ class TensorWriter:
     (https://github.com/huggingface/safetensors#format).
     """
 
-    def __init__(self, path: Path, recipe: Recipe, provenance: dict[str, Any], count: int) -> None:
+    def __init__(
+        self, path: Path, recipe: Recipe, provenance: dict[str, Any], rows: Sequence[str]
+    ) -> None:
         """
         Args:
             path: of the file, which `written_in_parts` puts in place.
-            count: rows of every tensor.
+            rows: the fingerprints of the rows of every tensor.
         """
-        self.path, self.count, self.written = path, count, 0
+        self.path, self.count, self.written = path, len(rows), 0
+        self._rows = [Row(fingerprint, NO_HASH) for fingerprint in rows]
         self.shapes: dict[str, list[int]] = {}
         self._recipe, self._provenance = recipe, provenance
         self._begins: dict[str, int] = {}
@@ -58,7 +62,11 @@ class TensorWriter:
             data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
             self._file.seek(self._begins[key] + self.written * (data.nbytes // len(tensor)))
             self._file.write(data)
-        self.written += len(tensor)
+        for row in range(len(tensor)):
+            data_sha256 = hash_tensors({key: each[row : row + 1] for key, each in rows.items()})
+            known = self._rows[self.written]
+            self._rows[self.written] = known._replace(data_sha256=data_sha256)
+            self.written += 1
 
     def close(self) -> None:
         """Write the header: all rows are there."""
@@ -83,13 +91,14 @@ class TensorWriter:
                 "shape": self.shapes[key],
                 "data_offsets": [begin, end],
             }
-        self._written_header = make_header(self._recipe, self._provenance, "0" * 64)
-        start = len(self._head("0" * 64))
+        self._written_header = make_header(self._recipe, self._provenance, NO_HASH)
+        start = len(self._head(NO_HASH))
         self._begins = {key: start + each["data_offsets"][0] for key, each in self._entries.items()}
 
     def _head(self, data_sha256: str) -> bytes:
         """What stands before the data, as long whatever the hash is."""
-        header = self._written_header.model_copy(update={"data_sha256": data_sha256})
+        known = {"data_sha256": data_sha256, "rows": self._rows}
+        header = self._written_header.model_copy(update=known)
         content = {"__metadata__": {HEADER_KEY: header.to_json()}, **self._entries}
         text = json.dumps(content, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # data are aligned
@@ -98,10 +107,10 @@ class TensorWriter:
 
 @contextmanager
 def written_in_parts(
-    path: Path, recipe: Recipe, provenance: dict[str, Any], count: int
+    path: Path, recipe: Recipe, provenance: dict[str, Any], rows: Sequence[str]
 ) -> Iterator[TensorWriter]:
     """A file that appears whole at the block's end, or not at all."""
-    writer = TensorWriter(path, recipe, provenance, count)
+    writer = TensorWriter(path, recipe, provenance, rows)
     with replace_whole(path) as temporary:
         writer.open(temporary)
         yield writer

@@ -1,6 +1,6 @@
 """What stages 2 and 3 write: latents and trajectories, pictures with their settings inside."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,16 @@ from common.errors import listed
 from common.files import artifacts, picture_files
 from common.files.artifacts import Artifact, Header
 from common.files.recipe import Recipe, recipe_of_trajectory
-from common.files.stage_table import DENOISE
+from common.files.rows import Rows
+from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import warn
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.recipes import trajectory_pictures_recipe
+from common.runs.stage_run import StageRun
 from common.sampling.schedulers import web_ui_sampler
+from common.stopping import StopRequest
 from common.whole_files import copy_whole, remove_file, write_bytes_whole
 
 if TYPE_CHECKING:
@@ -27,11 +30,50 @@ if TYPE_CHECKING:
     from common.sampling.denoising import Denoised
 
 
+def write_latents(
+    run: StageRun,
+    config: GenerationConfig,
+    made_by: tuple[Recipe, Rows],
+    begin: Artifact | None,
+    denoised: "Denoised",
+    facts: Mapping[str, Any],
+    stop: StopRequest | None = None,
+) -> None:
+    """Stage 2's end: its files, and its report.
+
+    Args:
+        begin: what the latents began with.
+        facts: what the report says of the devices.
+        stop: asked when all is written.
+    """
+    recipe, rows = made_by
+    path = run.run_dir / LATENTS_FILE
+    with run.report.part("writing"):
+        devices = {name: facts.get(name) for name in ("backend", "platform", "mesh")}
+        made = {**devices, "unet_dtype_asked": config.unet_dtype, "overrides": run.overrides}
+        provenance = {**config.model_settings(), **made}
+        begun = begin if config.pastes else None
+        save_latents(run.run_dir, denoised, recipe, rows, provenance, begun)
+        run.settings_written(config)
+    if stop is not None:
+        stop.raise_if_asked(f"when {path} was written")
+    run.finish(
+        path,
+        shapes={"latents": list(denoised.latents.shape)},
+        rows_taken=len(rows.places),
+        dtype=recipe.settings_of(LATENTS)["unet_dtype"],
+        dtype_asked=config.unet_dtype,
+        versions=recipe.versions,
+        profile=denoised.profile,
+        **facts,
+    )
+
+
 def save_latents(
     run_dir: Path,
     denoised: "Denoised",
     recipe: Recipe,
-    save_trajectory: int | None,
+    rows: Rows,
     provenance: dict[str, Any],
     begun: Artifact | None = None,
 ) -> None:
@@ -46,12 +88,13 @@ def save_latents(
     remove_file(trajectory_file)
     if begun is not None and begun.path.parent.resolve() != run_dir.resolve():
         copy_whole(begun.path, run_dir / begun.path.name)
-    artifacts.save_tensors(latents_file, {"latents": denoised.latents}, recipe, provenance)
-    if denoised.trajectory is not None and save_trajectory is not None:
+    tensors = {"latents": denoised.latents}
+    artifacts.save_tensors(latents_file, tensors, recipe, provenance, rows.fingerprints)
+    if denoised.trajectory is not None and denoised.trajectory_every is not None:
         artifacts.save_tensors(
             trajectory_file,
             {"latents": denoised.trajectory, "steps": torch.tensor(denoised.kept_after)},
-            recipe_of_trajectory(recipe, save_trajectory),
+            recipe_of_trajectory(recipe, denoised.trajectory_every),
             provenance,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.compute.groups import prompt_indices
 from common.compute.options import RunOptions
 from common.conditions.sizes import recorded_sizes
 from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES, declarations
@@ -23,6 +24,7 @@ from common.files.recipe import (
     recipe_of_trajectory,
 )
 from common.files.report import read_report
+from common.files.rows import row_hashes, row_recipe
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.files.stage_table import (
     DECODE,
@@ -78,6 +80,11 @@ def embeddings_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> Recip
             *(["compel"] if config.prompt_weighting == "compel" else []),
         ),
     )
+
+
+def embeddings_rows(config: GenerationConfig, recipe: Recipe) -> list[Recipe]:
+    """The recipe of each prompt's embeddings."""
+    return [row_recipe(recipe, row) for row in range(len(config.prompts))]
 
 
 def image_latents_recipe(
@@ -144,6 +151,36 @@ def latents_recipe(
             *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
         ),
     )
+
+
+def image_latents_rows(recipe: Recipe, pictures: int) -> list[Recipe]:
+    """The recipe of each picture's latents."""
+    return [row_recipe(recipe, row) for row in range(pictures)]
+
+
+def latents_rows(
+    config: GenerationConfig, recipe: Recipe, embeddings: Artifact, begin: Artifact | None
+) -> list[Recipe]:
+    """The recipe of each image's latents, by the rows that it is made from.
+
+    Args:
+        recipe: of all of them.
+        begin: as `latents_recipe`.
+    """
+    texts = row_hashes(embeddings)
+    begun = [] if begin is None else row_hashes(begin)
+    found = []
+    prompts = prompt_indices(len(config.prompts), config.num_images_per_prompt).tolist()
+    for image, prompt in enumerate(prompts):
+        inputs = {EMBEDDINGS_FILE: texts[prompt]}
+        place = prompt if config.has_pictures else image
+        own = begun[place if len(begun) > 1 else 0] if begun else None
+        if begin is not None and own is not None and config.has_pictures:
+            inputs[begin.path.name], own = own, None
+        row = row_recipe(recipe, prompt, image, inputs)
+        latents = row.settings[LATENTS] | {"init_latents": own}
+        found.append(row.model_copy(update={"settings": row.settings | {LATENTS: latents}}))
+    return found
 
 
 def _scales_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,7 @@ run in a process of its own, `ResidentStage` the same story for many runs in one
 
 import os
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from common.files.artifacts import Artifact
 from common.files.kept_progress import Progress, remove_progress
 from common.files.recipe import Recipe
 from common.files.report import Profile
+from common.files.rows import Rows, find_rows
 from common.files.run_lock import RunLock
 from common.files.stage_table import FIRST, Stage
 from common.messages import say, warn
@@ -134,6 +135,19 @@ class StageRun:
         """Say what is done, and why."""
         say(f"{self.stage.name}: {doing}")
         say_why(self._stale, self.overrides)
+
+    def find_rows(self, path: Path, recipes: Sequence[Recipe]) -> Rows:
+        """The rows to write to a file; those that it has already are taken, which is said.
+
+        Without `--skip_fresh`, where the run is measured or a trajectory is saved, all are made.
+        """
+        measured = self.options.why_measure() is not None or self.options.save_trajectory
+        if not self.given.flags.skip_fresh or measured:
+            return Rows.all_missing(recipes)
+        rows = find_rows(path, recipes, verify=not self.options.no_verify)
+        if rows.earlier is not None and len(recipes) > 1:
+            say(f"  {rows.in_words()}")
+        return rows
 
     # --- 3. backend ---
 

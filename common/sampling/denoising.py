@@ -13,6 +13,7 @@ from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
 from common.files.kept_progress import Progress
 from common.files.report import Profile
+from common.files.rows import Rows
 from common.messages import progress_bar, say, warn
 from common.sampling.denoiser import Denoiser
 from common.sampling.group_progress import GroupProgress
@@ -28,6 +29,7 @@ class Denoised:
     latents: torch.Tensor  # [B, C, h, w] float32
     kept_after: list[int]  # numbers of steps
     trajectory: torch.Tensor | None  # the latents after each of them [S, B, C, h, w]
+    trajectory_every: int | None  # how many steps these are apart
     profile: Profile | None  # of the first group
 
 
@@ -35,6 +37,7 @@ def denoise_images(
     denoiser: Denoiser,
     job: DenoisingJob,
     options: RunOptions,
+    rows: Rows | None = None,
     *,
     profile_folder: Path | None = None,
     progress: Progress | None = None,
@@ -43,6 +46,7 @@ def denoise_images(
     """Denoise all images, in groups of one shape.
 
     Args:
+        rows: those that an earlier file has are taken from there.
         profile_folder: for a profile of the first group.
         progress: what a stopped run left, to go on from, and where this one leaves its own.
         stop: asked after each range of steps.
@@ -52,9 +56,11 @@ def denoise_images(
     """
     tables = tables_of(denoiser, job, options)
     run = _Run(denoiser, job, options, tables, profile_folder)
-    with progress_bar(run.bar_steps(), "denoise", "step", leave=True) as bar:
-        for number, (chosen, real) in enumerate(groups(len(job.seeds), run.group_size)):
+    todo = run.take(rows)
+    with progress_bar(run.bar_steps(len(todo)), "denoise", "step", leave=True) as bar:
+        for number, (places, real) in enumerate(groups(len(todo), run.group_size)):
             group = GroupProgress(progress, stop, options.checkpoint_every, number, bar)
+            chosen = todo[places]
             own = chosen[:real]
             finished = group.finished()
             if finished is not None:
@@ -66,10 +72,18 @@ def denoise_images(
             made = denoiser.latents()
             kept = np.reshape(denoiser.trajectory, (-1, *made.shape))[:, :real]
             run.latents[own], run.trajectory[:, own] = made[:real], kept
-            if len(job.seeds) > run.group_size:
+            if len(todo) > run.group_size:
                 group.keep_finished({"latents": made[:real], "trajectory": kept})
             run.measure_first()
     return run.denoised()
+
+
+def taken_images(rows: Rows) -> Denoised:
+    """What stage 2 gives where an earlier file has all of it."""
+    latents = rows.read(range(len(rows.recipes)))["latents"]
+    return Denoised(
+        latents=latents, kept_after=[], trajectory=None, trajectory_every=None, profile=None
+    )
 
 
 def tables_of(denoiser: Denoiser, job: DenoisingJob, options: RunOptions) -> SchedulerTables | None:
@@ -99,7 +113,6 @@ class _Run:
         self.denoiser, self.job, self.options, self.tables = denoiser, job, options, tables
         count = len(job.seeds)
         self.group_size = group_size(count, options.batch_size, denoiser.devices_of_images)
-        self.groups = -(-count // self.group_size)
         self.evaluations = len(job.sampler.restart())
         self.kept_after = steps_to_keep(self.evaluations, options.save_trajectory)
         self.latents = np.empty((count, *job.latent_shape), np.float32)
@@ -111,9 +124,18 @@ class _Run:
             steps = options.profiled_steps(self.evaluations)
             self.profiler = denoiser.profiler(profile_folder, steps)
 
-    def bar_steps(self) -> int:
-        """The steps of all groups."""
-        return self.groups * self.evaluations
+    def take(self, rows: Rows | None) -> np.ndarray:
+        """Take the latents that an earlier file has. Returns the indices of the other images."""
+        if rows is None:
+            return np.arange(len(self.job.seeds))
+        taken = sorted(rows.places)
+        if taken:
+            self.latents[taken] = rows.read(taken)["latents"].numpy()
+        return np.array(rows.missing)
+
+    def bar_steps(self, images: int) -> int:
+        """The steps of all groups of so many images."""
+        return -(-images // self.group_size) * self.evaluations
 
     def denoise_group(self, chosen: np.ndarray, group: GroupProgress) -> None:
         """All steps of some images, or those that an earlier run has not kept."""
@@ -148,6 +170,7 @@ class _Run:
             latents=torch.from_numpy(self.latents),
             kept_after=self.kept_after,
             trajectory=torch.from_numpy(self.trajectory) if self.kept_after else None,
+            trajectory_every=self.options.save_trajectory,
             profile=self.profile,
         )
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.conditions.prompts import (
-    Rows,
+    InMemory,
     embeddings_names,
     encode_into,
     encode_prompts,
@@ -94,9 +94,9 @@ def test_an_encoding_that_is_stopped_goes_on_with_the_same_bits(
     expected = encode_prompts(pipeline, config)
     stop.number = 2
     with refusal(StoppedError, "interrupted after 1 of 3 prompts, which are kept"):
-        encode_into(Rows(), pipeline, config, Progress(tmp_path, 1, {}), stop)
-    rows = Rows()
-    encode_into(rows, pipeline, config, Progress(tmp_path, 1, {}))
+        encode_into(InMemory(), pipeline, config, None, Progress(tmp_path, 1, {}), stop)
+    rows = InMemory()
+    encode_into(rows, pipeline, config, None, Progress(tmp_path, 1, {}))
     found = rows.take()
     assert "goes on after prompt 1 of 3" in capsys.readouterr().out
     assert found.keys() == expected.keys()

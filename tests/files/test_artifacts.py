@@ -56,9 +56,13 @@ def test_saved_tensors_load_as_the_same_bits(tmp_path: Path) -> None:
 
 def test_prompts_that_no_header_holds_are_refused() -> None:
     """Before they are encoded: a file with a longer header would be refused by the next stage."""
-    artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"] * 10_000))
-    with refusal(BadSettingError, "the prompts take 13 MB of each file's header", "several runs"):
-        artifacts.refuse_long_prompts(make_recipe(prompts=["星" * 1000] * 4300))
+    artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"] * 10_000), 10_000)
+    with refusal(BadSettingError, "the prompts and images take 15 MB of each file's header"):
+        artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"]), 100_000)
+    with refusal(
+        BadSettingError, "the prompts and images take 14 MB of each file's header", "several runs"
+    ):
+        artifacts.refuse_long_prompts(make_recipe(prompts=["星" * 1000] * 4300), 4300)
 
 
 def test_the_data_hash_is_that_of_the_bytes_in_key_order(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from common.files.tensor_writer import written_in_parts
 from tests.files.test_artifacts import make_recipe
 from tests.refusals import refusal
 
+ROWS = [f"{k:064x}" for k in range(5)]
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_give_the_file_that_whole_tensors_give(tmp_path: Path, dtype: torch.dtype) -> None:
@@ -21,8 +23,8 @@ def test_rows_give_the_file_that_whole_tensors_give(tmp_path: Path, dtype: torch
         name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
     }
     whole, parts = tmp_path / "whole" / EMBEDDINGS_FILE, tmp_path / "parts" / EMBEDDINGS_FILE
-    artifacts.save_tensors(whole, tensors, make_recipe(seed=1), {"prompt": "a “red” star"})
-    with written_in_parts(parts, make_recipe(seed=1), {"prompt": "a “red” star"}, 5) as written:
+    artifacts.save_tensors(whole, tensors, make_recipe(seed=1), {"prompt": "a “red” star"}, ROWS)
+    with written_in_parts(parts, make_recipe(seed=1), {"prompt": "a “red” star"}, ROWS) as written:
         for first, end in ((0, 1), (1, 4), (4, 5)):
             assert not parts.exists()
             written.put({name: tensor[first:end] for name, tensor in tensors.items()})
@@ -31,6 +33,10 @@ def test_rows_give_the_file_that_whole_tensors_give(tmp_path: Path, dtype: torch
     assert found.data_sha256 == expected.data_sha256
     assert found.tensors == expected.tensors and found.header is not None
     assert expected.header is not None and found.header.recipe == expected.header.recipe
+    assert found.header.rows == expected.header.rows
+    assert [row.fingerprint for row in found.header.rows] == ROWS
+    third = {name: tensor[2:3] for name, tensor in tensors.items()}
+    assert found.header.rows[2].data_sha256 == artifacts.hash_tensors(third)
     loaded = artifacts.load_tensors(found, lambda text: pytest.fail(text))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
@@ -41,7 +47,7 @@ def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path, error: BaseExc
     path.write_bytes(b"before")
     with (
         pytest.raises(type(error)),
-        written_in_parts(path, make_recipe(), {}, 2) as written,
+        written_in_parts(path, make_recipe(), {}, ROWS[:2]) as written,
     ):
         written.put({"a": torch.ones(1, 4)})
         raise error
@@ -53,7 +59,7 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / EMBEDDINGS_FILE
     with (
         refusal(NotFiniteError, f"{path} was not written: 1 of 4 values of 'a' are not"),
-        written_in_parts(path, make_recipe(), {}, 1) as written,
+        written_in_parts(path, make_recipe(), {}, ROWS[:1]) as written,
     ):
         written.put({"a": torch.tensor([[1.0, 2.0, float("nan"), 4.0]])})
     assert not path.exists()

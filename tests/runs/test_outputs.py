@@ -15,6 +15,7 @@ from common.files import artifacts
 from common.files.artifacts import Header
 from common.files.picture_files import read_picture_record
 from common.files.recipe import Recipe, recipe_of_its_latents
+from common.files.rows import Rows
 from common.files.stage_table import LATENTS_FILE, TRAJECTORY_FILE
 from common.runs.outputs import (
     Decoded,
@@ -57,20 +58,23 @@ def make_header() -> Header:
 
 
 def denoised(**trajectory: Any) -> Denoised:
-    found = dict(kept_after=[], trajectory=None, profile=None) | trajectory
+    nothing = dict(kept_after=[], trajectory=None, trajectory_every=None, profile=None)
+    found = nothing | trajectory
     return Denoised(latents=torch.ones(1, 4, 2, 3), **found)
 
 
 def test_latents_take_the_place_of_another_runs_trajectory(tmp_path: Path) -> None:
     recipe = make_recipe(2, OF_LATENTS)
-    kept = denoised(trajectory=torch.zeros(2, 1, 4, 2, 3), kept_after=[3, 6])
-    save_latents(tmp_path, kept, recipe, 3, {"device": "cpu"})
+    steps = torch.zeros(2, 1, 4, 2, 3)
+    kept = denoised(trajectory=steps, kept_after=[3, 6], trajectory_every=3)
+    rows = Rows.all_missing([recipe])
+    save_latents(tmp_path, kept, recipe, rows, {"device": "cpu"})
     trajectory = artifacts.inspect(tmp_path / TRAJECTORY_FILE)
     assert trajectory.header is not None
     assert recipe_of_its_latents(trajectory.header.recipe) == recipe != trajectory.header.recipe
     assert load_file(tmp_path / TRAJECTORY_FILE)["steps"].tolist() == [3, 6]
 
-    save_latents(tmp_path, denoised(), recipe, None, {"device": "cpu"})
+    save_latents(tmp_path, denoised(), recipe, rows, {"device": "cpu"})
     assert not (tmp_path / TRAJECTORY_FILE).exists()
     header = artifacts.inspect(tmp_path / LATENTS_FILE).header
     assert header is not None and header.recipe == recipe

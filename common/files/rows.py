@@ -1,0 +1,198 @@
+"""Rows of a file that stages exchange: what determines each, and which an earlier file has.
+
+A row's recipe is that of the file which a run of this row alone writes: whatever stands beside it,
+and in whatever place, its fingerprint is the same.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS
+from common.errors import BadInputFileError
+from common.files import artifacts
+from common.files.artifacts import Artifact
+from common.files.recipe import Recipe, names_of_differences
+
+if TYPE_CHECKING:
+    import torch
+
+# Lists in a recipe with an item for each prompt, or one for all, and for each image; and what an
+# item of each is called.
+OF_PROMPTS = {
+    EMBEDDINGS: {
+        "prompts": "prompt",
+        "prompts_2": "prompt_2",
+        "negative_prompts": "negative_prompt",
+        "negative_prompts_2": "negative_prompt_2",
+    },
+    IMAGE_LATENTS: {"pictures": "image", "masks": "mask_image"},
+}
+OF_IMAGES = {LATENTS: {"seeds": "seed"}}
+ALONE = {LATENTS: {"num_images_per_prompt": 1}}  # what else a run of one image has
+
+
+def row_recipe(
+    whole: Recipe, prompt: int, image: int | None = None, inputs: Mapping[str, str] | None = None
+) -> Recipe:
+    """The recipe of a run of one row alone.
+
+    Args:
+        prompt: the row's, of the run's prompts.
+        image: the row's, of the run's images; None where rows are prompts.
+        inputs: file → sha256 of the row that this one is made from.
+    """
+    settings = dict(whole.settings)
+    for lists, place in ((OF_PROMPTS, prompt), (OF_IMAGES, image)):
+        for artifact in lists.keys() & settings.keys():
+            own = settings[artifact]
+            settings[artifact] = own | {
+                name: [own[name][place]]
+                for name in lists[artifact].keys() & own.keys()
+                if place is not None and len(own[name]) > 1
+            }
+    for artifact in ALONE.keys() & settings.keys():
+        settings[artifact] = settings[artifact] | ALONE[artifact]
+    return whole.model_copy(update={"settings": settings, "inputs": dict(inputs or {})})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows that a stage is to write, and those of them that an earlier file has."""
+
+    recipes: list[Recipe]
+    fingerprints: list[str]
+    earlier: Artifact | None = None
+    places: dict[int, int] = field(default_factory=dict)  # row → its place in the earlier file
+
+    @classmethod
+    def all_missing(cls, recipes: Sequence[Recipe]) -> Self:
+        """Rows of which an earlier file has none."""
+        return cls(recipes=[*recipes], fingerprints=[recipe.fingerprint() for recipe in recipes])
+
+    @property
+    def key(self) -> str | None:
+        """What is to be made, as progress is known by; None where that is all."""
+        if not self.places:
+            return None
+        texts = "\n".join(self.fingerprints[row] for row in self.missing)
+        return hashlib.sha256(texts.encode()).hexdigest()
+
+    @property
+    def missing(self) -> list[int]:
+        """Those that are to be made."""
+        return [row for row in range(len(self.recipes)) if row not in self.places]
+
+    def read(self, rows: Iterable[int]) -> "dict[str, torch.Tensor]":
+        """Rows that the earlier file has, [N, …] each."""
+        import torch
+        from safetensors import safe_open
+
+        assert self.earlier is not None
+        places = torch.tensor([self.places[row] for row in rows])
+        with safe_open(self.earlier.path, "pt") as file:
+            names = file.keys()
+            if len(places) == 1:
+                place = int(places[0])
+                return {name: file.get_slice(name)[place : place + 1] for name in names}
+            return {name: file.get_tensor(name)[places] for name in names}
+
+    def in_words(self) -> str:
+        """How many are to be made, and why."""
+        made = [] if self.earlier is None else _recipes_in(self.earlier)
+        kept = {*self.places.values()}
+        others = _ByLikeness(recipe for place, recipe in enumerate(made) if place not in kept)
+        changed: dict[str, None] = {}
+        new = 0
+        for row in self.missing:
+            before = others.take_like(self.recipes[row])
+            if before is None:
+                new += 1
+                continue
+            names = names_of_differences(before, self.recipes[row], ITEM_NAMES)
+            changed |= dict.fromkeys(names or ["what it is made from"])
+        told = [f"{new} new"] if new else []
+        if len(self.missing) > new:
+            told.append(f"{len(self.missing) - new} changed ({', '.join(changed)})")
+        said = f"{len(self.missing)} of {len(self.recipes)} to make"
+        return f"{said}: {', '.join(told)}" if told else f"{said}; others stand elsewhere now"
+
+
+def row_hashes(artifact: Artifact) -> list[str]:
+    """sha256 of each row of a file, as the file of a run of this row alone has it."""
+    if artifact.header is not None and artifact.header.rows:
+        return [row.data_sha256 for row in artifact.header.rows]
+    from safetensors import safe_open
+
+    with safe_open(artifact.path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        count = min(layout.shape[0] for layout in artifact.tensors.values())
+        rows = ({name: part[k : k + 1] for name, part in slices.items()} for k in range(count))
+        return [artifacts.hash_tensors(row) for row in rows]
+
+
+def find_rows(path: Path, recipes: Sequence[Recipe], *, verify: bool = True) -> Rows:
+    """The rows to write to a file, and those that it has already, wherever they stand in it.
+
+    Args:
+        recipes: of the rows.
+        verify: as `artifacts.inspect`.
+    """
+    rows = Rows.all_missing(recipes)
+    try:
+        earlier = artifacts.inspect(path, verify=verify)
+    except BadInputFileError:
+        return rows
+    if earlier.header is None:
+        return rows
+    there = {row.fingerprint: place for place, row in enumerate(earlier.header.rows)}
+    places = {row: there[each] for row, each in enumerate(rows.fingerprints) if each in there}
+    return replace(rows, earlier=earlier, places=places)
+
+
+def _recipes_in(artifact: Artifact) -> list[Recipe]:
+    """The recipes of a file's rows, but for what these were made from."""
+    assert artifact.header is not None
+    whole, count = artifact.header.recipe, len(artifact.header.rows)
+    images = whole.settings_of(LATENTS).get("num_images_per_prompt")
+    if images is None:
+        return [row_recipe(whole, row) for row in range(count)]
+    return [row_recipe(whole, row // images, row) for row in range(count)]
+
+
+class _ByLikeness:
+    """Recipes of rows, by what a row is known by: prompt and seed, or one of them."""
+
+    def __init__(self, recipes: Iterable[Recipe]) -> None:
+        self._recipes = [*recipes]
+        self._found: list[dict[Any, list[int]]] = [{}, {}, {}]
+        self._taken: set[int] = set()
+        for number, recipe in enumerate(self._recipes):
+            for known, key in zip(self._found, _known_by(recipe), strict=True):
+                if key is not None:
+                    known.setdefault(key, []).append(number)
+
+    def take_like(self, recipe: Recipe) -> Recipe | None:
+        """The first that is most like another one, and has not been taken."""
+        for known, key in zip(self._found, _known_by(recipe), strict=True):
+            for number in known.get(key, ()):
+                if number not in self._taken:
+                    self._taken.add(number)
+                    return self._recipes[number]
+        return None
+
+
+def _known_by(recipe: Recipe) -> tuple[Any, Any, Any]:
+    (prompt,) = recipe.settings_of(EMBEDDINGS).get("prompts", [None])
+    (seed,) = recipe.settings_of(LATENTS).get("seeds", [None])
+    return (prompt, seed), prompt, seed
+
+
+ITEM_NAMES = {
+    name: item
+    for lists in (OF_PROMPTS, OF_IMAGES)
+    for items in lists.values()
+    for name, item in items.items()
+}

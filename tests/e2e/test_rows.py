@@ -1,0 +1,74 @@
+"""A changed list of prompts makes what is new or changed, and takes the rest from what is there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from common.files.report import read_report
+from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
+from tests.conftest import Run
+
+FLAGS = ("--num_inference_steps", 2, "--height", 64, "--width", 64)
+FIRST = [
+    {"prompt": f"a {colour} star", "negative_prompt": "dull", "seed": seed}
+    for seed, colour in enumerate(("red", "green", "blue", "yellow", "white"), start=10)
+]
+
+
+def make(stage: Run, folder: Path, prompts: list[dict[str, Any]]) -> list[str]:
+    """Stages 1 and 2 of a list. Returns what each said."""
+    path = folder.parent / f"{folder.name}.jsonl"
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    said = []
+    for number, flags in (
+        (1, ("--prompts_file", path, *FLAGS)),
+        (2, ("--batch_size", 2)),
+    ):
+        result = stage(number, "--output_dir", folder, "--skip_fresh", *flags)
+        assert result.returncode == 0, result.stderr
+        said.append(result.stdout)
+    return said
+
+
+def row(folder: Path, file: str, place: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[place] for name, tensor in load_file(folder / file).items()}
+
+
+def test_what_is_new_or_changed_is_made(tmp_path: Path, quick_stage: Run) -> None:
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    make(quick_stage, run, FIRST)
+    before = {file: load_file(run / file) for file in (EMBEDDINGS_FILE, LATENTS_FILE)}
+    new = {"prompt": "a large ring", "negative_prompt": "dull", "seed": 77}
+    changed = FIRST[4] | {"negative_prompt": "blurry"}
+    prompts = [FIRST[3], new, FIRST[0], changed, FIRST[1]]  # the third is gone
+    for said in make(quick_stage, run, prompts):
+        assert "2 of 5 to make: 1 new, 1 changed (negative_prompt)" in said
+    report = read_report(run, 2)
+    assert report is not None and report.rows_taken == 3
+    for file, tensors in before.items():
+        for place, old in ((0, 3), (2, 0), (4, 1)):
+            found = row(run, file, place)
+            assert all(found[name].equal(tensor[old]) for name, tensor in tensors.items())
+    assert "to make" not in "".join(make(quick_stage, fresh, prompts))
+    for file in before:
+        for place in range(5):
+            expected = row(fresh, file, place)
+            assert all(row(run, file, place)[k].equal(tensor) for k, tensor in expected.items())
+
+    said = make(quick_stage, run, [changed, FIRST[3]])
+    assert all("0 of 2 to make; others stand elsewhere now" in each for each in said)
+    assert "programs" not in said[1]
+    assert row(run, LATENTS_FILE, 0)["latents"].equal(row(fresh, LATENTS_FILE, 3)["latents"])
+    assert all("fresh" in each for each in make(quick_stage, run, [changed, FIRST[3]]))
+
+
+def test_all_is_made_that_a_setting_of_the_run_shapes(tmp_path: Path, quick_stage: Run) -> None:
+    run = tmp_path / "run"
+    make(quick_stage, run, FIRST[:2])
+    said = quick_stage(2, "--output_dir", run, "--skip_fresh", "--guidance_scale", 3).stdout
+    assert "2 of 2 to make: 2 changed (guidance_scale)" in said
+    again = quick_stage(2, "--output_dir", run, "--guidance_scale", 3).stdout
+    assert "to make" not in again and "wrote" in again  # without --skip_fresh all is made anew
