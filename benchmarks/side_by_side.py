@@ -295,9 +295,9 @@ class Ours(Peer):
         return self.denoiser.flops(self.denoiser.plan.fullest()) * self.workload.steps or None
 
     def decode(self, latents: Any) -> np.ndarray:
-        from common.vae.decoding import decode_groups
+        from common.vae.decoding import decode_all
 
-        return decode_groups(self.decoder, latents.numpy(), self.options, bar=False)
+        return decode_all(self.decoder, latents.numpy(), self.options, bar=False)
 
 
 class OursInTorch(Ours):

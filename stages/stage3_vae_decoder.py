@@ -6,36 +6,37 @@
 Reads   generation_config.json, stage2_latents.safetensors, the checkpoint's VAE (nothing else);
         stage0_latents.safetensors where what was masked is pasted into the pictures begun with.
 Writes  output_image.png when there is one image; output_image_0000.png … and output_grid.png when
-        there are several; all settings in their metadata, as the latents' header records them
-        output_trajectory.png, output_trajectory.webp   where stage 2 saved a trajectory: a strip,
-        and an animation
+        there are several, each as soon as it is decoded, with all settings in its metadata
+        output_trajectory.png, .webp   a strip and an animation, where stage 2 saved a trajectory
         stage3_report.json
 Takes   some seconds for the demo checkpoint on a CPU, where PyTorch decodes.
 """
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.compute.backends import Backend
+from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import header_misfit, latents_misfit
-from common.files.picture_files import picture_names
+from common.files.row_reader import RowReader
 from common.files.stage_table import DECODE
-from common.messages import say
+from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
 from common.runs.image_latents import find_image_latents
-from common.runs.outputs import Decoded, PictureFacts, save_pictures
-from common.runs.recipes import (
-    expected_vae_dtype,
-    find_trajectory,
-    pictures_recipe,
-    why_pictures_stale,
-)
+from common.runs.pictures import Found, PictureFacts, Pictures, PictureWriter, why_pictures_stale
+from common.runs.recipes import expected_vae_dtype, find_trajectory, pictures_recipe
 from common.runs.stage_run import StageRun, run_script
+
+if TYPE_CHECKING:
+    from common.vae.decoder import Decoder
+
+# Latents, their trajectory, and the pictures that these are pasted into.
+Inputs = tuple[Artifact, Artifact | None, Artifact | None]
 
 
 def main(run: StageRun) -> None:
@@ -52,84 +53,97 @@ def main(run: StageRun) -> None:
     latents = run.inspect_input()  # [B, C, h, w]
     misfit = latents_misfit(latents.tensors, checkpoint.config("vae")) or header_misfit(latents)
     artifacts.refuse_misfit(latents, misfit or artifacts.inputs_misfit(latents))
-    count = latents.tensors["latents"].shape[0]
     expected = expected_vae_dtype(config.vae_dtype, run.run_dir)
     verify = not run.options.no_verify
-    begun = None  # the pictures that these are pasted into
-    if config.pastes:
-        begun = find_image_latents(config, checkpoint, run.source_dir, verify=verify)
+    begin = (config, checkpoint, run.source_dir)
+    begun = find_image_latents(*begin, verify=verify) if config.pastes else None
     recipe = pictures_recipe(config, checkpoint, latents, expected, begun)
     trajectory = find_trajectory(run.source_dir, latents, verify=verify)
-    names, grid = picture_names(count, config.image_format)
-    stale = why_pictures_stale(run.run_dir, [*names, *([grid] if grid else [])], recipe, trajectory)
-    if run.is_fresh(stale or run.options.why_measure(), run.run_dir / (grid or names[0])):
+    pictures, found = Pictures.of(config, recipe, latents, begun), Found(run.run_dir)
+    stale = why_pictures_stale(found, pictures, trajectory) or run.options.why_measure()
+    if run.is_fresh(stale, run.run_dir / pictures.main):
         return None
-    run.begin(f"decode {count} image(s)")
+    run.begin(f"decode {len(pictures.rows)} image(s)")
 
     # 3. Start the backend: PyTorch on CPUs, else jax
     backend = run.start_backend(torch_on_cpus=True)
     run.import_libraries("peft", "scipy", "transformers")
     backend.import_vae()
     run.report.phase("other")
-    return decode(run, config, checkpoint, (latents, trajectory, begun), backend)
+    return decode(run, config, checkpoint, (latents, trajectory, begun), found, backend)
 
 
 def decode(
     run: StageRun,
     config: GenerationConfig,
     checkpoint: Checkpoint,
-    inputs: tuple[Artifact, Artifact | None, Artifact | None],
+    inputs: Inputs,
+    found: Found,
     backend: Backend,
 ) -> None:
-    """The part of the story that takes time.
-
-    Args:
-        inputs: latents, their trajectory, and the pictures that these are pasted into.
-    """
-    from common.vae.decoding import decode_groups, decode_trajectory, measure
-    from common.vae.loading import VaeToLoad, open_decoder
-    from common.vae.pasting import paste
-
-    # 4. Decode, group by group; a stopped run goes on from what it kept
+    """The part of the story that takes time; `found` are the pictures that the folder has."""
+    # 4. What is to be decoded: all, or what no earlier run has made
     latents, trajectory, begun = inputs
-    tensor = run.load_input(latents)["latents"].float().numpy()  # [B, C, h, w]
     dtype = backend.choose_dtype(config.vae_dtype, force_float32=checkpoint.upcasts_vae)
-    vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
-    decoder = open_decoder(run.kept, backend.name, vae, tensor.shape, run.options, run.report)
     recipe = pictures_recipe(config, checkpoint, latents, dtype, begun)
-    devices = decoder.runner.facts()
-    run.keep_progress(recipe, devices)
-    several = len(tensor) > decoder.runner.group_size(len(tensor), run.options)
-    with run.finishing_first(keeps=several and run.progress is not None) as stop:
-        images = decode_groups(decoder, tensor, run.options, progress=run.progress, stop=stop)
-    profile = measure(decoder, tensor, run.options, run.profile_folder)
-    if begun is not None:
-        images = paste(images, run.load_input(begun))
-    decoded = Decoded(images=images)
-    if trajectory is not None:
-        kept = run.load_input(trajectory)["latents"].float().numpy()  # [S, B, C, h, w]
-        strip, frames = decode_trajectory(decoder, kept, run.options)
-        decoded = Decoded(images=images, strip=strip, frames=frames)
+    pictures = Pictures.of(config, recipe, latents, begun)
+    facts = PictureFacts(config=config, header=latents.header, overrides=run.overrides)
+    writer = PictureWriter(run.run_dir, pictures, facts, run.report)
+    if run.takes_rows:
+        writer.take_all(found)
+    computed: dict[str, Any] = dict(TORCH_FACTS)
+    if writer.missing or trajectory is not None:
+        from common.vae.loading import VaeToLoad, open_decoder
+
+        vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
+        shape = latents.tensors["latents"].shape  # [B, C, h, w]
+        decoder = open_decoder(run.kept, backend.name, vae, shape, run.options, run.report)
+        run.keep_progress(recipe, decoder.runner.facts())
+        if not run.takes_rows:
+            writer.take_done(found, run.progress)
+        computed = decode_missing(run, decoder, inputs, writer, writes=backend.is_first_process)
     if not backend.is_first_process:
         say("  the first process writes")
         return
 
-    # 5. Write
-    facts = PictureFacts(
-        config=config, header=latents.header, recipe=recipe, overrides=run.overrides
-    )
-    main_picture = save_pictures(run.run_dir, decoded, facts, trajectory, run.report)
+    # 6. The grids of all, and the report
+    main_picture = writer.finish()
     run.settings_written(config)
     run.finish(
         main_picture,
-        shapes={"images": list(images.shape)},
+        shapes={"images": [len(pictures.rows), *writer.picture_shape]},
+        rows_taken=len(writer.taken),
         dtype=dtype,
         dtype_asked=config.vae_dtype,
         versions=recipe.versions,
         recipe=recipe.model_dump(),
-        profile=profile,
-        **devices,
+        **computed,
     )
+
+
+def decode_missing(
+    run: StageRun, decoder: "Decoder", inputs: Inputs, writer: PictureWriter, *, writes: bool
+) -> dict[str, Any]:
+    """Decode and write what is not there. Returns what the report says of how it was computed."""
+    from common.vae.decoding import Latents, decode_groups, decode_trajectory, measure
+    from common.vae.pasting import PastedInto
+
+    # 5. Decode and write, group by group; a stopped run goes on from what it wrote
+    artifact, trajectory, begun = inputs
+    latents = Latents(RowReader(artifact, warn))
+    into = PastedInto.of(begun, latents.count)
+    todo, size = writer.missing, decoder.runner.group_size(latents.count, run.options)
+    with run.finishing_first(keeps=len(todo) > size and run.progress is not None) as stop:
+        for images, pixels in decode_groups(decoder, latents, todo, size, run.options):
+            if writes:
+                writer.put(images, into.paste(images, pixels), run.progress, stop)
+    profile = measure(decoder, latents, run.options, run.profile_folder)
+    if trajectory is not None:
+        kept = run.load_input(trajectory)["latents"].float().numpy()  # [S, B, C, h, w]
+        strip, frames = decode_trajectory(decoder, kept, run.options)
+        if writes:
+            writer.write_trajectory(strip, frames, trajectory)
+    return {**decoder.runner.facts(), "profile": profile}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from common.sampling.job import DenoisingJob
 from common.sampling.loading import UNetToLoad, open_denoiser
 from common.sampling.schedulers import scheduler_choice
 from common.stopping import StopRequest
-from common.vae.decoding import decode_groups
+from common.vae.decoding import decode_all
 from common.vae.encoding import encode_groups, split_by_parts
 from common.vae.loading import VaeToLoad, open_decoder, open_encoder
 from tests.configs import make_config
@@ -109,7 +109,7 @@ class Ours:
         decoder = open_decoder(
             self.kept, self.backend, self.vae(), latents.shape, self.options, self.report
         )
-        return decode_groups(decoder, latents, self.options)
+        return decode_all(decoder, latents, self.options)
 
 
 def run_ours(config: GenerationConfig, **options: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,7 @@ MOST_PIXELS = 1024  # a side of a picture in the page
 MOST_WEBP_PIXELS = 16383
 MOST_OPERATIONS = 12
 # What does not tell pictures apart, or says it twice.
-NOT_AXES = ("image_index", "prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
+NOT_AXES = ("prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,7 @@ def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
         view.settings = as_texts(json.loads(run.config.model_dump_json()))
         images_of_each = run.config.num_images_per_prompt
     view.groups = input_groups(run, [run_dir, *sources]) or [Group()]
+    shown: list[Picture] = []
     for file in run.of_stage(3):
         if not file.settings:
             continue
@@ -192,9 +193,10 @@ def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
         elif file.name == picture_files.TRAJECTORY_ANIMATION:
             view.animation = load_picture(path, file, "the same, as an animation", whole=True)
         elif "prompt" in file.settings:
-            prompt = int(file.settings.get("image_index", 0)) // images_of_each
-            group = view.groups[min(prompt, len(view.groups) - 1)]
-            group.pictures.append(load_picture(path, file, caption_of(file.settings)))
+            shown.append(load_picture(path, file, caption_of(file.settings)))
+    for index, picture in enumerate(shown):
+        group = view.groups[min(index // images_of_each, len(view.groups) - 1)]
+        group.pictures.append(picture)
     return view
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -248,33 +248,6 @@ def hash_tensors(tensors: "Mapping[str, torch.Tensor]") -> str:
     for key in sorted(tensors):
         digest.update(tensors[key].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def load_tensors(artifact: Artifact, warn: Callable[[str], None]) -> "dict[str, torch.Tensor]":
-    """Load an inspected file.
-
-    Args:
-        warn: is told what could not be verified of a file without our header.
-
-    Raises:
-        BadInputFileError: the file cannot be read.
-        NotFiniteError: a tensor holds an infinity or a not-a-number.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = artifact.path
-    if artifact.header is None:
-        warn(
-            f"{path} has no header of ours: its settings, its checksum and the weights it was "
-            "made with cannot be verified"
-        )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BadInputFileError(f"{path} is damaged ({error}); {how_to_remake(path)}") from None
-    check_finite(tensors, path, "cannot be used")
-    return tensors
 
 
 def refuse_misfit(artifact: Artifact, misfit: str | None) -> None:

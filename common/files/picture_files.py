@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
@@ -16,9 +16,9 @@ from common.errors import shorten
 from common.files.artifacts import HEADER_KEY
 from common.files.recipe import FORMAT_VERSION, refuse_other_format
 from common.files.stage_table import maker_of
-from common.whole_files import remove_file
 
 ImageFormat = Literal["png", "webp", "jpg"]
+FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MOST_WEBP_PIXELS = 16_383  # a side, by its container specification
 
 # Grids of many pictures are larger than Pillow lets pass; this is some 2 GB decoded.
@@ -34,27 +34,61 @@ MOST_JPEG_EXIF = 65_533 - 6
 _KEPT_OF_TEXTS = (8_000, 4_000, 2_000, 1_000, 400, 100, 40)
 LOSSY_QUALITY = 95
 
-OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid|trajectory)\.(png|webp|jpg)")
+OUR_NAME = re.compile(r"output_(image(_\d{4,})?|grid(_\d{4,})?|trajectory)\.(png|webp|jpg)")
 TRAJECTORY_STRIP, TRAJECTORY_ANIMATION = "output_trajectory.png", "output_trajectory.webp"
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 200, 1500
 
 WEB_UI_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model")  # others follow
 
 
-def picture_names(count: int, image_format: ImageFormat) -> tuple[list[str], str | None]:
-    """Names of a batch's pictures and of its grid; a single picture has no number and no grid."""
+def picture_names(count: int, image_format: ImageFormat) -> list[str]:
+    """Names of a run's pictures; a single one has no number."""
+    return _numbered("output_image", count, image_format)
+
+
+def grid_names(count: int, grid_images: int, image_format: ImageFormat) -> list[str]:
+    """Names of the grids of so many pictures; a single picture has none, a single grid no number.
+
+    Args:
+        grid_images: that a whole grid has; 0: there are none.
+    """
+    if count == 1 or grid_images == 0:
+        return []
+    return _numbered("output_grid", -(-count // grid_images), image_format)
+
+
+def _numbered(name: str, count: int, image_format: ImageFormat) -> list[str]:
     if count == 1:
-        return [f"output_image.{image_format}"], None
+        return [f"{name}.{image_format}"]
     digits = max(4, len(str(count - 1)))  # so that names sort as the pictures do
-    names = [f"output_image_{index:0{digits}d}.{image_format}" for index in range(count)]
-    return names, f"output_grid.{image_format}"
+    return [f"{name}_{index:0{digits}d}.{image_format}" for index in range(count)]
 
 
-def remove_others(run_dir: Path, kept: set[str]) -> None:
-    """Remove pictures that an earlier run left under our names."""
-    for path in run_dir.iterdir():
-        if OUR_NAME.fullmatch(path.name) and path.name not in kept:
-            remove_file(path)
+def find_ours(run_dir: Path) -> list[Path]:
+    """The pictures of a run directory that have names of ours, in the order of these."""
+    return [path for path in find_pictures(run_dir) if OUR_NAME.fullmatch(path.name)]
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder that may not be there, in the order of their names."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.removeprefix(".") in FORMATS)
+
+
+def read_pixels(paths: Sequence[Path]) -> np.ndarray:
+    """Pictures of one size, [N, H, W, 3] uint8."""
+    found = []
+    for path in paths:
+        with Image.open(path) as image:
+            found.append(np.asarray(image.convert("RGB")))
+    return np.stack(found)
+
+
+def picture_shape(path: Path) -> tuple[int, int, int]:
+    """[H, W, 3] of a picture's pixels."""
+    with Image.open(path) as image:
+        return image.height, image.width, 3
 
 
 def hash_pixels(pixels: np.ndarray) -> str:

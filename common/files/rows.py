@@ -8,13 +8,14 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS
 from common.errors import BadInputFileError
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.recipe import Recipe, names_of_differences
+from common.files.row_reader import read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -87,37 +88,16 @@ class Rows:
 
     def read(self, rows: Iterable[int]) -> "dict[str, torch.Tensor]":
         """Rows that the earlier file has, [N, …] each."""
-        import torch
-        from safetensors import safe_open
-
         assert self.earlier is not None
-        places = torch.tensor([self.places[row] for row in rows])
-        with safe_open(self.earlier.path, "pt") as file:
-            names = file.keys()
-            if len(places) == 1:
-                place = int(places[0])
-                return {name: file.get_slice(name)[place : place + 1] for name in names}
-            return {name: file.get_tensor(name)[places] for name in names}
+        return read_rows(self.earlier.path, [self.places[row] for row in rows])
 
     def in_words(self) -> str:
         """How many are to be made, and why."""
         made = [] if self.earlier is None else _recipes_in(self.earlier)
         kept = {*self.places.values()}
-        others = _ByLikeness(recipe for place, recipe in enumerate(made) if place not in kept)
-        changed: dict[str, None] = {}
-        new = 0
-        for row in self.missing:
-            before = others.take_like(self.recipes[row])
-            if before is None:
-                new += 1
-                continue
-            names = names_of_differences(before, self.recipes[row], ITEM_NAMES)
-            changed |= dict.fromkeys(names or ["what it is made from"])
-        told = [f"{new} new"] if new else []
-        if len(self.missing) > new:
-            told.append(f"{len(self.missing) - new} changed ({', '.join(changed)})")
-        said = f"{len(self.missing)} of {len(self.recipes)} to make"
-        return f"{said}: {', '.join(told)}" if told else f"{said}; others stand elsewhere now"
+        gone = [told_of(recipe) for place, recipe in enumerate(made) if place not in kept]
+        missing = [told_of(self.recipes[row]) for row in self.missing]
+        return rows_in_words(len(self.recipes), missing, gone)
 
 
 def row_hashes(artifact: Artifact) -> list[str]:
@@ -162,37 +142,79 @@ def _recipes_in(artifact: Artifact) -> list[Recipe]:
     return [row_recipe(whole, row // images, row) for row in range(count)]
 
 
-class _ByLikeness:
-    """Recipes of rows, by what a row is known by: prompt and seed, or one of them."""
-
-    def __init__(self, recipes: Iterable[Recipe]) -> None:
-        self._recipes = [*recipes]
-        self._found: list[dict[Any, list[int]]] = [{}, {}, {}]
-        self._taken: set[int] = set()
-        for number, recipe in enumerate(self._recipes):
-            for known, key in zip(self._found, _known_by(recipe), strict=True):
-                if key is not None:
-                    known.setdefault(key, []).append(number)
-
-    def take_like(self, recipe: Recipe) -> Recipe | None:
-        """The first that is most like another one, and has not been taken."""
-        for known, key in zip(self._found, _known_by(recipe), strict=True):
-            for number in known.get(key, ()):
-                if number not in self._taken:
-                    self._taken.add(number)
-                    return self._recipes[number]
-        return None
-
-
-def _known_by(recipe: Recipe) -> tuple[Any, Any, Any]:
-    (prompt,) = recipe.settings_of(EMBEDDINGS).get("prompts", [None])
-    (seed,) = recipe.settings_of(LATENTS).get("seeds", [None])
-    return (prompt, seed), prompt, seed
-
-
 ITEM_NAMES = {
     name: item
     for lists in (OF_PROMPTS, OF_IMAGES)
     for items in lists.values()
     for name, item in items.items()
 }
+
+
+class Told(NamedTuple):
+    """What is told of a row, to say in what it is another one than before."""
+
+    settings: Mapping[str, Any]  # as one image has them
+    weights: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def told_of(row: Recipe) -> Told:
+    """What a row's recipe tells."""
+    settings = {
+        ITEM_NAMES.get(name, name): value[0] if name in ITEM_NAMES and value else value
+        for own in row.settings.values()
+        for name, value in own.items()
+    }
+    return Told(settings, row.weights, row.versions)
+
+
+def rows_in_words(count: int, missing: Sequence[Told], gone: Iterable[Told]) -> str:
+    """How many of some rows are to be made, and why.
+
+    Args:
+        gone: rows that were there, and are not among those that are wanted.
+    """
+    others, new = _ByLikeness(gone), 0
+    changed: dict[str, None] = {}
+    for row in missing:
+        before = others.take_like(row)
+        if before is None:
+            new += 1
+            continue
+        names = names_of_differences(before.settings, row.settings)
+        weights = names_of_differences(before.weights, row.weights)
+        names += [f"weights of {name}" for name in weights]
+        names += names_of_differences(before.versions, row.versions)
+        changed |= dict.fromkeys(names or ["what it is made from"])
+    why = [f"{new} new"] if new else []
+    if len(missing) > new:
+        why.append(f"{len(missing) - new} changed ({', '.join(changed)})")
+    said = f"{len(missing)} of {count} to make"
+    return f"{said}: {', '.join(why)}" if why else f"{said}; others stand elsewhere now"
+
+
+class _ByLikeness:
+    """Rows by what they are known by: prompt and seed, or one of them."""
+
+    def __init__(self, rows: Iterable[Told]) -> None:
+        self._rows = [*rows]
+        self._found: list[dict[Any, list[int]]] = [{}, {}, {}]
+        self._taken: set[int] = set()
+        for number, row in enumerate(self._rows):
+            for known, key in zip(self._found, _known_by(row), strict=True):
+                if key is not None:
+                    known.setdefault(key, []).append(number)
+
+    def take_like(self, row: Told) -> Told | None:
+        """The first that is most like another one, and has not been taken."""
+        for known, key in zip(self._found, _known_by(row), strict=True):
+            for number in known.get(key, ()):
+                if number not in self._taken:
+                    self._taken.add(number)
+                    return self._rows[number]
+        return None
+
+
+def _known_by(row: Told) -> tuple[Any, Any, Any]:
+    prompt, seed = row.settings.get("prompt"), row.settings.get("seed")
+    return (prompt, seed), prompt, seed

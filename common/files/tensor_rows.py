@@ -29,6 +29,11 @@ def names_as_given(names: Container[str]) -> tuple[str, str]:
     return ("whole_pictures", "whole_masks") if "crops" in names else ("pictures", "masks")
 
 
+def row_of_picture(image: int, images: int, pictures: int) -> int:
+    """The row of stage 0's tensors that an image has: one for each prompt, or one for all."""
+    return image * pictures // images
+
+
 @dataclass(frozen=True)
 class Dimension:
     """What a letter in shapes stands for."""

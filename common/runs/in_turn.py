@@ -13,7 +13,7 @@ from common.compute.backends import BACKENDS, expected_backend
 from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.files import artifacts
-from common.files.picture_files import picture_names
+from common.files.picture_files import grid_names, picture_names
 from common.files.stage_table import (
     DECODE,
     DENOISE,
@@ -224,9 +224,16 @@ def wait_for_stage(
     return 128 - code if code < 0 else code
 
 
-def picture_path(run_dir: Path, source_dir: Path, image_format: str | None) -> Path:
-    """The picture, or the grid of several, of the latents in `source_dir`."""
+def picture_path(run_dir: Path, source_dir: Path, given: Mapping[str, Any]) -> Path:
+    """The picture, or the grid of several, of the latents in `source_dir`.
+
+    Args:
+        given: settings by flags.
+    """
     latents = artifacts.inspect(source_dir / LATENTS_FILE, verify=False).tensors["latents"]
-    chosen: Any = image_format or read_generation_config(source_dir).image_format
-    names, grid = picture_names(latents.shape[0], chosen)
-    return run_dir / (grid or names[0])
+    config, _ = read_generation_config(source_dir).override(
+        {name: given[name] for name in ("image_format", "grid_images") if name in given}
+    )
+    count = latents.shape[0]
+    grids = grid_names(count, config.grid_images, config.image_format)
+    return run_dir / [*grids, *picture_names(count, config.image_format)][0]

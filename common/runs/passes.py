@@ -278,7 +278,7 @@ class Turns:
             if not self.names:
                 alone = self.from_stage == self.to_stage
                 latents_dir = source_dir if alone else self.run_dir
-                return 0, picture_path(self.run_dir, latents_dir, self.given.get("image_format"))
+                return 0, picture_path(self.run_dir, latents_dir, self.given)
         for name in self.names:
             folder = self.run_dir / name
             alone = self.begins_with_a_pass and name == self.names[0]
@@ -291,7 +291,7 @@ class Turns:
             code = run_in_turn(commands, libraries_of(flags), lambda: False)
             if code != 0:
                 return code, None
-        return 0, picture_path(folder, folder, self.given.get("image_format"))
+        return 0, picture_path(folder, folder, self.given)
 
     def _settings_of_the_first(self) -> RunSettings | GenerationConfig:
         """What the first pass is asked for, or was settled to."""

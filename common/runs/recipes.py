@@ -4,7 +4,6 @@ Settings get into a recipe by their declarations; those that count by what they 
 content, the seeds of all images, a scheduler's class) are settled here.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from common.compute.options import RunOptions
 from common.conditions.sizes import recorded_sizes
 from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES, declarations
 from common.errors import BadInputFileError
-from common.files import artifacts, picture_files
+from common.files import artifacts
 from common.files.artifacts import Artifact, Header
 from common.files.contracts import trajectory_misfit
 from common.files.recipe import (
@@ -298,35 +297,7 @@ def why_latents_stale(run_dir: Path, recipe: Recipe, options: RunOptions) -> str
     return stale or options.why_measure()
 
 
-def why_pictures_stale(
-    run_dir: Path, names: Sequence[str], recipe: Recipe, trajectory: Artifact | None
-) -> str | None:
-    """Say why the pictures must be made anew, or None where all of them are fresh and whole."""
-    if trajectory is not None:
-        wanted = trajectory_pictures_recipe(recipe, trajectory)
-        for name in (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION):
-            if _why_picture_stale(run_dir / name, wanted) is not None:
-                return f"{name} is not there or of another trajectory"
-    reasons = (_why_picture_stale(run_dir / name, recipe) for name in names)
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _why_picture_stale(path: Path, recipe: Recipe) -> str | None:
-    if not path.exists():
-        return f"{path.name} is not there"
-    try:
-        record = picture_files.read_picture_record(path)
-    except BadInputFileError:
-        return f"{path.name} is of an older format"
-    if record is None:
-        return f"{path.name} is damaged or not of ours"
-    if record.get("fingerprint") != recipe.fingerprint():
-        known = _difference_from_report(path.parent, recipe)
-        return known or f"{path.name} was made with other settings"
-    return None
-
-
-def _difference_from_report(run_dir: Path, recipe: Recipe) -> str | None:
+def difference_from_report(run_dir: Path, recipe: Recipe) -> str | None:
     """What the last report of stage 3 tells of the pictures' recipe, compared in words."""
     report = read_report(run_dir, DECODE.number)
     if report is None or not report.recipe:

@@ -1,6 +1,6 @@
 """What lies in a run directory: its files, what is in them, and which are fresh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from common.files import artifacts, picture_files
 from common.files.artifacts import Artifact
 from common.files.recipe import Recipe, difference, recipe_of_its_latents
 from common.files.report import Report, read_report
+from common.files.rows import told_of
 from common.files.stage_table import (
     DECODE,
     DENOISE,
@@ -27,6 +28,7 @@ from common.models.find import open_checkpoint
 from common.runs.generation import GenerationConfig, read_generation_config
 from common.runs.image_latents import read_inputs
 from common.runs.init_latents import find_init_latents
+from common.runs.pictures import Pictures
 from common.runs.recipes import (
     embeddings_recipe,
     expected_unet_dtype,
@@ -37,6 +39,7 @@ from common.runs.recipes import (
     trajectory_pictures_recipe,
 )
 
+NO_INPUT = "what it was made from is not here"
 TRAJECTORY_PICTURES = (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION)
 FRESH, STALE, UNKNOWN, MISSING, DAMAGED = "fresh", "stale", "unknown", "missing", "damaged"
 
@@ -128,13 +131,19 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
                 expected = _recipe_now(stage, config, checkpoint, found, run_dir)
             except StageError as error:
                 why_unknown = str(error)
+        pictures: dict[str, Recipe] = {}
+        if stage is DECODE and config is not None and expected is not None:
+            begun = found.get(IMAGE_LATENTS_FILE) if config.pastes else None
+            pictures = Pictures.of(config, expected, found[LATENTS_FILE], begun).recipes()
+            if trajectory is not None:
+                of_trajectory = trajectory_pictures_recipe(expected, trajectory)
+                pictures |= dict.fromkeys(TRAJECTORY_PICTURES, of_trajectory)
         for file in own:
-            wanted = expected
-            if expected is not None and file.name in TRAJECTORY_PICTURES:
-                wanted = None
-                if trajectory is not None:
-                    wanted = trajectory_pictures_recipe(expected, trajectory)
-            _judge(file, wanted, why_unknown or "what it was made from is not here", upstream)
+            wanted = expected if stage is not DECODE else pictures.get(file.name)
+            unknown = why_unknown or (
+                "the run has no picture of this name" if pictures else NO_INPUT
+            )
+            _judge(file, wanted, unknown, upstream)
         if spoiled := [file for file in own if file.state in (STALE, DAMAGED)]:
             upstream = f"{spoiled[0].name} is {spoiled[0].state}"
     return RunRecord(run_dir=run_dir, config=config, problem=problem, files=files, reports=reports)
@@ -203,9 +212,7 @@ def _read_artifact(path: Path, stage: int, found: dict[str, Artifact]) -> FileRe
 
 def _read_pictures(run_dir: Path) -> list[FileRecord]:
     files = []
-    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
-        if not picture_files.OUR_NAME.fullmatch(path.name):
-            continue
+    for path in picture_files.find_ours(run_dir):
         why = "it is damaged or not ours"
         try:
             record = picture_files.read_picture_record(path)
@@ -253,16 +260,16 @@ def _judge(file: FileRecord, expected: Recipe | None, why_unknown: str, upstream
 
 
 def _picture_difference(file: FileRecord, expected: Recipe) -> str | None:
-    """The difference between a picture's record and the recipe of a run's pictures."""
+    """The difference between a picture's record and the recipe that it would have now."""
     assert file.recipe is not None
     if file.provenance["fingerprint"] == expected.fingerprint():
         return None
-    # A picture names its own prompt and seed; compare what both have.
+    # Compare what both have.
     made = file.recipe.settings[PICTURES]
-    wanted = {name: value for part in expected.settings.values() for name, value in part.items()}
+    wanted = told_of(expected).settings
     shared = made.keys() & wanted.keys()
 
-    def with_shared(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    def with_shared(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
         own = {name: settings[name] for name in shared}
         return recipe.model_copy(update={"settings": {PICTURES: own}})
 

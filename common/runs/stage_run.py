@@ -17,7 +17,7 @@ from common.compute.backends import Backend, refuse_unknown_options, start_backe
 from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.sharding import parse_mesh
-from common.files import artifacts
+from common.files import artifacts, row_reader
 from common.files.artifacts import Artifact
 from common.files.kept_progress import Progress, remove_progress
 from common.files.recipe import Recipe
@@ -136,13 +136,22 @@ class StageRun:
         say(f"{self.stage.name}: {doing}")
         say_why(self._stale, self.overrides)
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows are taken that are there: not where all are to be made, or measured.
+
+        Nor by several processes, which may see other folders.
+        """
+        measured = self.options.why_measure() is not None
+        several = self.options.distributed is not None
+        return self.given.flags.skip_fresh and not measured and not several
+
     def find_rows(self, path: Path, recipes: Sequence[Recipe]) -> Rows:
         """The rows to write to a file; those that it has already are taken, which is said.
 
-        Without `--skip_fresh`, where the run is measured or a trajectory is saved, all are made.
+        Where `takes_rows` says no, or a trajectory is saved, all are made.
         """
-        measured = self.options.why_measure() is not None or self.options.save_trajectory
-        if not self.given.flags.skip_fresh or measured:
+        if not self.takes_rows or self.options.save_trajectory:
             return Rows.all_missing(recipes)
         rows = find_rows(path, recipes, verify=not self.options.no_verify)
         if rows.earlier is not None and len(recipes) > 1:
@@ -213,7 +222,7 @@ class StageRun:
 
     def load_input(self, artifact: Artifact) -> dict[str, Any]:
         """An inspected file's tensors."""
-        return artifacts.load_tensors(artifact, warn)
+        return row_reader.load_tensors(artifact, warn)
 
     @property
     def profile_folder(self) -> Path:

@@ -1,14 +1,15 @@
-"""Decoding all of a run's latents: in groups of one shape, and the trajectory beside them."""
+"""Decoding a run's latents: in groups of one shape, and the trajectory beside them."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.compute.groups import groups
 from common.compute.options import RunOptions
-from common.files.kept_progress import Progress
+from common.files.row_reader import RowReader
 from common.messages import progress_bar
-from common.stopping import StopRequest
 from common.vae.grids import make_grid, shrink
 
 if TYPE_CHECKING:
@@ -18,44 +19,76 @@ if TYPE_CHECKING:
 MOST_STRIP_PIXELS, MOST_FRAME_PIXELS = 192, 512  # a side of a picture of a trajectory
 
 
+class Latents:
+    """The latents of a run's images, read when they are decoded."""
+
+    def __init__(self, rows: RowReader) -> None:
+        self._rows, self.count = rows, rows.count
+
+    def read(self, images: Sequence[int]) -> np.ndarray:
+        """Those of some images, [N, C, h, w] float32."""
+        return self._rows.read(images)["latents"].float().numpy()
+
+
+class LatentsInMemory:
+    """The same of latents [B, C, h, w] float32 that are there."""
+
+    def __init__(self, latents: np.ndarray) -> None:
+        self._latents, self.count = latents, len(latents)
+
+    def read(self, images: Sequence[int]) -> np.ndarray:
+        """Those of some images, [N, C, h, w]."""
+        return self._latents[images]
+
+
 def decode_groups(
     decoder: "Decoder",
-    latents: np.ndarray,
+    latents: Latents | LatentsInMemory,
+    todo: Sequence[int],
+    size: int,
     options: RunOptions,
     *,
     bar: bool = True,
-    progress: Progress | None = None,
-    stop: StopRequest | None = None,
-) -> np.ndarray:
-    """Decode latents [B, C, h, w] in groups of one shape. Returns [B, H, W, 3] uint8.
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Decode images in groups of one shape. Yields the images of each, and [N, H, W, 3] uint8.
 
     Args:
-        progress: where each group's pictures are kept until all are done, if there are several.
-        stop: asked after each group.
+        todo: the images to decode, by their indices.
+        size: how many are decoded at once.
 
     Raises:
         NotFiniteError: the VAE gave infinities or not-a-numbers.
-        StoppedError: a stop was asked for; what is done is kept.
     """
-    runner = decoder.runner
+    images = np.array(todo, int)
+    with progress_bar(len(todo), "decode", "image", hidden=not bar) as shown:
+        for places, real in groups(len(todo), size):
+            chosen = images[places].tolist()
+            pixels, finite = decoder.decode(latents.read(chosen), warm_up=options.warmup)
+            decoder.runner.refuse_infinities(finite, "picture was")
+            yield chosen[:real], pixels[:real]
+            shown.update(real)
 
-    def decode(chosen: np.ndarray) -> dict[str, np.ndarray]:
-        pixels, finite = decoder.decode(chosen, warm_up=options.warmup)
-        runner.refuse_infinities(finite, "picture was")
-        return {"images": pixels}
 
-    shown = progress_bar(len(latents), "decode", "image", hidden=not bar)
-    found = runner.in_groups(
-        latents, decode, options, bar=shown, units="images", progress=progress, stop=stop
-    )
-    return found["images"]
+def decode_all(
+    decoder: "Decoder", latents: np.ndarray, options: RunOptions, *, bar: bool = True
+) -> np.ndarray:
+    """Decode latents [B, C, h, w] float32. Returns [B, H, W, 3] uint8."""
+    size = decoder.runner.group_size(len(latents), options)
+    read = LatentsInMemory(latents)
+    decoded = decode_groups(decoder, read, range(len(latents)), size, options, bar=bar)
+    return np.concatenate([pixels for _, pixels in decoded])
 
 
 def measure(
-    decoder: "Decoder", latents: np.ndarray, options: RunOptions, profile_folder: Path
+    decoder: "Decoder",
+    latents: Latents | LatentsInMemory,
+    options: RunOptions,
+    profile_folder: Path,
 ) -> "Profile | None":
     """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
-    first = decoder.runner.first_group(latents, options)
+    size = decoder.runner.group_size(latents.count, options)
+    places, _ = next(groups(latents.count, size))
+    first = latents.read(places.tolist())
     return decoder.runner.measure(lambda: decoder.decode(first), options, profile_folder)
 
 
@@ -72,7 +105,7 @@ def decode_trajectory(
     shown = progress_bar(len(trajectory), "trajectory", "step")
     with decoder.runner.counting_as("trajectory"), shown:
         for latents in trajectory:
-            images = decode_groups(decoder, latents, options, bar=False)
+            images = decode_all(decoder, latents, options, bar=False)
             columns.append(np.concatenate([shrink(image, MOST_STRIP_PIXELS) for image in images]))
             frames.append(make_grid(np.stack([shrink(i, MOST_FRAME_PIXELS) for i in images])))
             shown.update()

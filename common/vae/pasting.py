@@ -1,22 +1,48 @@
 """Pasting what stays of pictures over what was made anew, by diffusers' `apply_overlay`."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from common.files.tensor_rows import names_as_given
+from common.files.artifacts import Artifact
+from common.files.row_reader import RowReader
+from common.files.tensor_rows import names_as_given, row_of_picture
+from common.messages import warn
 
 if TYPE_CHECKING:
     import torch
+
+
+class PastedInto:
+    """What a run's pictures are pasted into, if they are: a row for each prompt, or one for all."""
+
+    def __init__(self, rows: RowReader | None, images: int) -> None:
+        self._rows, self._images = rows, images
+
+    @classmethod
+    def of(cls, begun: Artifact | None, images: int) -> Self:
+        """Stage 0's file, or none.
+
+        Args:
+            images: of the run.
+        """
+        return cls(None if begun is None else RowReader(begun, warn), images)
+
+    def paste(self, images: Sequence[int], pixels: np.ndarray) -> np.ndarray:
+        """Some images' pictures [N, H, W, 3] uint8, pasted."""
+        if self._rows is None:
+            return pixels
+        places = [row_of_picture(image, self._images, self._rows.count) for image in images]
+        return paste(pixels, self._rows.read(places))
 
 
 def paste(images: np.ndarray, begun: "Mapping[str, torch.Tensor]") -> np.ndarray:
     """Pictures [B, H, W, 3] uint8 with all that their masks leave as it was.
 
     Args:
-        begun: stage 0's tensors: pictures and masks in the run's size; or whole pictures, of which
-            the run made a crop, into which it is pasted.
+        begun: stage 0's tensors, a row for each: pictures and masks in the run's size; or whole
+            pictures, of which the run made a crop, into which it is pasted.
 
     Returns:
         [B, H, W, 3] uint8, in the whole pictures' size where there are crops.
@@ -26,10 +52,8 @@ def paste(images: np.ndarray, begun: "Mapping[str, torch.Tensor]") -> np.ndarray
 
     crops = begun.get("crops")
     pictures, masks = (begun[name].numpy() for name in names_as_given(begun))
-    processor, images_of_each = VaeImageProcessor(), len(images) // len(pictures)
-    pasted = []
-    for index, image in enumerate(images):
-        row = index // images_of_each
+    processor, pasted = VaeImageProcessor(), []
+    for row, image in enumerate(images):
         overlaid = processor.apply_overlay(
             Image.fromarray(masks[row]),
             Image.fromarray(pictures[row]),

@@ -33,6 +33,16 @@ class VaeSettings(Settings):
     image_format: ImageFormat = setting(
         "png", "png, webp, jpg.", metavar="FORMAT", group=FILES, shapes=(PICTURES,)
     )
+    # Of a run of several; more of them have several grids. Recipes of grids alone hold it.
+    grid_images: int = setting(
+        100,
+        "Pictures of a grid; 0: no grid.",
+        metavar="N",
+        group=FILES,
+        shapes=(PICTURES,),
+        recorded=False,
+        ge=0,
+    )
 
 
 def has_posterior(config: Mapping[str, Any]) -> bool:

@@ -1,12 +1,14 @@
-"""A changed list of prompts makes what is new or changed, and takes the rest from what is there."""
+"""A changed list makes what is new or changed, and takes the rest from what is there."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from common.files.picture_files import read_picture_record
 from common.files.report import read_report
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
 from tests.conftest import Run
@@ -19,13 +21,14 @@ FIRST = [
 
 
 def make(stage: Run, folder: Path, prompts: list[dict[str, Any]]) -> list[str]:
-    """Stages 1 and 2 of a list. Returns what each said."""
+    """All stages of a list. Returns what each said."""
     path = folder.parent / f"{folder.name}.jsonl"
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     said = []
     for number, flags in (
         (1, ("--prompts_file", path, *FLAGS)),
         (2, ("--batch_size", 2)),
+        (3, ("--batch_size", 2)),
     ):
         result = stage(number, "--output_dir", folder, "--skip_fresh", *flags)
         assert result.returncode == 0, result.stderr
@@ -37,17 +40,25 @@ def row(folder: Path, file: str, place: int) -> dict[str, torch.Tensor]:
     return {name: tensor[place] for name, tensor in load_file(folder / file).items()}
 
 
+def pixels(folder: Path, place: int) -> bytes:
+    with Image.open(folder / f"output_image_{place:04d}.png") as image:
+        return image.tobytes()
+
+
 def test_what_is_new_or_changed_is_made(tmp_path: Path, quick_stage: Run) -> None:
     run, fresh = tmp_path / "run", tmp_path / "fresh"
     make(quick_stage, run, FIRST)
     before = {file: load_file(run / file) for file in (EMBEDDINGS_FILE, LATENTS_FILE)}
+    pictures = [pixels(run, place) for place in range(5)]
     new = {"prompt": "a large ring", "negative_prompt": "dull", "seed": 77}
     changed = FIRST[4] | {"negative_prompt": "blurry"}
     prompts = [FIRST[3], new, FIRST[0], changed, FIRST[1]]  # the third is gone
     for said in make(quick_stage, run, prompts):
         assert "2 of 5 to make: 1 new, 1 changed (negative_prompt)" in said
-    report = read_report(run, 2)
-    assert report is not None and report.rows_taken == 3
+    for number in (2, 3):
+        report = read_report(run, number)
+        assert report is not None and report.rows_taken == 3
+    assert [pixels(run, place) for place in (0, 2, 4)] == [pictures[old] for old in (3, 0, 1)]
     for file, tensors in before.items():
         for place, old in ((0, 3), (2, 0), (4, 1)):
             found = row(run, file, place)
@@ -57,10 +68,16 @@ def test_what_is_new_or_changed_is_made(tmp_path: Path, quick_stage: Run) -> Non
         for place in range(5):
             expected = row(fresh, file, place)
             assert all(row(run, file, place)[k].equal(tensor) for k, tensor in expected.items())
+    assert all(pixels(run, place) == pixels(fresh, place) for place in range(5))
+    for name in ("output_grid.png", "output_image_0003.png"):
+        records = [read_picture_record(folder / name) for folder in (run, fresh)]
+        assert records[0] == records[1] is not None
 
     said = make(quick_stage, run, [changed, FIRST[3]])
     assert all("0 of 2 to make; others stand elsewhere now" in each for each in said)
-    assert "programs" not in said[1]
+    assert "programs" not in said[1] + said[2]
+    assert pixels(run, 0) == pixels(fresh, 3) and not (run / "output_image_0002.png").exists()
+    assert "removed 3 picture(s) that an earlier run made: output_image_0002.png" in said[2]
     assert row(run, LATENTS_FILE, 0)["latents"].equal(row(fresh, LATENTS_FILE, 3)["latents"])
     assert all("fresh" in each for each in make(quick_stage, run, [changed, FIRST[3]]))
 

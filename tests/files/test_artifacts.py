@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.errors import BadInputFileError, BadSettingError, NotFiniteError
-from common.files import artifacts
+from common.files import artifacts, row_reader
 from common.files.recipe import Recipe
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
 from tests.conftest import Run, file_contents
@@ -44,7 +44,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_saved_tensors_load_as_the_same_bits(tmp_path: Path) -> None:
     artifact = artifacts.inspect(saved(tmp_path))
-    loaded = artifacts.load_tensors(artifact, lambda text: pytest.fail(text))
+    loaded = row_reader.load_tensors(artifact, lambda text: pytest.fail(text))
     assert loaded.keys() == TENSORS.keys()
     for key, tensor in TENSORS.items():
         assert loaded[key].dtype == tensor.dtype
@@ -130,7 +130,7 @@ def test_a_strangers_file_passes_with_a_warning(tmp_path: Path) -> None:
     save_file({"b": TENSORS["b"]}, path, metadata={"dtype_info": "{}"})
     artifact = artifacts.inspect(path)
     warnings: list[str] = []
-    loaded = artifacts.load_tensors(artifact, warnings.append)
+    loaded = row_reader.load_tensors(artifact, warnings.append)
     assert torch.equal(loaded["b"], TENSORS["b"])
     assert len(warnings) == 1 and "cannot be verified" in warnings[0]
 
@@ -143,7 +143,7 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
     save_file(bad, path)
     with pytest.raises(NotFiniteError):
-        artifacts.load_tensors(artifacts.inspect(path), lambda _: None)
+        row_reader.load_tensors(artifacts.inspect(path), lambda _: None)
 
 
 def test_staleness_is_said_in_words(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_forged_file_of_tensors(tmp_path: Path, entries: dict[str, Any], words
     path = tmp_path / LATENTS_FILE
     write_layout(path, entries, b"data")
     with refusal(BadInputFileError, str(path), words, f"--output_dir {tmp_path}"):
-        artifacts.load_tensors(artifacts.inspect(path), lambda _: None)
+        row_reader.load_tensors(artifacts.inspect(path), lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_numbers_that_are_not_finite_are_not_used(
     with refusal(
         NotFiniteError, f"{path} cannot be used: 1 of {size} values of '{key}'", "--dtype float32"
     ):
-        artifacts.load_tensors(artifacts.inspect(path), lambda _: None)
+        row_reader.load_tensors(artifacts.inspect(path), lambda _: None)
 
 
 def truncate(path: Path) -> None:

@@ -170,16 +170,40 @@ def test_a_retouched_png_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 9_999, 10_000, 10_001, 123_456])
 def test_names_sort_as_the_pictures_do(count: int) -> None:
-    names, grid = picture_files.picture_names(count, "png")
-    assert sorted(names) == names and len({*names}) == count
-    assert all(picture_files.OUR_NAME.fullmatch(name) for name in (*names[-3:], grid))
+    names = picture_files.picture_names(count, "png")
+    grids = picture_files.grid_names(count, 1, "png")
+    for some in (names, grids):
+        assert sorted(some) == some and len({*some}) == count
+        assert all(picture_files.OUR_NAME.fullmatch(name) for name in some[-3:])
     assert names[1] == "output_image_0001.png" or count > 10_000
 
 
-def test_only_our_pictures_are_removed(tmp_path: Path) -> None:
-    ours = ["output_image.png", "output_image_0000.webp", "output_grid.jpg"]
+@pytest.mark.parametrize(
+    ("count", "grid_images", "names"),
+    [
+        (1, 100, []),
+        (2, 0, []),
+        (2, 2, ["output_grid.webp"]),
+        (201, 100, [f"output_grid_000{k}.webp" for k in range(3)]),
+    ],
+)
+def test_grids_have_pages(count: int, grid_images: int, names: list[str]) -> None:
+    assert picture_files.grid_names(count, grid_images, "webp") == names
+
+
+def test_only_our_pictures_are_found(tmp_path: Path) -> None:
+    ours = ["output_grid.jpg", "output_grid_0001.png", "output_image.png", "output_image_0000.webp"]
     others = ["output_image_x.png", "holiday.png", "output_image.txt", "my_output_image.png"]
     for name in ours + others:
         (tmp_path / name).write_text("")
-    picture_files.remove_others(tmp_path, {"output_grid.jpg"})
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "output_grid.jpg"])
+    assert [path.name for path in picture_files.find_ours(tmp_path)] == ours
+    assert picture_files.find_ours(tmp_path / "nowhere") == []
+
+
+def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    paths = [tmp_path / f"{k}.png" for k in range(2)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    np.testing.assert_array_equal(picture_files.read_pixels(paths), pixels)
+    assert picture_files.picture_shape(paths[0]) == (5, 7, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import NotFiniteError, StageError
-from common.files import artifacts
+from common.files import artifacts, row_reader
 from common.files.stage_table import EMBEDDINGS_FILE
 from common.files.tensor_writer import written_in_parts
 from tests.files.test_artifacts import make_recipe
@@ -37,7 +37,7 @@ def test_rows_give_the_file_that_whole_tensors_give(tmp_path: Path, dtype: torch
     assert [row.fingerprint for row in found.header.rows] == ROWS
     third = {name: tensor[2:3] for name, tensor in tensors.items()}
     assert found.header.rows[2].data_sha256 == artifacts.hash_tensors(third)
-    loaded = artifacts.load_tensors(found, lambda text: pytest.fail(text))
+    loaded = row_reader.load_tensors(found, lambda text: pytest.fail(text))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 

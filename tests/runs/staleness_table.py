@@ -213,6 +213,7 @@ GENERATION: dict[str, list[Case]] = {
         case(True, NOTHING),  # all of it is in one tile
     ],
     "image_format": [case("webp", PICTURES)],
+    "grid_images": [case(4, NOTHING)],  # grids say it themselves
     "prompts": [case([PROMPT, PROMPT | {"prompt": "a ring"}], EVERYTHING)],
     "height": [case(256, LATENTS), case(256, BEGUN, prompts=[BEGINS])],
     "width": [case(256, LATENTS)],

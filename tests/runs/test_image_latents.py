@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.errors import BadInputFileError
-from common.files import artifacts
+from common.files import artifacts, row_reader
 from common.files.artifacts import Artifact
 from common.files.stage_table import IMAGE_LATENTS_FILE
 from common.models.find import open_checkpoint
@@ -101,7 +101,7 @@ def test_tensors_are_the_pictures(folder: Path) -> None:
     config = config_of({"image": "a.png", "mask_image": "mask.png"}, padding_mask_crop=2)
     found = write(folder, config)
     assert found.header is not None
-    tensors = artifacts.load_tensors(found, print)
+    tensors = row_reader.load_tensors(found, print)
     assert tensors["pictures"].dtype == torch.uint8 and (tensors["pictures"] == 100).all()
     assert tensors["whole_masks"].shape == (1, 32, 48) and tensors["crops"].shape == (1, 4)
     assert tensors["latent_masks"].unique().tolist() == [0, 1] or tensors["latent_masks"].all()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.files import artifacts
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
 from tests.conftest import PROJECT_DIR, file_contents, run_script
 from tests.printed import as_json, states
@@ -40,9 +41,12 @@ def test_a_run_is_shown_as_it_lies_on_the_disk(finished_run: Path) -> None:
     assert files[LATENTS_FILE]["made_from"] == {
         EMBEDDINGS_FILE: files[EMBEDDINGS_FILE]["data_sha256"]
     }
-    assert files["output_image_0000.png"]["made_from"] == {
-        LATENTS_FILE: files[LATENTS_FILE]["data_sha256"]
-    }
+    latents = load_file(finished_run / LATENTS_FILE)["latents"]
+    for image in (0, 1):  # a picture is made from its own row
+        row = latents[image : image + 1].contiguous()
+        assert files[f"output_image_000{image}.png"]["made_from"] == {
+            LATENTS_FILE: artifacts.hash_tensors({"latents": row})
+        }
     printed = run_script(INSPECT, finished_run).stdout
     assert f"{LATENTS_FILE}: fresh" in printed and "2×4×16×16" in printed
     report = json.loads((finished_run / "stage2_report.json").read_text())

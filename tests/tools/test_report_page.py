@@ -148,7 +148,7 @@ def test_pictures_stand_beside_what_they_begin_with(
         assert result.returncode == 0, result.stderr
     view = view_run(run)
     assert [len(group.pictures) for group in view.groups] == [2, 2]
-    assert [p.settings["image_index"] for p in view.pictures] == [0, 1, 2, 3]
+    assert [p.settings["seed"] for p in view.pictures] == [42, 43, 44, 45]
     for group, *arrays in zip(view.groups, pixels, masks, strict=True):
         assert [each.caption for each in group.inputs] == ["what it begins with", "its mask"]
         for shown, array in zip(group.inputs, arrays, strict=True):

@@ -1,6 +1,5 @@
 """All images of a run, group by group, and what a trajectory becomes."""
 
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,16 @@ from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.errors import NotFiniteError
-from common.files.kept_progress import Progress
 from common.models.checkpoint import Checkpoint
 from common.models.find import open_checkpoint
-from common.stopping import StoppedError, StopRequest
 from common.vae.decoder import Decoder
-from common.vae.decoding import decode_groups, decode_trajectory, measure
+from common.vae.decoding import (
+    LatentsInMemory,
+    decode_all,
+    decode_groups,
+    decode_trajectory,
+    measure,
+)
 from common.vae.grids import make_grid
 from common.vae.loading import VaeToLoad, open_decoder
 from tests.configs import make_config
@@ -42,34 +45,29 @@ def expected(checkpoint: Checkpoint) -> np.ndarray:
 def test_an_image_is_the_same_in_every_group(
     decoder: Decoder, expected: np.ndarray, batch_size: int
 ) -> None:
-    found = decode_groups(decoder, LATENTS, RunOptions(batch_size=batch_size))
+    found = decode_all(decoder, LATENTS, RunOptions(batch_size=batch_size))
     # Sums of a batch may be taken in another order.
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
-def test_it_goes_on_from_what_is_kept(decoder: Decoder, tmp_path: Path) -> None:
-    options, progress = RunOptions(batch_size=2), Progress(tmp_path, 3, {})
-    found = decode_groups(decoder, LATENTS, options, progress=progress)
-    kept = [progress.read_group(number) for number in range(4)]
-    assert [None if group is None else len(group["images"]) for group in kept] == [2, 2, 1, None]
-    # Nothing is decoded again: other latents would give other pictures.
-    again = decode_groups(decoder, LATENTS * 0, options, progress=progress)
-    np.testing.assert_array_equal(again, found)
-    other = Progress(tmp_path, 3, {"fingerprint": "of other settings"})
-    anew = decode_groups(decoder, LATENTS * 0, options, progress=other)
-    assert (anew != found).any()
-
-
-def test_one_group_keeps_nothing(decoder: Decoder, tmp_path: Path) -> None:
-    decode_groups(decoder, LATENTS, RunOptions(), progress=Progress(tmp_path, 3, {}))
-    assert list(tmp_path.iterdir()) == []
+def test_some_images_are_decoded_as_all_are(decoder: Decoder) -> None:
+    """In groups of the same size, whose rows have other neighbours."""
+    latents, options = LatentsInMemory(LATENTS), RunOptions()
+    every = np.concatenate(
+        [pixels for _, pixels in decode_groups(decoder, latents, range(5), 2, options)]
+    )
+    found = [*decode_groups(decoder, latents, [4, 0, 3], 2, options)]
+    assert [images for images, _ in found] == [[4, 0], [3]]
+    for images, pixels in found:
+        np.testing.assert_array_equal(pixels, every[images])
+    assert [*decode_groups(decoder, latents, [], 2, options)] == []
 
 
 def test_it_measures_what_is_asked_for(decoder: Decoder, tmp_path: Path) -> None:
-    assert measure(decoder, LATENTS, RunOptions(), tmp_path / "profile") is None
+    assert measure(decoder, LatentsInMemory(LATENTS), RunOptions(), tmp_path / "profile") is None
     assert decoder.runner.report.repeats == [] and not (tmp_path / "profile").exists()
     options = RunOptions(repeat=3, profile=True, batch_size=2)
-    profile = measure(decoder, LATENTS, options, tmp_path / "profile")
+    profile = measure(decoder, LatentsInMemory(LATENTS), options, tmp_path / "profile")
     assert len(decoder.runner.report.repeats) == 3
     assert profile is not None and profile.steps is None
     assert any(o.module.startswith("vae.decoder") for o in profile.operations)
@@ -79,7 +77,7 @@ def test_it_measures_what_is_asked_for(decoder: Decoder, tmp_path: Path) -> None
 def test_a_trajectory_is_a_strip_and_frames(decoder: Decoder) -> None:
     trajectory = random_latents(3, 2, 4, 4, 6)  # three steps of two images
     strip, frames = decode_trajectory(decoder, trajectory, RunOptions())
-    pictures = [decode_groups(decoder, latents, RunOptions()) for latents in trajectory]
+    pictures = [decode_all(decoder, latents, RunOptions()) for latents in trajectory]
     rows = [np.concatenate([step[image] for step in pictures], axis=1) for image in (0, 1)]
     np.testing.assert_array_equal(strip, np.concatenate(rows))
     assert len(frames) == 3
@@ -103,17 +101,4 @@ def test_a_vae_that_gives_infinities(demo_decoder: Decoder) -> None:
     with refusal(
         NotFiniteError, "the VAE in float32", "no picture was written", "--vae_dtype float32"
     ):
-        decode_groups(demo_decoder, latents, RunOptions(batch_size=1))
-
-
-def test_a_decoding_that_is_stopped_keeps_its_pictures(
-    demo_decoder: Decoder, tmp_path: Path
-) -> None:
-    progress, stop = Progress(tmp_path, 3, {}), StopRequest()
-    stop.number = signal.SIGTERM
-    latents = np.zeros((2, 4, 8, 8), np.float32)
-    with refusal(
-        StoppedError, "terminated after 1 of 2 images, which are kept", "the same command goes on"
-    ):
-        decode_groups(demo_decoder, latents, RunOptions(batch_size=1), progress=progress, stop=stop)
-    assert progress.read_group(0) is not None
+        decode_all(demo_decoder, latents, RunOptions(batch_size=1))

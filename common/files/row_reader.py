@@ -1,0 +1,93 @@
+"""Files that stages exchange, read whole, or by rows when these are computed with."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import BadInputFileError
+from common.files import artifacts
+from common.files.artifacts import Artifact
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS_AT_ONCE = 64  # of those that are only looked at
+
+
+def load_tensors(artifact: Artifact, warn: Callable[[str], None]) -> "dict[str, torch.Tensor]":
+    """Load an inspected file.
+
+    Args:
+        warn: is told what could not be verified of a file without our header.
+
+    Raises:
+        BadInputFileError: the file cannot be read.
+        NotFiniteError: a tensor holds an infinity or a not-a-number.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = artifact.path
+    _warn_of_elsewhere(artifact, warn)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInputFileError(
+            f"{path} is damaged ({error}); {artifacts.how_to_remake(path)}"
+        ) from None
+    artifacts.check_finite(tensors, path, "cannot be used")
+    return tensors
+
+
+def read_rows(path: Path, places: Sequence[int]) -> "dict[str, torch.Tensor]":
+    """Some rows [N, …] of every tensor in a safetensors file; no others take memory.
+
+    Raises:
+        BadInputFileError: the file cannot be read any more.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Opened for each call: what a mapped file has shown counts as memory until it is closed.
+        with safe_open(path, "pt") as file:
+            return {
+                name: torch.cat([file.get_slice(name)[k : k + 1] for k in places])
+                for name in file.keys()  # noqa: SIM118
+            }
+    except (SafetensorError, OSError) as error:
+        mend = artifacts.how_to_remake(path)
+        raise BadInputFileError(f"{path} is damaged ({error}); {mend}") from None
+
+
+class RowReader:
+    """The rows of an inspected file of one or more tensors [N, …]."""
+
+    def __init__(self, artifact: Artifact, warn: Callable[[str], None]) -> None:
+        """
+        Args:
+            warn: is told what could not be verified of a file without our header.
+
+        Raises:
+            BadInputFileError: the file cannot be read.
+            NotFiniteError: a tensor holds an infinity or a not-a-number.
+        """
+        self.path = artifact.path
+        self.count = min(layout.shape[0] for layout in artifact.tensors.values())
+        _warn_of_elsewhere(artifact, warn)
+        for first in range(0, self.count, ROWS_AT_ONCE):
+            some = self.read(range(first, min(first + ROWS_AT_ONCE, self.count)))
+            artifacts.check_finite(some, self.path, "cannot be used")
+
+    def read(self, places: Sequence[int]) -> "dict[str, torch.Tensor]":
+        """Some rows [N, …] of every tensor."""
+        return read_rows(self.path, places)
+
+
+def _warn_of_elsewhere(artifact: Artifact, warn: Callable[[str], None]) -> None:
+    """Say what cannot be verified of a file without our header."""
+    if artifact.header is None:
+        warn(
+            f"{artifact.path} has no header of ours: its settings, its checksum and the weights "
+            "it was made with cannot be verified"
+        )
