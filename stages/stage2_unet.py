@@ -22,6 +22,7 @@ from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import embeddings_misfit
+from common.files.row_reader import RowReader
 from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
@@ -111,7 +112,7 @@ def denoise(
 
     # 5. Denoise, group by group; a stopped run goes on from what it kept
     given = None if begin is None else run.load_input(begin)
-    job = denoising_job(config, checkpoint, run.load_input(embeddings), sampler, given)
+    job = denoising_job(config, checkpoint, RowReader(embeddings, warn).tensors(), sampler, given)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
     denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
     facts = denoiser.facts()

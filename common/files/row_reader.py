@@ -1,6 +1,7 @@
 """Files that stages exchange, read whole, or by rows when these are computed with."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,13 @@ def load_tensors(artifact: Artifact, warn: Callable[[str], None]) -> "dict[str, 
     return tensors
 
 
-def read_rows(path: Path, places: Sequence[int]) -> "dict[str, torch.Tensor]":
-    """Some rows [N, …] of every tensor in a safetensors file; no others take memory.
+def read_rows(
+    path: Path, places: Sequence[int], names: Sequence[str] | None = None
+) -> "dict[str, torch.Tensor]":
+    """Some rows [N, …] of tensors in a safetensors file; no others take memory.
+
+    Args:
+        names: of the tensors; None: all of them.
 
     Raises:
         BadInputFileError: the file cannot be read any more.
@@ -52,8 +58,8 @@ def read_rows(path: Path, places: Sequence[int]) -> "dict[str, torch.Tensor]":
         # Opened for each call: what a mapped file has shown counts as memory until it is closed.
         with safe_open(path, "pt") as file:
             return {
-                name: torch.cat([file.get_slice(name)[k : k + 1] for k in places])
-                for name in file.keys()  # noqa: SIM118
+                name: torch.cat([file.get_slice(name)[int(k) : int(k) + 1] for k in places])
+                for name in names or file.keys()
             }
     except (SafetensorError, OSError) as error:
         mend = artifacts.how_to_remake(path)
@@ -72,7 +78,7 @@ class RowReader:
             BadInputFileError: the file cannot be read.
             NotFiniteError: a tensor holds an infinity or a not-a-number.
         """
-        self.path = artifact.path
+        self.path, self._names = artifact.path, [*artifact.tensors]
         self.count = min(layout.shape[0] for layout in artifact.tensors.values())
         _warn_of_elsewhere(artifact, warn)
         for first in range(0, self.count, ROWS_AT_ONCE):
@@ -82,6 +88,22 @@ class RowReader:
     def read(self, places: Sequence[int]) -> "dict[str, torch.Tensor]":
         """Some rows [N, …] of every tensor."""
         return read_rows(self.path, places)
+
+    def tensors(self) -> "dict[str, TensorOnDisk]":
+        """Each tensor by its name, to be indexed by rows as if it were in memory."""
+        return {name: TensorOnDisk(self.path, name) for name in self._names}
+
+
+@dataclass(frozen=True)
+class TensorOnDisk:
+    """A tensor [N, …] of a file."""
+
+    path: Path
+    name: str
+
+    def __getitem__(self, places: Sequence[int]) -> "torch.Tensor":
+        """Some rows of it."""
+        return read_rows(self.path, places, [self.name])[self.name]
 
 
 def _warn_of_elsewhere(artifact: Artifact, warn: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """What a run asks stage 2 to compute: its sampler, its images, what the UNet is told of them."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.conditions.edited_picture import EditSettings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from common.sampling.beginning import Beginning
-    from common.sampling.job import DenoisingJob
+    from common.sampling.job import DenoisingJob, HasRows
 
 
 def make_sampler(config: GenerationConfig, checkpoint: Checkpoint) -> Sampler:
@@ -81,7 +82,7 @@ def say_steps(sampler: Sampler) -> None:
 def denoising_job(
     config: GenerationConfig,
     checkpoint: Checkpoint,
-    embeddings: "dict[str, torch.Tensor]",
+    embeddings: "Mapping[str, HasRows]",
     sampler: Sampler,
     begin: "dict[str, torch.Tensor] | None" = None,
 ) -> "DenoisingJob":

@@ -1,7 +1,8 @@
 """What a run asks a denoiser to compute."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.conditions.base import Condition, ImagesOfGroup
 from common.sampling.beginning import Beginning, First, FromNoise
@@ -13,11 +14,18 @@ if TYPE_CHECKING:
     import torch
 
 
+class HasRows(Protocol):
+    """A tensor [N, …], in memory or in a file."""
+
+    def __getitem__(self, places: Any) -> "torch.Tensor":
+        """Some of its rows, by their indices."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenoisingJob:
     """All images of a run, B of them for P prompts."""
 
-    embeddings: "dict[str, torch.Tensor]"  # stage 1's tensors, a row for each prompt [P, …]
+    embeddings: Mapping[str, HasRows]  # stage 1's tensors, a row for each prompt [P, …]
     prompt_of: "np.ndarray"  # the prompt of every image, [B]
     seeds: list[int]  # [B]
     latent_shape: tuple[int, int, int]  # of one image, [C, h, w]

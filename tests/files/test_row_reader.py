@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,8 @@ def test_rows_are_those_of_the_whole(tmp_path: Path, dtype: torch.dtype) -> None
         read = rows.read(places)
         assert read.keys() == tensors.keys()
         assert all(read[name].equal(tensor[places]) for name, tensor in tensors.items())
+        one = rows.tensors()["pooled"][np.array(places)]
+        assert one.equal(tensors["pooled"][places])
     whole = row_reader.load_tensors(found, said.append)
     assert all(whole[name].equal(tensor) for name, tensor in tensors.items())
 
