@@ -19,6 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 from common.compute.backends import Backend
 from common.errors import BadSettingError
 from common.files import artifacts
@@ -38,11 +43,6 @@ from common.runs.stage_run import StageRun, run_script
 def main(run: StageRun) -> None:
     """Encode the pictures that a run begins with, by the checkpoint's VAE."""
     path = run.run_dir / IMAGE_LATENTS_FILE
-    if run.given.flags.topology is not None:  # compile for a TPU that is not there, and run nothing
-        from common.runs.topology import estimate_encoding
-
-        return estimate_encoding(run.given)
-
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
     check_size(config, checkpoint.vae_scale_factor)

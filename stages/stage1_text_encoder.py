@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 from common.files import artifacts
 from common.files.stage_table import EMBEDDINGS_FILE, ENCODE
 from common.messages import warn

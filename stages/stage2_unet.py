@@ -18,6 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
@@ -51,11 +56,6 @@ from common.runs.stage_run import StageRun, run_script
 def main(run: StageRun) -> None:
     """Denoise latents with the checkpoint's UNet, by one compiled program or by PyTorch."""
     path = run.run_dir / LATENTS_FILE
-    if run.given.flags.topology is not None:  # compile for a TPU that is not there, and run nothing
-        from common.runs.topology import estimate_denoising
-
-        return estimate_denoising(run.given)
-
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
     check_size(config, checkpoint.vae_scale_factor)
@@ -103,7 +103,8 @@ def denoise(
     say_steps(sampler)
     dtype = backend.choose_dtype(config.unet_dtype)
     recipe = latents_recipe(config, checkpoint, embeddings, dtype, begin)
-    rows = run.find_rows(run.run_dir / LATENTS_FILE, latents_rows(config, recipe, *inputs))
+    recipes = latents_rows(config, recipe, *inputs)
+    rows = run.find_rows(run.run_dir / LATENTS_FILE, recipes, config)
     write = partial(write_latents, run, config, (recipe, rows), begin)
     if not rows.missing:  # they stand in another order, or some are gone
         if backend.is_first_process:

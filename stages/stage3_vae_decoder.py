@@ -8,7 +8,7 @@ Reads   generation_config.json, stage2_latents.safetensors, the checkpoint's VAE
 Writes  output_image.png when there is one image; output_image_0000.png … and output_grid.png when
         there are several, each as soon as it is decoded, with all settings in its metadata
         output_trajectory.png, .webp   a strip and an animation, where stage 2 saved a trajectory
-        stage3_report.json
+        images.jsonl, a line for each picture; stage3_report.json
 Takes   some seconds for the demo checkpoint on a CPU, where PyTorch decodes.
 """
 
@@ -18,17 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import header_misfit, latents_misfit
-from common.files.row_reader import RowReader
 from common.files.stage_table import DECODE
-from common.messages import say, warn
+from common.messages import say
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
 from common.runs.image_latents import find_image_latents
-from common.runs.pictures import Found, PictureFacts, Pictures, PictureWriter, why_pictures_stale
+from common.runs.picture_writer import PictureWriter
+from common.runs.pictures import Found, PictureFacts, Pictures, why_pictures_stale
 from common.runs.recipes import expected_vae_dtype, find_trajectory, pictures_recipe
 from common.runs.stage_run import StageRun, run_script
 
@@ -41,11 +46,6 @@ Inputs = tuple[Artifact, Artifact | None, Artifact | None]
 
 def main(run: StageRun) -> None:
     """Decode the latents with the checkpoint's VAE and save the pictures."""
-    if run.given.flags.topology is not None:  # compile for a TPU that is not there, and run nothing
-        from common.runs.topology import estimate_decoding
-
-        return estimate_decoding(run.given)
-
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
 
@@ -60,8 +60,8 @@ def main(run: StageRun) -> None:
     recipe = pictures_recipe(config, checkpoint, latents, expected, begun)
     trajectory = find_trajectory(run.source_dir, latents, verify=verify)
     pictures, found = Pictures.of(config, recipe, latents, begun), Found(run.run_dir)
-    stale = why_pictures_stale(found, pictures, trajectory) or run.options.why_measure()
-    if run.is_fresh(stale, run.run_dir / pictures.main):
+    stale = why_pictures_stale(found, pictures, trajectory)
+    if run.is_fresh(stale or run.options.why_measure(), run.run_dir / pictures.main):
         return None
     run.begin(f"decode {len(pictures.rows)} image(s)")
 
@@ -130,7 +130,7 @@ def decode_missing(
 
     # 5. Decode and write, group by group; a stopped run goes on from what it wrote
     artifact, trajectory, begun = inputs
-    latents = Latents(RowReader(artifact, warn))
+    latents = Latents.of(artifact)
     into = PastedInto.of(begun, latents.count)
     todo, size = writer.missing, decoder.runner.group_size(latents.count, run.options)
     with run.finishing_first(keeps=len(todo) > size and run.progress is not None) as stop:

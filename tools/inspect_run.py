@@ -13,6 +13,11 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 import typer
 
 from common.commands import Debug, flag, make_command

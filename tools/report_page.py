@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 import jinja2
 import typer
 

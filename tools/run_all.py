@@ -15,6 +15,11 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 import typer
 from typer.core import TyperCommand
 
@@ -34,7 +39,7 @@ from common.runs.in_turn import (
     run_stage_and_listen,
 )
 from common.runs.passes import HIRES_STRENGTH, Passes, Turns
-from common.runs.sweep import CellRun, parse_sweep, run_sweep
+from common.runs.sweep import CellRun, parse_sweep, refuse_idle_seeds, run_sweep
 from tools import report_page
 
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
@@ -120,6 +125,7 @@ def run_all_cells(
     for name in (*asked, *(["input_dir"] if "input_dir" in given else [])):
         raise BadSettingError(f"--{name} does not go with --sweep, which runs what is needed")
     swept = parse_sweep(text, given)
+    refuse_idle_seeds(swept.axes, given)
 
     def run(needed: CellRun) -> tuple[int, str]:
         shared = {n: v for n, v in given.items() if n != "output_dir"}

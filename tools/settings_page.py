@@ -12,6 +12,11 @@ from typing import Annotated
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
+from common.stopping import stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
 from common.commands import Debug, flag, make_command
 from common.files.contracts import tensor_table
 from common.files.stage_table import STAGES

@@ -14,6 +14,7 @@ from common.declared import (
     Place,
     Settings,
     Text,
+    Word,
     setting,
 )
 from common.models.model_settings import TokenFile
@@ -27,6 +28,7 @@ class PromptSettings(Settings):
     Those for the second text encoder are those for the first where they are None.
     """
 
+    id: Word | None = None  # names its pictures, and gives its seed where it has none of its own
     prompt: Text
     prompt_2: Text | None = None
     negative_prompt: Text | None

@@ -42,7 +42,7 @@ HEADER_KEY = "staged_diffusion"
 MOST_HEADER_BYTES = 16_000_000
 # Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
 MOST_PROMPTS_BYTES = 12_000_000
-BYTES_OF_A_ROW = 150  # its two hashes and what separates them
+BYTES_OF_A_ROW = 160  # its two hashes, its seconds and what separates them
 
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
@@ -55,6 +55,7 @@ class Row(NamedTuple):
 
     fingerprint: str  # of the recipe of a run of this row alone
     data_sha256: str  # as the file of such a run has it
+    seconds: float | None = None  # of devices, that it took
 
 
 class Header(BaseModel):
@@ -128,21 +129,24 @@ def save_tensors(
     recipe: Recipe,
     provenance: dict[str, Any],
     rows: Sequence[str] = (),
+    seconds: Sequence[float | None] = (),
 ) -> Header:
     """Save tensors with their header as safetensors, whole or not at all.
 
     Args:
         rows: the fingerprints of the tensors' rows, where these have some.
+        seconds: that each of these took.
 
     Raises:
         NotFiniteError: a tensor holds an infinity or a not-a-number; nothing is written.
     """
     check_finite(tensors, path, "was not written")
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    known = [
-        Row(fingerprint, hash_tensors({key: each[k : k + 1] for key, each in contiguous.items()}))
-        for k, fingerprint in enumerate(rows)
-    ]
+    known = []
+    for k, fingerprint in enumerate(rows):
+        own = {key: each[k : k + 1] for key, each in contiguous.items()}
+        took = seconds[k] if k < len(seconds) else None
+        known.append(Row(fingerprint, hash_tensors(own), took))
     header = make_header(recipe, provenance, hash_tensors(contiguous), known)
     save_whole(path, contiguous, {HEADER_KEY: header.to_json()})
     return header

@@ -41,11 +41,6 @@ FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 200, 1500
 WEB_UI_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model")  # others follow
 
 
-def picture_names(count: int, image_format: ImageFormat) -> list[str]:
-    """Names of a run's pictures; a single one has no number."""
-    return _numbered("output_image", count, image_format)
-
-
 def grid_names(count: int, grid_images: int, image_format: ImageFormat) -> list[str]:
     """Names of the grids of so many pictures; a single picture has none, a single grid no number.
 
@@ -54,19 +49,15 @@ def grid_names(count: int, grid_images: int, image_format: ImageFormat) -> list[
     """
     if count == 1 or grid_images == 0:
         return []
-    return _numbered("output_grid", -(-count // grid_images), image_format)
+    return numbered("output_grid", -(-count // grid_images), image_format)
 
 
-def _numbered(name: str, count: int, image_format: ImageFormat) -> list[str]:
+def numbered(name: str, count: int, image_format: ImageFormat) -> list[str]:
+    """Names of files of one kind; a single one has no number."""
     if count == 1:
         return [f"{name}.{image_format}"]
     digits = max(4, len(str(count - 1)))  # so that names sort as the pictures do
     return [f"{name}_{index:0{digits}d}.{image_format}" for index in range(count)]
-
-
-def find_ours(run_dir: Path) -> list[Path]:
-    """The pictures of a run directory that have names of ours, in the order of these."""
-    return [path for path in find_pictures(run_dir) if OUR_NAME.fullmatch(path.name)]
 
 
 def find_pictures(folder: Path) -> list[Path]:

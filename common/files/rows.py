@@ -86,18 +86,23 @@ class Rows:
         """Those that are to be made."""
         return [row for row in range(len(self.recipes)) if row not in self.places]
 
+    def seconds(self, row: int) -> float | None:
+        """That a row of the earlier file took."""
+        assert self.earlier is not None and self.earlier.header is not None
+        return self.earlier.header.rows[self.places[row]].seconds
+
     def read(self, rows: Iterable[int]) -> "dict[str, torch.Tensor]":
         """Rows that the earlier file has, [N, …] each."""
         assert self.earlier is not None
         return read_rows(self.earlier.path, [self.places[row] for row in rows])
 
-    def in_words(self) -> str:
-        """How many are to be made, and why."""
+    def changes(self) -> "Changes":
+        """What is to be made, and why."""
         made = [] if self.earlier is None else _recipes_in(self.earlier)
         kept = {*self.places.values()}
         gone = [told_of(recipe) for place, recipe in enumerate(made) if place not in kept]
         missing = [told_of(self.recipes[row]) for row in self.missing]
-        return rows_in_words(len(self.recipes), missing, gone)
+        return Changes.of(len(self.recipes), missing, gone)
 
 
 def row_hashes(artifact: Artifact) -> list[str]:
@@ -168,29 +173,43 @@ def told_of(row: Recipe) -> Told:
     return Told(settings, row.weights, row.versions)
 
 
-def rows_in_words(count: int, missing: Sequence[Told], gone: Iterable[Told]) -> str:
-    """How many of some rows are to be made, and why.
+@dataclass(frozen=True)
+class Changes:
+    """What of some rows is to be made, and why."""
 
-    Args:
-        gone: rows that were there, and are not among those that are wanted.
-    """
-    others, new = _ByLikeness(gone), 0
-    changed: dict[str, None] = {}
-    for row in missing:
-        before = others.take_like(row)
-        if before is None:
-            new += 1
-            continue
-        names = names_of_differences(before.settings, row.settings)
-        weights = names_of_differences(before.weights, row.weights)
-        names += [f"weights of {name}" for name in weights]
-        names += names_of_differences(before.versions, row.versions)
-        changed |= dict.fromkeys(names or ["what it is made from"])
-    why = [f"{new} new"] if new else []
-    if len(missing) > new:
-        why.append(f"{len(missing) - new} changed ({', '.join(changed)})")
-    said = f"{len(missing)} of {count} to make"
-    return f"{said}: {', '.join(why)}" if why else f"{said}; others stand elsewhere now"
+    count: int  # of all rows
+    new: int
+    changed: int
+    names: list[str]  # of what has changed
+
+    @classmethod
+    def of(cls, count: int, missing: Sequence[Told], gone: Iterable[Told]) -> Self:
+        """Those of rows that are missing.
+
+        Args:
+            gone: rows that were there, and are not among those that are wanted.
+        """
+        others, new = _ByLikeness(gone), 0
+        changed: dict[str, None] = {}
+        for row in missing:
+            before = others.take_like(row)
+            if before is None:
+                new += 1
+                continue
+            names = names_of_differences(before.settings, row.settings)
+            weights = names_of_differences(before.weights, row.weights)
+            names += [f"weights of {name}" for name in weights]
+            names += names_of_differences(before.versions, row.versions)
+            changed |= dict.fromkeys(names or ["what it is made from"])
+        return cls(count, new, len(missing) - new, [*changed])
+
+    def in_words(self) -> str:
+        """As a stage says it."""
+        said = f"{self.new + self.changed} of {self.count} to make"
+        why = [f"{self.new} new"] if self.new else []
+        if self.changed:
+            why.append(f"{self.changed} changed ({', '.join(self.names)})")
+        return f"{said}: {', '.join(why)}" if why else f"{said}; others stand elsewhere now"
 
 
 class _ByLikeness:

@@ -20,6 +20,7 @@ class Stage:
     reads: str | None  # the file of the stage before
     writes: tuple[str, ...]  # files that other stages read
     dtype: str  # the setting that its `--dtype` stands for
+    estimate: str | None = None  # the function that does `--topology`, where the stage has that
     of_pictures: bool = False  # only runs that begin with pictures have it
 
     @property
@@ -48,6 +49,7 @@ ENCODE_PICTURES = Stage(
     reads=None,
     writes=(IMAGE_LATENTS_FILE,),
     dtype="vae_dtype",
+    estimate="common.runs.topology:estimate_encoding",
     of_pictures=True,
 )
 DENOISE = Stage(
@@ -57,6 +59,7 @@ DENOISE = Stage(
     reads=EMBEDDINGS_FILE,
     writes=(LATENTS_FILE, TRAJECTORY_FILE),
     dtype="unet_dtype",
+    estimate="common.runs.topology:estimate_denoising",
 )
 DECODE = Stage(
     number=3,
@@ -65,6 +68,7 @@ DECODE = Stage(
     reads=LATENTS_FILE,
     writes=(),
     dtype="vae_dtype",
+    estimate="common.runs.topology:estimate_decoding",
 )
 # In the order of a run. Pictures are encoded once all settings, their size among them, are settled.
 STAGES = (ENCODE, ENCODE_PICTURES, DENOISE, DECODE)

@@ -20,6 +20,7 @@ from common.files.run_files import GENERATION_CONFIG_FILE
 from common.models.model_settings import LoraSettings, ModelSettings
 from common.runs.inputs import refuse_odd_inputs, size_of_latents, size_of_pictures, with_inputs
 from common.runs.prompts_file import make_prompts, read_prompts_file
+from common.runs.seeds import MOST_SEED, seeds_of
 from common.runs.setting_groups import ASKED, SHARED
 from common.sampling.sampling_settings import SamplingSettings, merge_settings
 from common.text_files import MOST_YAML_BYTES, parse_json, parse_yaml, read_text
@@ -87,14 +88,23 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
         """Whether pictures are pasted into those that they began with."""
         return self.keep_unmasked or self.padding_mask_crop is not None
 
+    @model_validator(mode="after")
+    def _seeds_are_in_range(self) -> Self:
+        seeds = self.image_seeds()
+        for seed in (min(seeds), max(seeds)):
+            if not 0 <= seed < MOST_SEED:
+                raise ValueError(f"an image would have the seed {seed}: seeds go from 0 to 2⁶³ - 1")
+        return self
+
     def image_seeds(self) -> list[int]:
-        """The seed of every image, prompt-major: the prompt's own + k, or the run's + index."""
-        seeds: list[int] = []
-        for prompt in self.prompts:
-            for k in range(self.num_images_per_prompt):
-                own = None if prompt.seed is None else prompt.seed + k
-                seeds.append(self.seed + len(seeds) if own is None else own)
-        return seeds
+        """The seed of every image, prompt-major."""
+        return seeds_of(self.prompts, self.num_images_per_prompt, self)
+
+    @property
+    def seeds_count_places(self) -> bool:
+        """Whether an image has another seed where its prompt moves."""
+        by_place = any(prompt.seed is None and prompt.id is None for prompt in self.prompts)
+        return by_place and not self.same_seed
 
     def override(self, changes: Mapping[str, Any]) -> tuple[Self, list[str]]:
         """Apply one stage's flags. Returns the new settings and a line for each that differs."""

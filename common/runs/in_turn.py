@@ -13,7 +13,7 @@ from common.compute.backends import BACKENDS, expected_backend
 from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.files import artifacts
-from common.files.picture_files import grid_names, picture_names
+from common.files.picture_files import grid_names
 from common.files.stage_table import (
     DECODE,
     DENOISE,
@@ -29,6 +29,7 @@ from common.models.model_settings import PROJECT_DIR
 from common.runs.flags import Flag, all_flags
 from common.runs.generation import read_generation_config
 from common.runs.preloaded import PreloadedStage
+from common.runs.run_index import read_index
 from common.stopping import STOP_SIGNALS, heard_signals, hold_signals
 
 SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
@@ -234,6 +235,5 @@ def picture_path(run_dir: Path, source_dir: Path, given: Mapping[str, Any]) -> P
     config, _ = read_generation_config(source_dir).override(
         {name: given[name] for name in ("image_format", "grid_images") if name in given}
     )
-    count = latents.shape[0]
-    grids = grid_names(count, config.grid_images, config.image_format)
-    return run_dir / [*grids, *picture_names(count, config.image_format)][0]
+    grids = grid_names(latents.shape[0], config.grid_images, config.image_format)
+    return run_dir / (grids or [line["file"] for line in read_index(run_dir)])[0]

@@ -78,7 +78,9 @@ def save_latents(
     if begun is not None and begun.path.parent.resolve() != run_dir.resolve():
         copy_whole(begun.path, run_dir / begun.path.name)
     tensors = {"latents": denoised.latents}
-    artifacts.save_tensors(latents_file, tensors, recipe, provenance, rows.fingerprints)
+    artifacts.save_tensors(
+        latents_file, tensors, recipe, provenance, rows.fingerprints, denoised.seconds
+    )
     if denoised.trajectory is not None and denoised.trajectory_every is not None:
         artifacts.save_tensors(
             trajectory_file,

@@ -6,25 +6,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.compute.clock import StageReport
+from common.conditions.prompt_settings import PromptSettings
 from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
-from common.errors import BadInputFileError, listed
+from common.errors import BadInputFileError
 from common.files import picture_files
 from common.files.artifacts import Artifact, Header
-from common.files.kept_progress import Progress, progress_paths
+from common.files.kept_progress import progress_paths
 from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
-from common.files.rows import Told, row_hashes, row_recipe, rows_in_words
+from common.files.rows import Told, row_hashes, row_recipe
 from common.files.stage_table import DECODE
 from common.files.tensor_rows import row_of_picture
-from common.messages import say, warn
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
+from common.runs.picture_names import names_of
 from common.runs.recipes import difference_from_report, trajectory_pictures_recipe
+from common.runs.run_index import (
+    Format,
+    Line,
+    differing,
+    find_ours,
+    why_index_stale,
+)
 from common.sampling.schedulers import web_ui_sampler
-from common.stopping import StopRequest
-from common.whole_files import copy_whole, remove_file, write_bytes_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +48,8 @@ class Pictures:
     grids: list[str]
     grid_images: int  # of a whole grid
     grid_recipe: Recipe
+    lines: list[Line]  # of the index
+    index: Format | None  # in which that is written besides
 
     @classmethod
     def of(
@@ -63,17 +70,20 @@ class Pictures:
             if pasted:
                 inputs |= [pasted[row_of_picture(image, len(images), len(pasted))]]
             rows.append(row_recipe(recipe, image // of_each, image, inputs))
-        names = picture_files.picture_names(len(rows), config.image_format)
+        settings = [picture_settings(row, latents.header) for row in rows]
+        names = names_of(settings, config.prompts, config.name_template, config.image_format)
         size = config.grid_images
         of_grid = recipe.settings[PICTURES] | {"grid_images": size}
-        settings = recipe.settings | {PICTURES: of_grid}
+        with_grids = recipe.settings | {PICTURES: of_grid}
         return cls(
             recipe=recipe,
             rows=rows,
             names=names,
             grids=picture_files.grid_names(len(rows), size, config.image_format),
             grid_images=size,
-            grid_recipe=recipe.model_copy(update={"settings": settings}),
+            grid_recipe=recipe.model_copy(update={"settings": with_grids}),
+            lines=_index_lines(names, rows, settings, config.prompts),
+            index=config.index,
         )
 
     @cached_property
@@ -94,6 +104,24 @@ class Pictures:
         }
 
 
+def _index_lines(
+    names: Sequence[str],
+    rows: Sequence[Recipe],
+    settings: Sequence[Mapping[str, Any]],
+    prompts: Sequence[PromptSettings],
+) -> list[Line]:
+    """What the index says of each picture: its file, and what it does not share with all."""
+    shown = ["prompt", "seed", *sorted(differing(settings) - {"prompt", "seed"})]
+    of_each, rest = divmod(len(rows), len(prompts))
+    lines = []
+    for index, (name, row, own) in enumerate(zip(names, rows, settings, strict=True)):
+        id = None if rest else prompts[index // of_each].id
+        line: Line = {"file": name, "index": index} | ({} if id is None else {"id": id})
+        line |= {setting: own[setting] for setting in shown if setting in own}
+        lines.append(line | {"fingerprint": row.fingerprint()})
+    return lines
+
+
 class Found:
     """The pictures of ours that a run directory has."""
 
@@ -102,7 +130,7 @@ class Found:
         self.records: dict[Path, Record] = {}
         self.unread: dict[Path, str] = {}  # why
         aside, _ = progress_paths(run_dir, DECODE.number)
-        for path in (*picture_files.find_ours(run_dir), *picture_files.find_pictures(aside)):
+        for path in (*find_ours(run_dir), *picture_files.find_pictures(aside)):
             try:
                 record = picture_files.read_picture_record(path)
             except BadInputFileError:
@@ -163,7 +191,7 @@ def why_pictures_stale(found: Found, pictures: Pictures, trajectory: Artifact | 
     stale = found.why_stale({name: each.fingerprint() for name, each in recipes.items()})
     if stale is not None and stale.endswith(OTHER_SETTINGS):
         return difference_from_report(found.run_dir, pictures.recipe) or stale
-    return stale
+    return stale or why_index_stale(found.run_dir, pictures.lines, pictures.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +209,11 @@ class PictureFacts:
             if (replaced := getattr(self.config, name, None)) is not None:
                 own[name] = replaced
         return picture_settings(recipe, self.header) | own
+
+    def seconds_of_latents(self, row: int) -> float:
+        """How long an image was denoised; 0 where that is not known."""
+        rows = [] if self.header is None else self.header.rows
+        return (rows[row].seconds or 0.0) if row < len(rows) else 0.0
 
     def record(self, recipe: Recipe, pixels: "np.ndarray") -> Record:
         """The record inside a picture."""
@@ -232,155 +265,3 @@ def web_ui_text(settings: dict[str, Any]) -> str:
         options = settings.get("scheduler_options", {})
         shown["scheduler"] = web_ui_sampler(settings["scheduler"], options)
     return picture_files.web_ui_parameters(shown, names)
-
-
-class PictureWriter:
-    """A run's pictures, each in its place as soon as it is decoded."""
-
-    def __init__(
-        self, run_dir: Path, pictures: Pictures, facts: PictureFacts, report: StageReport
-    ) -> None:
-        self.run_dir, self.pictures, self.facts, self.report = run_dir, pictures, facts, report
-        self.taken: set[int] = set()  # rows whose pictures are there
-        self._written: set[str] = set()  # names
-        self._shortened: dict[str, None] = {}  # settings, as they were met
-
-    @property
-    def missing(self) -> list[int]:
-        """The rows that are to be decoded."""
-        return [row for row in range(len(self.pictures.rows)) if row not in self.taken]
-
-    @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """Of one picture, [H, W, 3]."""
-        return picture_files.picture_shape(self.run_dir / self.pictures.names[0])
-
-    def take_all(self, found: Found) -> None:
-        """Take the pictures that are there, wherever they are, and say how many are not."""
-        places, rows = found.places(self.pictures), self.pictures.rows
-        gone = found.told(places.values())
-        self._take(places)
-        if len(rows) > 1 and (gone or places):
-            missing = [rows[row] for row in self.missing]
-            told = [Told(self.facts.settings(row), row.weights, row.versions) for row in missing]
-            say(f"  {rows_in_words(len(rows), told, gone)}")
-
-    def take_done(self, found: Found, progress: Progress | None) -> None:
-        """Take the pictures that a stopped run made."""
-        kept = None if progress is None else progress.read_steps(0)
-        if kept is None or len(kept["done"]) != len(self.pictures.rows):
-            return
-        places = found.places(self.pictures)
-        self._take({row: path for row, path in places.items() if kept["done"][row]})
-        if self.taken:
-            say(f"  goes on after {len(self.taken)} of {len(self.pictures.rows)} images")
-
-    def _take(self, places: Mapping[int, Path]) -> None:
-        """Let pictures stand under the names that they have in this run."""
-        names = self.pictures.names
-        moved = {row: path for row, path in places.items() if path != self.run_dir / names[row]}
-        # All of them stand aside first: a name may be that of one which is to be moved.
-        folder, _ = progress_paths(self.run_dir, DECODE.number)
-        aside = {
-            row: folder / f"{self.pictures.fingerprints[row]}{path.suffix}"
-            for row, path in moved.items()
-        }
-        for row, path in moved.items():
-            if path != aside[row]:
-                copy_whole(path, aside[row])
-        for row, path in aside.items():
-            copy_whole(path, self.run_dir / names[row])
-        self.taken |= places.keys()
-        self._written |= {names[row] for row in places}
-
-    def put(
-        self,
-        rows: Sequence[int],
-        images: "np.ndarray",
-        progress: Progress | None = None,
-        stop: StopRequest | None = None,
-    ) -> None:
-        """Write pictures [N, H, W, 3] uint8 of some rows.
-
-        Args:
-            progress: where it is kept which of them are written, until all are.
-            stop: asked then.
-
-        Raises:
-            StoppedError: a stop was asked for; what is done is kept.
-        """
-        for row, image in zip(rows, images, strict=True):
-            self._write(self.pictures.names[row], image, self.pictures.rows[row])
-        if progress is None:
-            return
-        import torch
-
-        done = torch.tensor([name in self._written for name in self.pictures.names])
-        progress.save_steps(0, {"done": done})
-        if stop is not None and not done.all():
-            stop.raise_if_asked(
-                f"after {int(done.sum())} of {len(done)} images, which are kept: the same command "
-                "goes on from there"
-            )
-
-    def write_trajectory(
-        self, strip: "np.ndarray", frames: "Sequence[np.ndarray]", trajectory: Artifact
-    ) -> None:
-        """Write a strip [H, W, 3] uint8 and an animation of frames [H, W, 3]."""
-        recipe = trajectory_pictures_recipe(self.pictures.recipe, trajectory)
-        with self.report.part("image_encoding"):
-            record = self.facts.record(recipe, strip)
-            text = web_ui_text(record["settings"])
-            encoded = {
-                TRAJECTORY_STRIP: picture_files.encode_picture(strip, ".png", record, text),
-                TRAJECTORY_ANIMATION: picture_files.encode_animation(frames, record, text),
-            }
-        for name, content in encoded.items():
-            self._put_in_place(name, content)
-
-    def finish(self) -> Path:
-        """Write grids, remove an earlier run's pictures. Returns the one to look at first."""
-        self._write_grids()
-        ours = picture_files.find_ours(self.run_dir)
-        others = [path for path in ours if path.name not in self._written]
-        for path in others:
-            remove_file(path)
-        if others:
-            say(f"  removed {len(others)} picture(s) that an earlier run made: {_some(others)}")
-        if self._shortened:
-            warn(
-                f"a JPEG's metadata hold 64 kB: {listed([*self._shortened])} shortened in the "
-                "pictures; the whole is in stage3_report.json"
-            )
-        return self.run_dir / self.pictures.main
-
-    def _write_grids(self) -> None:
-        """By the pictures' files."""
-        from common.vae.grids import make_grid
-
-        names, size = self.pictures.names, self.pictures.grid_images
-        for number, grid in enumerate(self.pictures.grids):
-            paths = [self.run_dir / name for name in names[number * size :][:size]]
-            with self.report.part("image_encoding"):
-                laid_out = make_grid(picture_files.read_pixels(paths))
-            self._write(grid, laid_out, self.pictures.grid_recipe)
-
-    def _write(self, name: str, pixels: "np.ndarray", recipe: Recipe) -> None:
-        suffix = Path(name).suffix
-        with self.report.part("image_encoding"):
-            whole = self.facts.record(recipe, pixels)
-            record, cut = picture_files.fit_record(whole, suffix, web_ui_text)
-            self._shortened |= dict.fromkeys(cut)
-            text = web_ui_text(record["settings"])
-            content = picture_files.encode_picture(pixels, suffix, record, text)
-        self._put_in_place(name, content)
-
-    def _put_in_place(self, name: str, content: bytes) -> None:
-        with self.report.part("writing"):
-            write_bytes_whole(self.run_dir / name, content)
-        self._written.add(name)
-
-
-def _some(paths: Sequence[Path]) -> str:
-    names = [path.name for path in paths]
-    return ", ".join(names if len(names) <= 3 else [names[0], "…", names[-1]])

@@ -38,6 +38,7 @@ from common.runs.recipes import (
     pictures_recipe,
     trajectory_pictures_recipe,
 )
+from common.runs.run_index import find_ours
 
 NO_INPUT = "what it was made from is not here"
 TRAJECTORY_PICTURES = (picture_files.TRAJECTORY_STRIP, picture_files.TRAJECTORY_ANIMATION)
@@ -212,7 +213,7 @@ def _read_artifact(path: Path, stage: int, found: dict[str, Artifact]) -> FileRe
 
 def _read_pictures(run_dir: Path) -> list[FileRecord]:
     files = []
-    for path in picture_files.find_ours(run_dir):
+    for path in find_ours(run_dir):
         why = "it is damaged or not ours"
         try:
             record = picture_files.read_picture_record(path)

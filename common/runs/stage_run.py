@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -41,6 +42,8 @@ from common.runs.generation import (
     resolve,
     write_generation_config,
 )
+from common.runs.picture_names import refuse_bad_names
+from common.runs.seeds import MOVED, warn_of_seeds
 from common.runs.words import say_times, say_why
 from common.stopping import StopRequest, finishing_first
 
@@ -95,6 +98,8 @@ class StageRun:
             native_size=checkpoint.native_size,
             size_factor=checkpoint.vae_scale_factor,
         )
+        warn_of_seeds(config.prompts, self.given.settings())
+        refuse_bad_names(config)
         return config, checkpoint
 
     def read_settings(self) -> tuple[GenerationConfig, Checkpoint]:
@@ -105,6 +110,7 @@ class StageRun:
         self.lock.acquire(make_folder=False)
         config = read_generation_config(self.source_dir)
         config, self.overrides = config.override(self.given.settings())
+        warn_of_seeds(config.prompts, self.given.settings())
         return config, open_checkpoint(config, loaded_for(self.stage.makes))
 
     # --- 2. input and freshness ---
@@ -146,16 +152,24 @@ class StageRun:
         several = self.options.distributed is not None
         return self.given.flags.skip_fresh and not measured and not several
 
-    def find_rows(self, path: Path, recipes: Sequence[Recipe]) -> Rows:
+    def find_rows(
+        self, path: Path, recipes: Sequence[Recipe], config: GenerationConfig | None = None
+    ) -> Rows:
         """The rows to write to a file; those that it has already are taken, which is said.
 
         Where `takes_rows` says no, or a trajectory is saved, all are made.
+
+        Args:
+            config: the settings, where rows are images, each with its seed.
         """
         if not self.takes_rows or self.options.save_trajectory:
             return Rows.all_missing(recipes)
         rows = find_rows(path, recipes, verify=not self.options.no_verify)
         if rows.earlier is not None and len(recipes) > 1:
-            say(f"  {rows.in_words()}")
+            changes = rows.changes()
+            say(f"  {changes.in_words()}")
+            if "seed" in changes.names and config is not None and config.seeds_count_places:
+                say(f"  {MOVED}")
         return rows
 
     # --- 3. backend ---
@@ -261,9 +275,17 @@ def run_script(stage: Stage, story: Story) -> NoReturn:
 
     def run(given: Given) -> None:
         with StageRun(stage, given, Kept()) as stage_run:
-            story(stage_run)
+            _tell(story, stage_run)
 
     run_command(command_of(stage, run, story.__doc__ or ""))
+
+
+def _tell(story: Story, run: StageRun) -> None:
+    """Do a run; with `--topology` compile for a TPU that is not there, and run nothing."""
+    if run.given.flags.topology is None or run.stage.estimate is None:
+        story(run)
+    else:
+        resolve_name(run.stage.estimate)(run.given)
 
 
 class ResidentStage:
@@ -280,7 +302,7 @@ class ResidentStage:
 
         def run(given: Given) -> None:
             with StageRun(stage, given, self.kept, self.stop) as stage_run:
-                story(stage_run)
+                _tell(story, stage_run)
 
         self.command = command_of(stage, run, story.__doc__ or "")
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import product
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.errors import BadInputFileError, BadSettingError
 from common.files.stage_table import FIRST, OF_EVERY_RUN, Stage, maker_of
 from common.runs.flags import Flag, all_flags
+from common.runs.generation import read_run_settings
+from common.runs.prompts_file import read_prompts_file
 from common.stopping import STOP_SIGNALS
 from common.whole_files import write_text_whole
 
@@ -107,6 +109,27 @@ def parse_sweep(text: str, given: Mapping[str, Any]) -> Sweep:
         folder = f"{SWEEP_FOLDER}/{name_of(chosen)}"
         cells.append(Cell(values=chosen, folder=folder, sources=sources))
     return Sweep(axes=axes, cells=cells, of_pictures=pictures)
+
+
+def refuse_idle_seeds(axes: Collection[str], given: Mapping[str, Any]) -> None:
+    """Raise `BadSettingError` where a sweep over seeds would make the same pictures again.
+
+    Args:
+        axes: the settings that are swept.
+        given: the flags that all cells share.
+    """
+    if not {"seed", "same_seed"} & {*axes}:
+        return
+    own = {name: given[name] for name in ("prompt", "prompts_file") if name in given}
+    settings = read_run_settings(given.get("config"), own)
+    if settings.prompts_file is None:
+        return
+    prompts = read_prompts_file(Path(settings.prompts_file), settings)
+    if all(prompt.seed is not None for prompt in prompts):
+        raise BadSettingError(
+            f"--sweep: the seed changes nothing, as all prompts of {settings.prompts_file} have "
+            "seeds of their own: sweep seed_offset"
+        )
 
 
 def stage_of(flag: Flag, pictures: bool) -> Stage:

@@ -27,6 +27,7 @@ class Denoised:
     """What stage 2 computes."""
 
     latents: torch.Tensor  # [B, C, h, w] float32
+    seconds: list[float | None]  # of devices, for each image [B]; None where that is not known
     kept_after: list[int]  # numbers of steps
     trajectory: torch.Tensor | None  # the latents after each of them [S, B, C, h, w]
     trajectory_every: int | None  # how many steps these are apart
@@ -66,14 +67,17 @@ def denoise_images(
             if finished is not None:
                 run.latents[own] = finished["latents"].numpy()
                 run.trajectory[:, own] = finished["trajectory"].numpy()
+                run.count(own, float(finished["seconds"]))
                 bar.update(run.evaluations)
                 continue
-            run.denoise_group(chosen, group)
+            seconds = run.denoise_group(chosen, group) / real
+            run.count(own, seconds)
             made = denoiser.latents()
             kept = np.reshape(denoiser.trajectory, (-1, *made.shape))[:, :real]
             run.latents[own], run.trajectory[:, own] = made[:real], kept
             if len(todo) > run.group_size:
-                group.keep_finished({"latents": made[:real], "trajectory": kept})
+                arrays = {"latents": made[:real], "trajectory": kept}
+                group.keep_finished({**arrays, "seconds": np.array(seconds)})
             run.measure_first()
     return run.denoised()
 
@@ -82,7 +86,12 @@ def taken_images(rows: Rows) -> Denoised:
     """What stage 2 gives where an earlier file has all of it."""
     latents = rows.read(range(len(rows.recipes)))["latents"]
     return Denoised(
-        latents=latents, kept_after=[], trajectory=None, trajectory_every=None, profile=None
+        latents=latents,
+        seconds=[rows.seconds(row) for row in range(len(latents))],
+        kept_after=[],
+        trajectory=None,
+        trajectory_every=None,
+        profile=None,
     )
 
 
@@ -115,6 +124,7 @@ class _Run:
         self.group_size = group_size(count, options.batch_size, denoiser.devices_of_images)
         self.evaluations = len(job.sampler.restart())
         self.kept_after = steps_to_keep(self.evaluations, options.save_trajectory)
+        self.seconds: list[float | None] = [None] * count
         self.latents = np.empty((count, *job.latent_shape), np.float32)
         self.trajectory = np.empty((len(self.kept_after), *self.latents.shape), np.float32)
         self.is_first = True
@@ -131,14 +141,24 @@ class _Run:
         taken = sorted(rows.places)
         if taken:
             self.latents[taken] = rows.read(taken)["latents"].numpy()
+        for row in taken:
+            self.seconds[row] = rows.seconds(row)
         return np.array(rows.missing)
 
     def bar_steps(self, images: int) -> int:
         """The steps of all groups of so many images."""
         return -(-images // self.group_size) * self.evaluations
 
-    def denoise_group(self, chosen: np.ndarray, group: GroupProgress) -> None:
-        """All steps of some images, or those that an earlier run has not kept."""
+    def count(self, images: np.ndarray, seconds: float) -> None:
+        """Note how long each of some images took."""
+        for image in images.tolist():
+            self.seconds[image] = round(seconds, 4)
+
+    def denoise_group(self, chosen: np.ndarray, group: GroupProgress) -> float:
+        """All steps of some images, or those that an earlier run has not kept.
+
+        Returns the seconds that the devices took for all steps.
+        """
         self.denoiser.start(self.job, chosen, self.tables)
         if self.is_first and (said := self.denoiser.unguided_in_words()):
             say(f"  steps without guidance: {said}")
@@ -146,8 +166,12 @@ class _Run:
         self.denoiser.warm_up(self.options.warmup_steps if self.is_first else 0)
         group.resume(self.denoiser)
         group.bar.unpause()
+        report, kept = self.denoiser.report, self.denoiser.done
+        before = report.parts().get("run", 0.0)
         for _ in self._steps(group):
             group.after_a_range(self.denoiser)
+        made = self.evaluations - kept
+        return (report.parts().get("run", 0.0) - before) * self.evaluations / max(made, 1)
 
     def _steps(self, group: GroupProgress) -> Iterator[Any]:
         return self.denoiser.run(
@@ -168,6 +192,7 @@ class _Run:
         """All that was made."""
         return Denoised(
             latents=torch.from_numpy(self.latents),
+            seconds=self.seconds,
             kept_after=self.kept_after,
             trajectory=torch.from_numpy(self.trajectory) if self.kept_after else None,
             trajectory_every=self.options.save_trajectory,

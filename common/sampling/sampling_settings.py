@@ -152,6 +152,25 @@ class SamplingSettings(Settings):
         ge=0,
         lt=2**63,
     )
+    same_seed: bool = setting(  # recipes hold each image's own
+        False,
+        "Every prompt with the run's seed.",
+        metavar=" ",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        recorded=False,
+        shown="",
+    )
+    seed_offset: int = setting(  # likewise
+        0,
+        "Added to all seeds.",
+        metavar="N",
+        group=SAMPLING,
+        shapes=(LATENTS,),
+        recorded=False,
+        gt=-(2**63),
+        lt=2**63,
+    )
     scheduler: str | None = setting(  # None: the checkpoint's own; recipes hold the class
         None,
         "euler_a, unipc, …",

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from common.compute.groups import groups
 from common.compute.options import RunOptions
+from common.files.artifacts import Artifact
 from common.files.row_reader import RowReader
-from common.messages import progress_bar
+from common.messages import progress_bar, warn
 from common.vae.grids import make_grid, shrink
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ class Latents:
 
     def __init__(self, rows: RowReader) -> None:
         self._rows, self.count = rows, rows.count
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        """Those of a file; what cannot be verified of it is said."""
+        return cls(RowReader(artifact, warn))
 
     def read(self, images: Sequence[int]) -> np.ndarray:
         """Those of some images, [N, C, h, w] float32."""

@@ -1,9 +1,18 @@
 """How latents become pictures, and in which files these are kept."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from common.declared import FILES, IMAGE_LATENTS, MODEL, PICTURES, DeviceDtype, Settings, setting
+from common.declared import (
+    FILES,
+    IMAGE_LATENTS,
+    MODEL,
+    PICTURES,
+    DeviceDtype,
+    Settings,
+    Text,
+    setting,
+)
 from common.errors import BadSettingError
 from common.files.picture_files import ImageFormat
 from common.models.checkpoint import Checkpoint
@@ -32,6 +41,24 @@ class VaeSettings(Settings):
     )
     image_format: ImageFormat = setting(
         "png", "png, webp, jpg.", metavar="FORMAT", group=FILES, shapes=(PICTURES,)
+    )
+    name_template: Text | None = setting(  # None: by id, else by number
+        None,
+        "Names: {index:04d}_{seed}.",
+        metavar="TEXT",
+        group=FILES,
+        shapes=(PICTURES,),
+        recorded=False,
+        shown="",
+    )
+    index: Literal["csv", "parquet"] | None = setting(  # beside images.jsonl
+        None,
+        "The list too: csv, parquet.",
+        metavar="FORMAT",
+        group=FILES,
+        shapes=(PICTURES,),
+        recorded=False,
+        shown="",
     )
     # Of a run of several; more of them have several grids. Recipes of grids alone hold it.
     grid_images: int = setting(

@@ -170,7 +170,7 @@ def test_a_retouched_png_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 9_999, 10_000, 10_001, 123_456])
 def test_names_sort_as_the_pictures_do(count: int) -> None:
-    names = picture_files.picture_names(count, "png")
+    names = picture_files.numbered("output_image", count, "png")
     grids = picture_files.grid_names(count, 1, "png")
     for some in (names, grids):
         assert sorted(some) == some and len({*some}) == count
@@ -189,15 +189,6 @@ def test_names_sort_as_the_pictures_do(count: int) -> None:
 )
 def test_grids_have_pages(count: int, grid_images: int, names: list[str]) -> None:
     assert picture_files.grid_names(count, grid_images, "webp") == names
-
-
-def test_only_our_pictures_are_found(tmp_path: Path) -> None:
-    ours = ["output_grid.jpg", "output_grid_0001.png", "output_image.png", "output_image_0000.webp"]
-    others = ["output_image_x.png", "holiday.png", "output_image.txt", "my_output_image.png"]
-    for name in ours + others:
-        (tmp_path / name).write_text("")
-    assert [path.name for path in picture_files.find_ours(tmp_path)] == ours
-    assert picture_files.find_ours(tmp_path / "nowhere") == []
 
 
 def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:

@@ -70,9 +70,12 @@ def test_rows_are_found_wherever_they_stand(tmp_path: Path) -> None:
     assert rows.places == {0: 2, 2: 0} and rows.missing == [1, 3]
     assert rows.read([0, 2])["latents"][:, 0].tolist() == [2, 0]
     assert rows.read([2])["latents"].tolist() == [[0, 0, 0]]
-    assert rows.in_words() == "2 of 4 to make: 1 new, 1 changed (negative_prompt)"
+    assert rows.changes().in_words() == "2 of 4 to make: 1 new, 1 changed (negative_prompt)"
     fresh = find_rows(path, rows_of(recipe_of(["b"], [2])))
-    assert fresh.missing == [] and fresh.in_words() == "0 of 1 to make; others stand elsewhere now"
+    assert (
+        fresh.missing == []
+        and fresh.changes().in_words() == "0 of 1 to make; others stand elsewhere now"
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_what_is_to_be_made_is_told_in_words(
     path = tmp_path / "stage2_latents.safetensors"
     base: dict[str, Any] = {"prompts": ["a", "a"], "seeds": [1, 2]}
     save(path, recipe_of(**base))
-    assert find_rows(path, rows_of(recipe_of(**(base | changes)))).in_words() == said
+    assert find_rows(path, rows_of(recipe_of(**(base | changes)))).changes().in_words() == said
 
 
 def test_a_file_that_is_damaged_or_from_elsewhere_has_none(tmp_path: Path) -> None:

@@ -186,6 +186,14 @@ GENERATION: dict[str, list[Case]] = {
         case(43, LATENTS, "seeds"),
         case(43, NOTHING, prompts=[PROMPT | {"seed": 7}]),
     ],
+    "same_seed": [
+        case(True, NOTHING),  # the first is the run's
+        case(True, LATENTS, "seeds", prompts=[PROMPT, PROMPT]),
+    ],
+    "seed_offset": [
+        case(1, LATENTS, "seeds"),
+        case(1, LATENTS, "seeds", prompts=[PROMPT | {"seed": 7}]),
+    ],
     "scheduler": [
         case("ddim", LATENTS),
         case("euler", NOTHING),
@@ -214,6 +222,8 @@ GENERATION: dict[str, list[Case]] = {
     ],
     "image_format": [case("webp", PICTURES)],
     "grid_images": [case(4, NOTHING)],  # grids say it themselves
+    "name_template": [case("{seed}", NOTHING)],
+    "index": [case("csv", NOTHING)],
     "prompts": [case([PROMPT, PROMPT | {"prompt": "a ring"}], EVERYTHING)],
     "height": [case(256, LATENTS), case(256, BEGUN, prompts=[BEGINS])],
     "width": [case(256, LATENTS)],
@@ -265,6 +275,10 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
         "seed": [
             case(7, LATENTS, "seeds"),
             case(42, NOTHING),  # the run's own
+        ],
+        "id": [
+            case("star", LATENTS, "seeds"),
+            case("star", NOTHING, seed=7),
         ],
         "image": [
             case("other_star.png", BEGUN, "pictures", of="star.png"),

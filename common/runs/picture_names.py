@@ -1,0 +1,123 @@
+"""The names of a run's pictures: by number, by their prompts' ids, or by a template."""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+from common.conditions.prompt_settings import PromptSettings
+from common.errors import BadSettingError, listed
+from common.files.picture_files import OUR_NAME, ImageFormat, numbered
+from common.runs.generation import GenerationConfig
+from common.runs.run_index import require_parquet
+
+# What a template may name; all but the first two are settings.
+FIELDS = (
+    *("index", "id", "prompt", "negative_prompt", "seed", "height", "width"),
+    *("num_inference_steps", "guidance_scale", "scheduler", "model_id"),
+)
+MOST_BYTES = 180  # of a name; file systems take 255 with the endings of temporary files
+# Not letters, digits or one of these in any file system's names, shells and web pages alike.
+_UNSAFE = re.compile(r"[^\w .,()+=@-]+")
+# Windows' names of devices, whatever the ending (learn.microsoft.com, "Naming Files").
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def names_of(
+    settings: Sequence[Mapping[str, Any]],
+    prompts: Sequence[PromptSettings],
+    template: str | None,
+    image_format: ImageFormat,
+) -> list[str]:
+    """The file name of every image.
+
+    Args:
+        settings: of each image; for a template.
+        prompts: whose ids name their images; each has as many of these.
+        template: as of `--name_template`.
+
+    Raises:
+        BadSettingError: the template cannot be read, or two images have the same name.
+    """
+    count, plain = len(settings), numbered("output_image", len(settings), image_format)
+    of_each, rest = divmod(count, len(prompts) or 1)
+    if rest:  # latents from elsewhere
+        of_each, prompts = 1, []
+    names = []
+    for index, own in enumerate(settings):
+        id = prompts[index // of_each].id if prompts else None
+        if template is not None:
+            values = {**own, "index": index, "id": id}
+            names.append(f"{safe_name(_fill(template, values))}.{image_format}")
+        elif id is not None:
+            number = f"_{index % of_each:04d}" if of_each > 1 else ""
+            names.append(f"{safe_name(id)}{number}.{image_format}")
+        else:
+            names.append(plain[index])
+    if names != plain:
+        _refuse_same(names, template)
+    return names
+
+
+def refuse_bad_names(config: GenerationConfig) -> None:
+    """Raise before anything is computed where pictures or their list could not be written.
+
+    Raises:
+        BadSettingError: as `names_of`.
+        UnfitEnvironmentError: the list is wanted in a format whose package is not there.
+    """
+    if config.index == "parquet":
+        require_parquet()
+    shared = config.model_dump(exclude={"prompts"})
+    own = [
+        shared | {"prompt": prompt.prompt, "negative_prompt": prompt.negative_prompt}
+        for prompt in config.prompts
+        for _ in range(config.num_images_per_prompt)
+    ]
+    settings = [each | {"seed": seed} for each, seed in zip(own, config.image_seeds(), strict=True)]
+    names_of(settings, config.prompts, config.name_template, config.image_format)
+
+
+def safe_name(text: str) -> str:
+    """A text as a file's name that every file system takes, without an ending."""
+    name = _UNSAFE.sub("_", unicodedata.normalize("NFC", text))
+    name = name.encode()[:MOST_BYTES].decode(errors="ignore").strip(" .").lstrip("-")
+    return f"_{name}" if not name or _DEVICES.fullmatch(name) else name
+
+
+def _fill(template: str, values: Mapping[str, Any]) -> str:
+    filled = []
+    try:
+        for text, name, spec, conversion in Formatter().parse(template):
+            filled.append(text)
+            if name is None:
+                continue
+            if name not in FIELDS or conversion is not None or "{" in (spec or ""):
+                raise BadSettingError(
+                    f"--name_template: {{{name}}} is none of {listed([f'{{{f}}}' for f in FIELDS])}"
+                )
+            value = values.get(name)
+            filled.append(format("" if value is None else value, spec or ""))
+    except (ValueError, TypeError) as error:
+        raise BadSettingError(f"--name_template {template!r} cannot be read: {error}") from None
+    return "".join(filled)
+
+
+def _refuse_same(names: Sequence[str], template: str | None) -> None:
+    """Raise where two names are one on some file system, or are those of other files of ours."""
+    known: dict[str, int] = {}
+    for index, name in enumerate(names):
+        same = known.setdefault(name.casefold(), index)
+        if same != index:
+            mend = "give each an id of its own" if template is None else "add {index} to it"
+            what = (
+                "the prompts' ids give"
+                if template is None
+                else f"--name_template {template!r} gives"
+            )
+            raise BadSettingError(
+                f"{what} the images {same} and {index} the same name, {name}: {mend}"
+            )
+        if OUR_NAME.fullmatch(name) and "image" not in name:
+            raise BadSettingError(f"an image cannot be called {name}: that is another file's name")

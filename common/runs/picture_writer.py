@@ -1,0 +1,193 @@
+"""Stage 3's writing: each picture in its place as soon as it is decoded; grids, the index."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.compute.clock import StageReport
+from common.errors import BadInputFileError, listed
+from common.files import picture_files
+from common.files.artifacts import Artifact
+from common.files.kept_progress import Progress, progress_paths
+from common.files.picture_files import OUR_NAME, TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
+from common.files.recipe import Recipe
+from common.files.rows import Changes, Told
+from common.files.stage_table import DECODE
+from common.messages import say, warn
+from common.runs.pictures import Found, PictureFacts, Pictures, web_ui_text
+from common.runs.recipes import trajectory_pictures_recipe
+from common.runs.run_index import RunIndex, find_ours
+from common.stopping import StopRequest
+from common.whole_files import copy_whole, remove_file, write_bytes_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class PictureWriter:
+    """A run's pictures, each in its place as soon as it is decoded."""
+
+    def __init__(
+        self, run_dir: Path, pictures: Pictures, facts: PictureFacts, report: StageReport
+    ) -> None:
+        self.run_dir, self.pictures, self.facts, self.report = run_dir, pictures, facts, report
+        self.taken: set[int] = set()  # rows whose pictures are there
+        self._index = RunIndex(run_dir, pictures.lines, pictures.index)
+        self._seconds = 0.0  # of the report, at the last picture
+        self._written: set[str] = set()  # names
+        self._shortened: dict[str, None] = {}  # settings, as they were met
+
+    @property
+    def missing(self) -> list[int]:
+        """The rows that are to be decoded."""
+        return [row for row in range(len(self.pictures.rows)) if row not in self.taken]
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Of one picture, [H, W, 3]."""
+        return picture_files.picture_shape(self.run_dir / self.pictures.names[0])
+
+    def take_all(self, found: Found) -> None:
+        """Take the pictures that are there, wherever they are, and say how many are not."""
+        places, rows = found.places(self.pictures), self.pictures.rows
+        gone = found.told(places.values())
+        self._take(places)
+        if len(rows) > 1 and (gone or places):
+            missing = [rows[row] for row in self.missing]
+            told = [Told(self.facts.settings(row), row.weights, row.versions) for row in missing]
+            say(f"  {Changes.of(len(rows), told, gone).in_words()}")
+
+    def take_done(self, found: Found, progress: Progress | None) -> None:
+        """Take the pictures that a stopped run made."""
+        kept = None if progress is None else progress.read_steps(0)
+        if kept is None or len(kept["done"]) != len(self.pictures.rows):
+            return
+        places = found.places(self.pictures)
+        self._take({row: path for row, path in places.items() if kept["done"][row]})
+        if self.taken:
+            say(f"  goes on after {len(self.taken)} of {len(self.pictures.rows)} images")
+
+    def _take(self, places: Mapping[int, Path]) -> None:
+        """Let pictures stand under the names that they have in this run."""
+        names = self.pictures.names
+        moved = {row: path for row, path in places.items() if path != self.run_dir / names[row]}
+        # All of them stand aside first: a name may be that of one which is to be moved.
+        folder, _ = progress_paths(self.run_dir, DECODE.number)
+        aside = {
+            row: folder / f"{self.pictures.fingerprints[row]}{path.suffix}"
+            for row, path in moved.items()
+        }
+        for row, path in moved.items():
+            if path != aside[row]:
+                copy_whole(path, aside[row])
+        for row, path in aside.items():
+            copy_whole(path, self.run_dir / names[row])
+        self.taken |= places.keys()
+        for row in places:
+            self._index.add(row)
+        self._written |= {names[row] for row in places}
+
+    def put(
+        self,
+        rows: Sequence[int],
+        images: "np.ndarray",
+        progress: Progress | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        """Write pictures [N, H, W, 3] uint8 of some rows.
+
+        Args:
+            progress: where it is kept which of them are written, until all are.
+            stop: asked then.
+
+        Raises:
+            StoppedError: a stop was asked for; what is done is kept.
+        """
+        before, self._seconds = self._seconds, self.report.parts().get("run", 0.0)
+        seconds = (self._seconds - before) / len(rows)
+        for row, image in zip(rows, images, strict=True):
+            self._write(self.pictures.names[row], image, self.pictures.rows[row])
+            self._index.add(row, seconds + self.facts.seconds_of_latents(row))
+        self._index.write_if_due()
+        if progress is None:
+            return
+        import torch
+
+        done = torch.tensor([name in self._written for name in self.pictures.names])
+        progress.save_steps(0, {"done": done})
+        if stop is not None and not done.all():
+            stop.raise_if_asked(
+                f"after {int(done.sum())} of {len(done)} images, which are kept: the same command "
+                "goes on from there"
+            )
+
+    def write_trajectory(
+        self, strip: "np.ndarray", frames: "Sequence[np.ndarray]", trajectory: Artifact
+    ) -> None:
+        """Write a strip [H, W, 3] uint8 and an animation of frames [H, W, 3]."""
+        recipe = trajectory_pictures_recipe(self.pictures.recipe, trajectory)
+        with self.report.part("image_encoding"):
+            record = self.facts.record(recipe, strip)
+            text = web_ui_text(record["settings"])
+            encoded = {
+                TRAJECTORY_STRIP: picture_files.encode_picture(strip, ".png", record, text),
+                TRAJECTORY_ANIMATION: picture_files.encode_animation(frames, record, text),
+            }
+        for name, content in encoded.items():
+            self._put_in_place(name, content)
+
+    def finish(self) -> Path:
+        """Write grids, remove an earlier run's pictures. Returns the one to look at first."""
+        self._write_grids()
+        others = [path for path in find_ours(self.run_dir) if path.name not in self._written]
+        others = [path for path in others if OUR_NAME.fullmatch(path.name) or is_ours(path)]
+        for path in others:
+            remove_file(path)
+        self._index.write()
+        if others:
+            say(f"  removed {len(others)} picture(s) that an earlier run made: {_some(others)}")
+        if self._shortened:
+            warn(
+                f"a JPEG's metadata hold 64 kB: {listed([*self._shortened])} shortened in the "
+                "pictures; the whole is in stage3_report.json"
+            )
+        return self.run_dir / self.pictures.main
+
+    def _write_grids(self) -> None:
+        """By the pictures' files."""
+        from common.vae.grids import make_grid
+
+        names, size = self.pictures.names, self.pictures.grid_images
+        for number, grid in enumerate(self.pictures.grids):
+            paths = [self.run_dir / name for name in names[number * size :][:size]]
+            with self.report.part("image_encoding"):
+                laid_out = make_grid(picture_files.read_pixels(paths))
+            self._write(grid, laid_out, self.pictures.grid_recipe)
+
+    def _write(self, name: str, pixels: "np.ndarray", recipe: Recipe) -> None:
+        suffix = Path(name).suffix
+        with self.report.part("image_encoding"):
+            whole = self.facts.record(recipe, pixels)
+            record, cut = picture_files.fit_record(whole, suffix, web_ui_text)
+            self._shortened |= dict.fromkeys(cut)
+            text = web_ui_text(record["settings"])
+            content = picture_files.encode_picture(pixels, suffix, record, text)
+        self._put_in_place(name, content)
+
+    def _put_in_place(self, name: str, content: bytes) -> None:
+        with self.report.part("writing"):
+            write_bytes_whole(self.run_dir / name, content)
+        self._written.add(name)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a picture holds a record of ours."""
+    try:
+        return picture_files.read_picture_record(path) is not None
+    except BadInputFileError:
+        return True  # of an older format
+
+
+def _some(paths: Sequence[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names if len(names) <= 3 else [names[0], "…", names[-1]])

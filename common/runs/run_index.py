@@ -1,0 +1,154 @@
+"""`images.jsonl`: a line for each picture of a run; the same as CSV or Parquet where asked."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import UnfitEnvironmentError
+from common.files.picture_files import OUR_NAME, find_pictures
+from common.files.recipe import to_json
+from common.text_files import parse_json
+from common.whole_files import remove_file, replace_whole, write_text_whole
+
+INDEX_FILE = "images.jsonl"
+Format = Literal["csv", "parquet"]
+OTHER_FILES: dict[Format, str] = {"csv": "images.csv", "parquet": "images.parquet"}
+SECONDS_BETWEEN_WRITES = 2.0  # of one that grows: it is written whole
+Line = dict[str, Any]
+
+
+def read_index(run_dir: Path) -> list[Line]:
+    """The lines of a run's index; none where there is none, or it is damaged."""
+    try:
+        text = (run_dir / INDEX_FILE).read_text(encoding="utf-8")
+        lines = [parse_json(line) for line in text.splitlines()]
+    except (OSError, ValueError):
+        return []
+    named = [line for line in lines if isinstance(line, dict) and isinstance(line.get("file"), str)]
+    return named if len(named) == len(lines) else []
+
+
+def find_ours(run_dir: Path) -> list[Path]:
+    """The pictures of a run directory that have names of ours, or those of its index, in order."""
+    listed = {line["file"] for line in read_index(run_dir)}
+    pictures = find_pictures(run_dir)
+    return [path for path in pictures if OUR_NAME.fullmatch(path.name) or path.name in listed]
+
+
+class RunIndex:
+    """The index of a run whose pictures are being made."""
+
+    def __init__(self, run_dir: Path, lines: Sequence[Line], other: Format | None) -> None:
+        """
+        Args:
+            lines: of all images, but for what only their making tells.
+            other: in which the list is written besides.
+        """
+        self._run_dir, self._lines, self._other = run_dir, lines, other
+        before = {line.get("fingerprint"): line for line in read_index(run_dir)}
+        self._seconds = {fingerprint: line.get("seconds") for fingerprint, line in before.items()}
+        self._done: set[int] = set()
+        self._written_at = time.monotonic()
+
+    def add(self, row: int, seconds: float | None = None) -> None:
+        """Count an image as done.
+
+        Args:
+            seconds: of its making; None: as an earlier index has it.
+        """
+        self._done.add(row)
+        if seconds is not None:
+            self._seconds[self._lines[row]["fingerprint"]] = round(seconds, 4)
+
+    def write_if_due(self) -> None:
+        """Write it, where the last time was some seconds ago."""
+        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self._write_lines()
+
+    def write(self) -> None:
+        """Write it, in all formats that are asked for; remove those of an earlier run."""
+        self._write_lines()
+        for kind, name in OTHER_FILES.items():
+            if kind != self._other:
+                remove_file(self._run_dir / name)
+        if self._other == "csv":
+            write_text_whole(self._run_dir / OTHER_FILES["csv"], to_csv(self._finished()))
+        elif self._other == "parquet":
+            write_parquet(self._run_dir / OTHER_FILES["parquet"], self._finished())
+
+    def _write_lines(self) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._finished())
+        write_text_whole(self._run_dir / INDEX_FILE, text)
+        self._written_at = time.monotonic()
+
+    def _finished(self) -> list[Line]:
+        return [
+            line | {"seconds": self._seconds.get(line["fingerprint"])}
+            for row, line in enumerate(self._lines)
+            if row in self._done
+        ]
+
+
+def why_index_stale(run_dir: Path, lines: Sequence[Line], other: Format | None) -> str | None:
+    """Why an index has to be written anew, or None."""
+    found = [{k: v for k, v in line.items() if k != "seconds"} for line in read_index(run_dir)]
+    if found != parse_json(to_json(list(lines))):
+        there = (run_dir / INDEX_FILE).exists()
+        return f"{INDEX_FILE} {'is of other pictures' if there else 'is not there'}"
+    if other is not None and not (run_dir / OTHER_FILES[other]).exists():
+        return f"{OTHER_FILES[other]} is not there"
+    return None
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    """Lines as CSV with a header; lists and objects as JSON."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns_of(lines))
+    writer.writeheader()
+    writer.writerows({name: _plain(value) for name, value in line.items()} for line in lines)
+    return file.getvalue()
+
+
+def write_parquet(path: Path, lines: Sequence[Line]) -> None:
+    """Lines as a Parquet file; lists and objects as JSON."""
+    require_parquet()
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: [_plain(line.get(name)) for line in lines] for name in columns_of(lines)}
+    with replace_whole(path) as temporary:
+        parquet.write_table(pyarrow.table(columns), temporary)
+
+
+def require_parquet() -> None:
+    """Raise `UnfitEnvironmentError` where Parquet cannot be written."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UnfitEnvironmentError(
+            "--index parquet needs a package that is not installed: pip install pyarrow, or use csv"
+        ) from None
+
+
+def columns_of(lines: Sequence[Line]) -> list[str]:
+    """The names of all values, in the order in which they are met."""
+    return [*dict.fromkeys(name for line in lines for name in line)]
+
+
+def _plain(value: Any) -> Any:
+    return to_json(value) if isinstance(value, list | dict) else value
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The names of settings that are not the same for all images."""
+    first = settings[0]
+    return {
+        name
+        for own in settings[1:]
+        for name in own.keys() | first.keys()
+        if own.get(name) != first.get(name)
+    }

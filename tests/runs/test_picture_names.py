@@ -1,0 +1,90 @@
+"""Pictures are called by number, id or template, safely on every file system."""
+
+from pathlib import PureWindowsPath
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.conditions.prompt_settings import PromptSettings
+from common.errors import BadSettingError
+from common.runs import picture_names
+from common.runs.picture_names import MOST_BYTES, names_of, refuse_bad_names, safe_name
+from tests.configs import make_config
+from tests.conftest import DEMO
+from tests.refusals import refusal
+
+SETTINGS: list[dict[str, Any]] = [
+    {"prompt": "a red star, ★/“big”", "seed": 7, "width": 64, "negative_prompt": None},
+    {"prompt": "a ring", "seed": 8, "width": 64, "negative_prompt": "dull"},
+]
+
+
+def prompts(*ids: str | None) -> list[PromptSettings]:
+    return [PromptSettings(prompt="a", negative_prompt=None, id=id) for id in ids]
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        (None, ["output_image_0000.png", "output_image_0001.png"]),
+        ("{index:04d}_{seed}_{prompt:.10}", ["0000_7_a red star.png", "0001_8_a ring.png"]),
+        ("{prompt}", ["a red star, _big_.png", "a ring.png"]),
+        ("{seed}-{id}{negative_prompt}", ["7-.png", "8-dull.png"]),
+        ("../{{{seed}}}/x", ["_7_x.png", "_8_x.png"]),
+    ],
+)
+def test_a_template_names_each(template: str | None, names: list[str]) -> None:
+    assert names_of(SETTINGS, prompts(None, None), template, "png") == names
+
+
+def test_an_id_is_the_name() -> None:
+    both = prompts("star one", None)
+    assert names_of(SETTINGS, both, None, "jpg") == ["star one.jpg", "output_image_0001.jpg"]
+    assert names_of(SETTINGS, prompts("Ring"), None, "png") == ["Ring_0000.png", "Ring_0001.png"]
+    assert names_of(SETTINGS[:1], prompts("x"), None, "png") == ["x.png"]
+    # Latents from elsewhere, whose prompts are not those of the run.
+    elsewhere = names_of(SETTINGS, prompts("a", "b", "c"), None, "png")
+    assert elsewhere == ["output_image_0000.png", "output_image_0001.png"]
+
+
+@pytest.mark.parametrize(
+    ("template", "ids", "said"),
+    [
+        ("{width}", (None, None), "'{width}' gives the images 0 and 1 the same name, 64.png: add"),
+        (None, ("a", "A"), "the prompts' ids give the images 0 and 1 the same name, A.png"),
+        (None, ("x", "output_grid"), "an image cannot be called output_grid.png"),
+        ("{prompt.__class__}", (None, None), "{prompt.__class__} is none of {index}, {id}"),
+        ("{steps}", (None, None), "{steps} is none of"),
+        ("{index:{seed}}", (None, None), "is none of"),
+        ("{seed:q}", (None, None), "cannot be read: Unknown format code 'q'"),
+        ("{seed", (None, None), "--name_template '{seed' cannot be read: expected '}'"),
+    ],
+)
+def test_what_cannot_be_a_name_is_refused(
+    template: str | None, ids: tuple[str | None, ...], said: str
+) -> None:
+    with refusal(BadSettingError, said):
+        names_of(SETTINGS, prompts(*ids), template, "png")
+
+
+@given(st.text())
+def test_any_text_is_a_safe_name(text: str) -> None:
+    name = safe_name(text)
+    assert 0 < len(name.encode()) <= MOST_BYTES + 1
+    assert name[0] not in " .-" and name[-1] not in " ."
+    assert not {*name} & {*'/\\:*?"<>|\0\n'}
+    assert not PureWindowsPath(name).is_reserved()
+    assert safe_name(name) == name
+
+
+def test_a_run_is_refused_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(DEMO, batch=2, name_template="{seed}")
+    refuse_bad_names(config)
+    with refusal(BadSettingError, "the same name", "add {index}"):
+        refuse_bad_names(config.model_copy(update={"name_template": "{model_id:.2}"}))
+    asked = []
+    monkeypatch.setattr(picture_names, "require_parquet", lambda: asked.append(1))
+    refuse_bad_names(config.model_copy(update={"index": "parquet"}))
+    assert asked == [1]
