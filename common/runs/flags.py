@@ -96,6 +96,13 @@ class StageFlags(Settings):
         alone=True,
         shown="",
     )
+    keep_overrides: bool = option(
+        False,
+        "Go on with what flags overrode.",
+        metavar=" ",
+        helps_make=ON_DEVICES,
+        shown="",
+    )
     debug: bool = option(
         False, "Show tracebacks and library messages.", metavar=" ", helps_make=ALL, shown=""
     )

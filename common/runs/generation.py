@@ -106,20 +106,17 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
         by_place = any(prompt.seed is None and prompt.id is None for prompt in self.prompts)
         return by_place and not self.same_seed
 
-    def override(self, changes: Mapping[str, Any]) -> tuple[Self, list[str]]:
-        """Apply one stage's flags. Returns the new settings and a line for each that differs."""
+    def override(self, changes: Mapping[str, Any]) -> tuple[Self, dict[str, list[Any]]]:
+        """Apply one stage's flags. Returns the new settings, and what differs: before and after."""
         unknown = changes.keys() - type(self).model_fields.keys()
         if unknown:
             raise BadSettingError(f"not a setting of a run: {', '.join(sorted(unknown))}")
-        before = self.model_dump()
-        changed = validate(type(self), merge_settings(before, changes, "flags"), "flags")
-        after = changed.model_dump()
-        lines = [
-            f"{name} {before[name]} → {value}"
-            for name, value in after.items()
-            if before[name] != value
-        ]
-        return changed, lines
+        merged = merge_settings(self.model_dump(), changes, "flags")
+        changed = validate(type(self), merged, "flags")
+        before, after = (settings.model_dump(mode="json") for settings in (self, changed))
+        return changed, {
+            name: [before[name], value] for name, value in after.items() if before[name] != value
+        }
 
 
 def read_run_settings(config_file: Path | None, flags: Mapping[str, Any]) -> RunSettings:

@@ -20,6 +20,7 @@ from common.files.tensor_rows import row_of_picture
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
+from common.runs.overrides import Overrides
 from common.runs.picture_names import names_of
 from common.runs.recipes import difference_from_report, trajectory_pictures_recipe
 from common.runs.run_index import (
@@ -200,7 +201,7 @@ class PictureFacts:
 
     config: GenerationConfig
     header: Header | None  # of the latents
-    overrides: list[str]
+    overrides: Overrides
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """A picture's settings; of a grid's or trajectory's recipe those of all images."""

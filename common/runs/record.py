@@ -28,6 +28,7 @@ from common.models.find import open_checkpoint
 from common.runs.generation import GenerationConfig, read_generation_config
 from common.runs.image_latents import read_inputs
 from common.runs.init_latents import find_init_latents
+from common.runs.overrides import overrides_of, values_in_words, values_of
 from common.runs.pictures import Pictures
 from common.runs.recipes import (
     embeddings_recipe,
@@ -125,26 +126,20 @@ def read_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunRecord:
     upstream = ""
     for stage in STAGES:
         own = [file for file in files if file.stage == stage.number]
-        expected, why_unknown = None, problem
-        trajectory = found.get(TRAJECTORY_FILE)
+        expected: dict[str, Recipe] = {}
+        overridden, why_unknown = "", problem
         if config is not None and checkpoint is not None:
             try:
-                expected = _recipe_now(stage, config, checkpoint, found, run_dir)
+                settled, overrides = config.override(values_of(overrides_of(run_dir, stage)))
+                overridden = values_in_words(overrides)
+                expected = _expected_files(stage, settled, checkpoint, found, run_dir)
             except StageError as error:
                 why_unknown = str(error)
-        pictures: dict[str, Recipe] = {}
-        if stage is DECODE and config is not None and expected is not None:
-            begun = found.get(IMAGE_LATENTS_FILE) if config.pastes else None
-            pictures = Pictures.of(config, expected, found[LATENTS_FILE], begun).recipes()
-            if trajectory is not None:
-                of_trajectory = trajectory_pictures_recipe(expected, trajectory)
-                pictures |= dict.fromkeys(TRAJECTORY_PICTURES, of_trajectory)
+        unnamed = "the run has no picture of this name" if expected else NO_INPUT
         for file in own:
-            wanted = expected if stage is not DECODE else pictures.get(file.name)
-            unknown = why_unknown or (
-                "the run has no picture of this name" if pictures else NO_INPUT
-            )
-            _judge(file, wanted, unknown, upstream)
+            _judge(file, expected.get(file.name), why_unknown or unnamed, upstream)
+            if file.state == FRESH and overridden:
+                file.why = f"overridden: {overridden}"
         if spoiled := [file for file in own if file.state in (STALE, DAMAGED)]:
             upstream = f"{spoiled[0].name} is {spoiled[0].state}"
     return RunRecord(run_dir=run_dir, config=config, problem=problem, files=files, reports=reports)
@@ -160,6 +155,27 @@ def _is_expected(name: str, config: GenerationConfig | None) -> bool:
 def _find(name: str, folders: Sequence[Path]) -> Path:
     """A file in the first of some folders that has it."""
     return next((f / name for f in folders if (f / name).exists()), folders[0] / name)
+
+
+def _expected_files(
+    stage: Stage,
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    found: dict[str, Artifact],
+    run_dir: Path,
+) -> dict[str, Recipe]:
+    """The files that a stage would write now, each with its recipe; none without its input."""
+    recipe = _recipe_now(stage, config, checkpoint, found, run_dir)
+    if recipe is None:
+        return {}
+    if stage is not DECODE:
+        return dict.fromkeys(stage.writes, recipe)
+    begun = found.get(IMAGE_LATENTS_FILE) if config.pastes else None
+    expected = Pictures.of(config, recipe, found[LATENTS_FILE], begun).recipes()
+    if (trajectory := found.get(TRAJECTORY_FILE)) is not None:
+        of_trajectory = trajectory_pictures_recipe(recipe, trajectory)
+        expected |= dict.fromkeys(TRAJECTORY_PICTURES, of_trajectory)
+    return expected
 
 
 def _recipe_now(

@@ -42,6 +42,7 @@ from common.runs.generation import (
     resolve,
     write_generation_config,
 )
+from common.runs.overrides import Overrides, overrides_of, values_of
 from common.runs.picture_names import refuse_bad_names
 from common.runs.seeds import MOVED, warn_of_seeds
 from common.runs.words import say_times, say_why
@@ -66,7 +67,8 @@ class StageRun:
         self.is_alone = stop is None
         self.report = StageReport(stage.number, since_process_began=self.is_alone)
         self.run_dir, self.source_dir = given.run_dir, given.source_dir
-        self.overrides: list[str] = []  # of the run's settings by flags, in words
+        self.overrides: Overrides = {}  # of the run's settings by flags
+        self._dropped: Overrides = {}  # by which was made what is to be replaced
         self.progress: Progress | None = None
         self._stale: str | None = None
 
@@ -109,7 +111,12 @@ class StageRun:
         refuse_unknown_options(self.options)
         self.lock.acquire(make_folder=False)
         config = read_generation_config(self.source_dir)
-        config, self.overrides = config.override(self.given.settings())
+        given, made = self.given.settings(), overrides_of(self.run_dir, self.stage)
+        if self.given.flags.keep_overrides:
+            given = values_of(made) | given
+        config, self.overrides = config.override(given)
+        now = config.model_dump(mode="json")
+        self._dropped = {name: pair for name, pair in made.items() if now.get(name) != pair[1]}
         warn_of_seeds(config.prompts, self.given.settings())
         return config, open_checkpoint(config, loaded_for(self.stage.makes))
 
@@ -140,7 +147,7 @@ class StageRun:
     def begin(self, doing: str) -> None:
         """Say what is done, and why."""
         say(f"{self.stage.name}: {doing}")
-        say_why(self._stale, self.overrides)
+        say_why(self._stale, self.overrides, self._dropped)
 
     @property
     def takes_rows(self) -> bool:

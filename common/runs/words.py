@@ -7,14 +7,22 @@ from common.compute.profile_tables import lines_of
 from common.files.report import Profile as ProfileReport
 from common.files.report import Repeat as RepeatReport
 from common.messages import say
+from common.runs.overrides import Overrides, values_in_words
 
 
-def say_why(stale: str | None, overrides: list[str]) -> None:
-    """Print why a stage runs and which of the run's settings its flags override."""
+def say_why(stale: str | None, overrides: Overrides, dropped: Overrides) -> None:
+    """Print why a stage runs and which of the run's settings its flags override.
+
+    Args:
+        dropped: overrides by which was made what the stage is to replace.
+    """
     if stale is not None:
         say(f"  because {stale}")
-    for line in overrides:
-        say(f"  override, for this run of this stage: {line}")
+    if dropped:
+        said = f"what was made with {values_in_words(dropped)}, in place of the run's own"
+        say(f"  drops {said}: --keep_overrides goes on with it")
+    for name, (before, after) in overrides.items():
+        say(f"  override, for this run of this stage: {name} {before} → {after}")
 
 
 def say_times(report: StageReport, path: Path, profile: ProfileReport | None = None) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from common.compute.backends import TORCH_FACTS
 from common.compute.kept import Kept
-from common.conditions.prompts import Rows, encode_into, encode_prompts
+from common.conditions.prompts import InMemory, encode_into, encode_prompts
 from common.files.kept_progress import Progress, remove_progress
 from common.files.recipe import Recipe
 from common.files.run_lock import HELD_BY_PARENT
@@ -106,8 +106,8 @@ def test_encoding_stopped_after_any_prompt_gives_the_same_bits(
     progress, stops, found = Progress(tmp_path, 1, {"fingerprint": "1"}), 0, None
     while found is None:
         try:
-            rows = Rows()
-            encode_into(rows, ours.text_pipeline, config, progress, StopAfter(looks))
+            rows = InMemory()
+            encode_into(rows, ours.text_pipeline, config, None, progress, StopAfter(looks))
             found = rows.take()
         except StoppedError as error:
             stops += 1

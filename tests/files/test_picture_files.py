@@ -54,7 +54,7 @@ def test_the_record_reads_back(tmp_path: Path, ending: str) -> None:
 def test_a_record_is_shortened_to_what_a_jpeg_holds(tmp_path: Path) -> None:
     pixels, record = make_picture()
     long = {"prompt": "a red star, " * 4000, "negative_prompt": "星" * 9000, "loras": ["x"] * 9000}
-    record |= {"settings": SETTINGS | long, "overrides": ["seed 1 → 2"]}
+    record |= {"settings": SETTINGS | long, "overrides": {"seed": [1, 2]}}
 
     def text_of(settings: dict[str, Any]) -> str:
         return picture_files.web_ui_parameters(settings, WEB_UI)

@@ -13,6 +13,7 @@ from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.recipe import Recipe
 from common.files.stage_table import LATENTS_FILE
+from common.runs.overrides import Overrides
 from common.runs.picture_writer import PictureWriter
 from common.runs.pictures import (
     Found,
@@ -67,9 +68,9 @@ class Run:
         )
         self.pictures = Pictures.of(self.config, self.recipe, self.latents, None)
 
-    def writer(self, *overrides: str) -> PictureWriter:
+    def writer(self, overrides: Overrides | None = None) -> PictureWriter:
         header = self.latents.header
-        facts = PictureFacts(config=self.config, header=header, overrides=[*overrides])
+        facts = PictureFacts(config=self.config, header=header, overrides=overrides or {})
         return PictureWriter(self.folder, self.pictures, facts, StageReport(3))
 
     def why_stale(self) -> str | None:
@@ -79,8 +80,8 @@ class Run:
         return sorted(p.name for p in self.folder.iterdir() if p.name != LATENTS_FILE)
 
 
-def write_all(run: Run, *overrides: str, pixels: np.ndarray = PIXELS) -> Path:
-    writer = run.writer(*overrides)
+def write_all(run: Run, overrides: Overrides | None = None, pixels: np.ndarray = PIXELS) -> Path:
+    writer = run.writer(overrides)
     writer.put(range(len(run.pictures.rows)), pixels)
     return writer.finish()
 

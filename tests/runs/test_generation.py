@@ -189,9 +189,9 @@ def test_a_missing_generation_config_exits_3(run_copy: Path, stage: Run) -> None
 
 
 def test_overrides_say_what_differs() -> None:
-    config, lines = make_small_config().override({"num_inference_steps": 30, "seed": 42})
+    config, changes = make_small_config().override({"num_inference_steps": 30, "seed": 42})
     assert config.num_inference_steps == 30
-    assert lines == ["num_inference_steps 25 → 30"]
+    assert changes == {"num_inference_steps": [25, 30]}
     with pytest.raises(BadSettingError, match="--num_inference_steps"):
         make_small_config().override({"num_inference_steps": 0})
 

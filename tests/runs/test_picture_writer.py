@@ -40,7 +40,7 @@ def test_pictures_take_the_place_of_another_runs(
     prompts = {name: values[:1] for name, values in OF_EMBEDDINGS.items()}
     seeds = {"seeds": [1, 2][:images], "num_images_per_prompt": images}
     run = Run(tmp_path, prompts, seeds, vae="elsewhere")
-    main = write_all(run, "vae None → elsewhere", pixels=PIXELS[:images])
+    main = write_all(run, {"vae": [None, "elsewhere"]}, pixels=PIXELS[:images])
     assert "removed 1 picture(s) that an earlier run made: output_image_0007.webp" in (
         capsys.readouterr().out
     )
@@ -50,7 +50,7 @@ def test_pictures_take_the_place_of_another_runs(
     assert run.names() == sorted({"holiday.png", "images.jsonl", *names, main.name})
     for index, name in enumerate(names):
         record = read_picture_record(tmp_path / name)
-        assert record is not None and record["overrides"] == ["vae None → elsewhere"]
+        assert record is not None and record["overrides"] == {"vae": [None, "elsewhere"]}
         assert record["fingerprint"] == run.pictures.rows[index].fingerprint()
         assert (record["settings"]["seed"], record["settings"]["vae"]) == (index + 1, "elsewhere")
         assert np.array_equal(read(tmp_path / name), PIXELS[index])

@@ -9,11 +9,13 @@ from common.runs.words import say_times, say_why
 
 
 def test_it_says_why_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    say_why(None, [])
+    say_why(None, {}, {})
     assert capsys.readouterr().out == ""
-    say_why("seed 42 → 43", ["eta 0.0 → 0.5"])
+    say_why("seed 42 → 43", {"eta": [0.0, 0.5]}, {"seed": [1, 42]})
     assert capsys.readouterr().out.splitlines() == [
         "  because seed 42 → 43",
+        "  drops what was made with seed 42, in place of the run's own: --keep_overrides goes on "
+        "with it",
         "  override, for this run of this stage: eta 0.0 → 0.5",
     ]
 

@@ -24,6 +24,7 @@ def test_a_run_writes_what_the_contract_says(finished_run: Path) -> None:
         "output_image_0000.png",
         "output_image_0001.png",
         "output_grid.png",
+        "images.jsonl",
         *(f"stage{number}_report.json" for number in (1, 2, 3)),
     }
     embeddings = load_file(finished_run / "stage1_embeddings.safetensors")
@@ -68,7 +69,7 @@ def test_the_rest_of_a_run_elsewhere_stays_there(run_copy: Path, run_all: Run) -
     record = read_picture_record(run_copy / "output_image_0000.png")
     assert record is not None
     assert (record["settings"]["seed"], record["settings"]["vae"]) == (5, str(vae))
-    assert record["overrides"] == [f"vae None → {vae}"]
+    assert record["overrides"] == {"vae": [None, str(vae)]}
     assert set(record["weights"]) == {"vae"}
 
 

@@ -12,10 +12,11 @@ from common.vae.vae_settings import VaeSettings
 
 def test_its_settings_shape_what_a_vae_makes() -> None:
     found = dict(declarations(VaeSettings))
-    assert found.keys() == {"vae_dtype", "tile", "image_format"}
+    of_files = {"image_format", "name_template", "index", "grid_images"}
+    assert found.keys() == {"vae_dtype", "tile", *of_files}
     both = (IMAGE_LATENTS, PICTURES)
     assert found["vae_dtype"].makes == found["tile"].makes == both
-    assert found["image_format"].makes == (PICTURES,)
+    assert all(found[name].makes == (PICTURES,) for name in of_files)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ def test_its_settings_shape_what_a_vae_makes() -> None:
         ({"vae_dtype": "float16"}, "--vae_dtype 'float16'"),
         ({"tile": "perhaps"}, "--tile 'perhaps'"),
         ({"image_format": "gif"}, "--image_format 'gif'"),
+        ({"grid_images": -1}, "--grid_images -1"),
+        ({"index": "xlsx"}, "--index 'xlsx'"),
         ({"tiles": True}, "did you mean 'tile'"),
     ],
 )
