@@ -77,6 +77,25 @@ class AskedPrompts(Settings):
         kind=Path,
         shown="",
     )
+    prompt_syntax: Literal["dynamic"] | None = setting(
+        None,
+        "dynamic: {red|blue} is two prompts.",
+        metavar="HOW",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        shown="",
+    )
+    wildcards: Path | None = setting(
+        None,
+        "Values for __name__, one a line.",
+        metavar="DIR",
+        group=PROMPTS,
+        shapes=(EMBEDDINGS,),
+        recorded=False,
+        kind=Path,
+        shown="",
+    )
     negative_prompt: Text | None = setting(
         "blurry, low quality, distorted, deformed",
         "What not to draw.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
+from common.conditions.dynamic_prompts import with_combinations
 from common.conditions.edited_picture import EditSettings
 from common.conditions.prompt_settings import AskedPrompts, PromptOptions, ResolvedPrompts
 from common.conditions.sizes import AskedSize, ResolvedSize, SizeSettings
@@ -154,7 +155,7 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
         prompts = read_prompts_file(settings.prompts_file, settings)
     else:
         prompts = make_prompts(settings)
-    prompts = with_inputs(prompts, settings)
+    prompts = with_inputs(with_combinations(prompts, settings), settings)
     if not prompts:
         raise BadSettingError("no prompt: give --prompt, --prompts_file or a config with one")
     shared = settings.model_dump(include=set(_Shared.model_fields))

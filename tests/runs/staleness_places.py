@@ -91,6 +91,9 @@ def lay_out(root: Path) -> None:
     save_lora(root / "lora_text_other.safetensors", text, value=2)
     save_lora(root / "lora_both.safetensors", unet, text, value=1)
     (root / "prompts.txt").write_text("a green ring\n")
+    for name, values in (("colors", "red\n"), ("colors_copy", "red\n"), ("others", "blue\n")):
+        (root / name).mkdir()
+        (root / name / "color.txt").write_text(values)
 
     grey = np.full((128, 128, 3), 90, np.uint8)
     for name, value in (("star", 90), ("star_copy", 90), ("other_star", 91)):

@@ -59,6 +59,7 @@ def case(
 
 UNET_LORA, TEXT_LORA = {"file": "lora_unet.safetensors"}, {"file": "lora_text.safetensors"}
 SINGLE_FILE = {"model_id": "single.safetensors", "single_file_config": "models/demo"}
+WITH_WILDCARD = {"prompt": ("a __color__ star",), "prompt_syntax": "dynamic"}
 BY_TIMESTEPS = {"num_inference_steps": None}
 NEGATIVE_SIZES = {"negative_original_size": (64, 64), "negative_target_size": (64, 64)}
 
@@ -234,6 +235,14 @@ ASKED: dict[str, list[Case]] = {
     "prompts_file": [
         case(Path("prompts.txt"), EVERYTHING, "prompts"),
         case(Path("prompts.txt"), NOTHING, prompt=("a green ring",)),
+    ],
+    "prompt_syntax": [
+        case("dynamic", EVERYTHING, "prompts", prompt=("a {red|blue} star",)),
+        case("dynamic", NOTHING),
+    ],
+    "wildcards": [
+        case(Path("others"), EVERYTHING, "prompts", of=Path("colors"), **WITH_WILDCARD),
+        case(Path("colors_copy"), NOTHING, of=Path("colors"), **WITH_WILDCARD),
     ],
     "prompt_2": [case(("a green ring",), EVERYTHING, "prompts_2")],
     "negative_prompt": [
