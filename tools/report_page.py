@@ -3,13 +3,16 @@
     python tools/report_page.py stage_outputs
     python tools/report_page.py runs/a runs/b runs/c --output comparison.html
 
-The page is a single file that needs no network. Runs that differ in one or two settings, a sweep's
-cells, or a run's prompts and seeds are laid out as a grid.
+The page is a single file that needs no network; that of many pictures has small ones of them in a
+folder beside it, which are loaded as they come into view. Runs that differ in one or two settings,
+a sweep's cells, or a run's prompts and seeds are laid out as a grid.
 """
 
 import base64
+import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +30,7 @@ import jinja2
 import typer
 
 from common.commands import Debug, flag, make_command
-from common.errors import BadInputFileError
+from common.errors import BadInputFileError, shorten
 from common.files import picture_files
 from common.files.report import Report, Seconds
 from common.files.run_files import DEFAULT_OUTPUT_DIR
@@ -36,9 +39,10 @@ from common.files.tensor_rows import names_as_given
 from common.messages import say
 from common.process import run_command
 from common.runs.passes import passes_in
-from common.runs.record import DAMAGED, MISSING, STALE, FileRecord, RunRecord, read_run
+from common.runs.record import DAMAGED, FRESH, MISSING, STALE, FileRecord, RunRecord, read_run
+from common.runs.run_index import find_ours
 from common.runs.sweep import Cell, Sweep, read_sweep
-from common.whole_files import write_text_whole
+from common.whole_files import remove_file, write_bytes_whole, write_text_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,6 +53,11 @@ PAGE = "What to show"
 MOST_PIXELS = 1024  # a side of a picture in the page
 MOST_WEBP_PIXELS = 16383
 MOST_OPERATIONS = 12
+MOST_INSIDE = 200  # pictures in the page itself; of more it has small ones beside it
+MOST_SMALL_PIXELS = 256  # a side of these
+SMALL_NAME = re.compile(r"[0-9a-f]{20}\.webp")
+MOST_CAPTION = 120  # characters
+MOST_TOLD = 8  # fresh pictures whose lineage is told
 # What does not tell pictures apart, or says it twice.
 NOT_AXES = ("prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
 
@@ -57,7 +66,7 @@ NOT_AXES = ("prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
 class Picture:
     """A picture in the page."""
 
-    source: str  # data URI
+    source: str  # data URI, or the path of a small one beside the page
     alt: str
     width: int
     height: int
@@ -86,6 +95,18 @@ class RunView:
     reports: dict[int, Report] = field(default_factory=dict)
     strip: Picture | None = None
     animation: Picture | None = None
+
+    @property
+    def told_files(self) -> list[FileRecord]:
+        """The files that lineage shows: of many fresh pictures the first."""
+        fresh = [file for file in self.files if file.settings and file.state == FRESH]
+        left_out = {id(file) for file in fresh[MOST_TOLD:]}
+        return [file for file in self.files if id(file) not in left_out]
+
+    @property
+    def files_left_out(self) -> int:
+        """How many it does not show."""
+        return len(self.files) - len(self.told_files)
 
     @property
     def pictures(self) -> list[Picture]:
@@ -133,19 +154,20 @@ def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
     """
     runs: list[RunView] = []
     grids: list[Grid] = []
+    place = Place.of(path, run_dirs)
     for run_dir in [each for folder in run_dirs for each in (folder, *passes_in(folder))]:
         if not run_dir.is_dir():
             raise BadInputFileError(f"{run_dir} is no folder: name a run directory")
         sweep = read_sweep(run_dir)
         if sweep is None:
-            runs.append(view_run(run_dir))
+            runs.append(view_run(run_dir, place))
             if not runs[-1].reports and all(file.state == MISSING for file in runs[-1].files):
                 raise BadInputFileError(f"{run_dir} holds no run: name a run directory")
         else:
-            cells = [view_cell(run_dir, cell) for cell in sweep.cells]
+            cells = [view_cell(run_dir, cell, place) for cell in sweep.cells]
             grids += sweep_grids(sweep, cells)
             runs += cells
-    if not grids:
+    if not grids and place.folder is None:
         grids = grids_of_differences(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
@@ -156,6 +178,7 @@ def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(
         runs=runs,
+        beside=place.folder is not None,
         grids=grids,
         bars=[stage_bars(run) for run in runs],
         plots=[step_plot(run) for run in runs],
@@ -163,14 +186,58 @@ def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
         parts=[name.replace("_", " ") for name in Seconds.model_fields],
     )
     write_text_whole(path, page)
+    place.remove_others()
     return path
 
 
-def view_cell(run_dir: Path, cell: Cell) -> RunView:
+@dataclass
+class Place:
+    """Where a page's pictures are: inside, or as small ones in a folder beside it."""
+
+    folder: Path | None
+    used: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, page: Path, run_dirs: Sequence[Path]) -> "Place":
+        """That of a page, by the number of pictures that it is to show."""
+        folders = [each for run in run_dirs for each in (run, *passes_in(run), *_cells_of(run))]
+        count = sum(len(find_ours(folder)) for folder in folders)
+        return cls(None if count <= MOST_INSIDE else page.with_name(f"{page.stem}_pictures"))
+
+    def most(self, pixels: int) -> int:
+        """Pixels of a side, of a picture that may have so many in the page."""
+        return pixels if self.folder is None else min(pixels, MOST_SMALL_PIXELS)
+
+    def put(self, content: bytes) -> str:
+        """Keep a WebP file. Returns its address for the page."""
+        if self.folder is None:
+            return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:20]}.webp"
+        if not path.exists():
+            write_bytes_whole(path, content)
+        self.used.add(path.name)
+        return f"{self.folder.name}/{path.name}"
+
+    def remove_others(self) -> None:
+        """Remove what an earlier page had in the folder."""
+        for path in [] if self.folder is None else self.folder.iterdir():
+            if SMALL_NAME.fullmatch(path.name) and path.name not in self.used:
+                remove_file(path)
+
+
+INSIDE = Place(None)
+
+
+def _cells_of(run_dir: Path) -> list[Path]:
+    sweep = read_sweep(run_dir)
+    return [] if sweep is None else [run_dir / cell.folder for cell in sweep.cells]
+
+
+def view_cell(run_dir: Path, cell: Cell, place: Place) -> RunView:
     """What the page shows of a sweep's cell; of one that failed, that it did."""
     folder = run_dir / cell.folder
     if cell.exit_code == 0:
-        view = view_run(folder, [run_dir / source for source in cell.sources])
+        view = view_run(folder, place, [run_dir / source for source in cell.sources])
     else:
         error = "it was not run" if cell.exit_code is None else f"failed: {cell.error}"
         view = RunView(name=str(folder), error=error)
@@ -179,7 +246,7 @@ def view_cell(run_dir: Path, cell: Cell) -> RunView:
     return view
 
 
-def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
+def view_run(run_dir: Path, place: Place = INSIDE, sources: Sequence[Path] = ()) -> RunView:
     """What the page shows of a run directory, whose inputs may be in others."""
     run = read_run(run_dir, sources)
     view = RunView(name=str(run_dir), files=run.files, reports=run.reports, error=run.problem)
@@ -198,7 +265,7 @@ def view_run(run_dir: Path, sources: Sequence[Path] = ()) -> RunView:
         elif file.name == picture_files.TRAJECTORY_ANIMATION:
             view.animation = load_picture(path, file, "the same, as an animation", whole=True)
         elif "prompt" in file.settings:
-            shown.append(load_picture(path, file, caption_of(file.settings)))
+            shown.append(load_picture(path, file, caption_of(file.settings), place))
     for index, picture in enumerate(shown):
         group = view.groups[min(index // images_of_each, len(view.groups) - 1)]
         group.pictures.append(picture)
@@ -233,6 +300,7 @@ def to_picture(
     *,
     most: int = MOST_PIXELS,
     content: bytes | None = None,
+    place: Place = INSIDE,
 ) -> Picture:
     """An image for the page, as WebP without its metadata.
 
@@ -243,27 +311,29 @@ def to_picture(
     width, height = image.size
     if content is None:
         small, buffer = image.convert("RGB"), io.BytesIO()
-        small.thumbnail((most, most))
+        small.thumbnail((place.most(most), place.most(most)))
         small.save(buffer, format="WEBP", quality=92)
         content = buffer.getvalue()
     return Picture(
-        source=f"data:image/webp;base64,{base64.b64encode(content).decode()}",
-        alt=caption,
+        source=place.put(content),
+        alt=shorten(caption, MOST_CAPTION),
         width=width,
         height=height,
-        caption=caption,
+        caption=shorten(caption, MOST_CAPTION),
         settings=settings or {},
     )
 
 
-def load_picture(path: Path, file: FileRecord, caption: str, *, whole: bool = False) -> Picture:
+def load_picture(
+    path: Path, file: FileRecord, caption: str, place: Place = INSIDE, *, whole: bool = False
+) -> Picture:
     """A picture for the page, as WebP without its metadata; `whole` keeps the file as it is."""
     from PIL import Image
 
     most = MOST_WEBP_PIXELS if "trajectory" in path.name else MOST_PIXELS
     content = path.read_bytes() if whole else None
     with Image.open(path) as image:
-        return to_picture(image, caption, file.settings, most=most, content=content)
+        return to_picture(image, caption, file.settings, most=most, content=content, place=place)
 
 
 def caption_of(settings: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from common.files.artifacts import HEADER_KEY
 from common.runs.sweep import Cell, Sweep, write_sweep
 from tests.conftest import PROJECT_DIR, Run, run_script
 from tests.refusals import expect
-from tools.report_page import view_run, write_page
+from tools.report_page import MOST_INSIDE, view_run, write_page
 
 REPORT_PAGE = PROJECT_DIR / "tools" / "report_page.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -170,3 +171,50 @@ def test_a_page_of_a_folder_without_a_run_is_not_made(tmp_path: Path) -> None:
     result = run_script(REPORT_PAGE, tmp_path)
     assert result.returncode == 3 and "holds no run" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
+    """A run of more pictures than a page holds, copies of one run's."""
+    folder = tmp_path_factory.mktemp("large")
+    for name in ("generation_config.json", "stage3_report.json"):
+        shutil.copy(finished_run / name, folder / name)
+    for number in range(MOST_INSIDE + 100):
+        shutil.copy(
+            finished_run / f"output_image_{number % 2:04d}.png",
+            folder / f"output_image_{number:04d}.png",
+        )
+    return folder
+
+
+def test_many_pictures_are_small_ones_beside_the_page(large: Path) -> None:
+    small = large / "report_pictures"
+    small.mkdir()
+    (small / "holiday.webp").write_bytes(b"")
+    (small / f"{'0' * 20}.webp").write_bytes(b"of an earlier page")
+    text = write_page(large / "report.html", [large]).read_text(encoding="utf-8")
+    count = MOST_INSIDE + 100
+    assert text.count('loading="lazy"') == count and "data:image" not in text
+    assert len(text) < 600 * count + 40_000
+    sources = {*re.findall(r'src="(report_pictures/[^"]+)"', text)}
+    assert {path.name for path in small.iterdir()} == {
+        "holiday.webp",
+        *(Path(source).name for source in sources),
+    }
+    with Image.open(large / min(sources)) as image:
+        assert max(image.size) <= 256
+
+
+@needs_chromium
+def test_a_large_page_opens(large: Path, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(write_page(large / "report.html", [large]).as_uri())
+    first = page.locator("button.picture img").first
+    assert first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    first.click()
+    shown = page.locator("dialog img")
+    assert shown.is_visible() and shown.get_attribute("alt") == first.get_attribute("alt")
+    assert said == []
+    page.close()
