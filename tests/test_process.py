@@ -158,7 +158,10 @@ def test_what_no_file_holds_is_refused_before_computing(tmp_path: Path, stage: R
     (tmp_path / "prompts.txt").write_text(f"{'星' * 1000}\n" * 4300)
     many = ("--prompts_file", tmp_path / "prompts.txt")
     wide = ("--image_format", "webp", "--width", 16_384)
-    for flags, words in ((many, "the prompts take 13 MB"), (wide, "at most 16383 pixels a side")):
+    for flags, words in (
+        (many, "the prompts and images take 14 MB"),
+        (wide, "at most 16383 pixels a side"),
+    ):
         run_dir = tmp_path / "run"
         expect(stage(1, "--output_dir", run_dir, "--model_id", DEMO, *flags), 2, words)
         assert not run_dir.exists()

@@ -12,9 +12,10 @@ from common.errors import shorten
 from common.files.kept_progress import Progress
 from common.files.rows import Rows
 from common.files.tensor_rows import TOKENS
-from common.messages import progress_bar, say
+from common.messages import say
 from common.models.text_pipeline import embeddings_names, first_tokenizer, has_two_encoders, room_of
 from common.models.textual_inversion import unused_words
+from common.progress import progress_bar
 from common.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
@@ -163,8 +164,9 @@ def _encode_one_by_one(
     unkept = InMemory()
     known_negatives: dict[Any, Tensors] = {}
     with progress_bar(len(chunked), "encode", "prompt") as bar:
-        bar.update(kept)
+        bar.skip(kept)
         for row in range(kept, len(chunked)):
+            bar.note(config.prompts[row].prompt)
             if rows is not None and row in places:
                 encoded = rows.read([row])
             else:

@@ -35,6 +35,7 @@ from common.declared import (
 from common.errors import BadSettingError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.stage_table import FIRST, Stage
+from common.progress import Form
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.setting_groups import ASKED, SHARED
 from common.sampling.sampling_settings import parse_scheduler_options
@@ -102,6 +103,13 @@ class StageFlags(Settings):
         metavar=" ",
         helps_make=ON_DEVICES,
         shown="",
+    )
+    progress: Form = option(
+        "auto",
+        "auto, lines, json, off.",
+        metavar="FORM",
+        helps_make=ALL,
+        swept=False,
     )
     debug: bool = option(
         False, "Show tracebacks and library messages.", metavar=" ", helps_make=ALL, shown=""

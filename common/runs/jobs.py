@@ -106,6 +106,7 @@ def denoising_job(
         sampler=sampler,
         guidance=guidance_of(config, unet_config, config.image_guidance_scale),
         conditions=conditions_of(config, unet_config),
+        prompts=[prompt.prompt for prompt in config.prompts],
         begin=beginning_of(config, checkpoint, prompt_of.tolist(), begin),
     )
 

@@ -34,6 +34,7 @@ from common.models.hub import OFFLINE
 from common.models.library_imports import quiet_libraries, spare_imports
 from common.models.model_settings import PROJECT_DIR
 from common.process import run_command
+from common.progress import show_progress_as
 from common.runs.flags import Given, command_of
 from common.runs.generation import (
     GenerationConfig,
@@ -74,6 +75,7 @@ class StageRun:
 
     def __enter__(self) -> Self:
         self.report.phase("settings")
+        show_progress_as(self.given.flags.progress)
         self.options = self.given.options
         wait, writes = self.given.flags.wait, self.options.writes()
         self.lock = RunLock.of_stage(self.run_dir, wait=wait, writes=writes)

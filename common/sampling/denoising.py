@@ -14,7 +14,8 @@ from common.compute.profile_tables import Profiler
 from common.files.kept_progress import Progress
 from common.files.report import Profile
 from common.files.rows import Rows
-from common.messages import progress_bar, say, warn
+from common.messages import say, warn
+from common.progress import progress_bar
 from common.sampling.denoiser import Denoiser
 from common.sampling.group_progress import GroupProgress
 from common.sampling.job import DenoisingJob
@@ -58,7 +59,9 @@ def denoise_images(
     tables = tables_of(denoiser, job, options)
     run = _Run(denoiser, job, options, tables, profile_folder)
     todo = run.take(rows)
-    with progress_bar(run.bar_steps(len(todo)), "denoise", "step", leave=True) as bar:
+    with progress_bar(
+        run.bar_steps(len(todo)), "denoise", "step", images=len(todo), leave=True
+    ) as bar:
         for number, (places, real) in enumerate(groups(len(todo), run.group_size)):
             group = GroupProgress(progress, stop, options.checkpoint_every, number, bar)
             chosen = todo[places]
@@ -68,8 +71,10 @@ def denoise_images(
                 run.latents[own] = finished["latents"].numpy()
                 run.trajectory[:, own] = finished["trajectory"].numpy()
                 run.count(own, float(finished["seconds"]))
-                bar.update(run.evaluations)
+                bar.skip(run.evaluations)
                 continue
+            if job.prompts:
+                bar.note(job.prompts[int(job.prompt_of[own[0]])])
             seconds = run.denoise_group(chosen, group) / real
             run.count(own, seconds)
             made = denoiser.latents()

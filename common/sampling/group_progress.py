@@ -1,9 +1,10 @@
 """One group's part of the progress that is kept."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.files.kept_progress import Progress
 from common.messages import say
+from common.progress import Shown
 from common.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class GroupProgress:
         stop: StopRequest | None,
         every: int | None,
         number: int,
-        bar: Any,
+        bar: Shown,
     ) -> None:
         """
         Args:
@@ -45,7 +46,7 @@ class GroupProgress:
             kept = self.progress.read_steps(self.number)
         if kept is not None:
             denoiser.resume(kept)
-            self.bar.update(denoiser.done)
+            self.bar.skip(denoiser.done)
             say(f"  goes on after step {denoiser.done} of {denoiser.evaluations}")
         self.shown = denoiser.done
 

@@ -32,6 +32,7 @@ class DenoisingJob:
     sampler: Sampler
     guidance: Guidance
     conditions: tuple[Condition, ...]
+    prompts: list[str] = field(default_factory=list)  # to say what is at work [P]
     begin: Beginning = field(default_factory=FromNoise)
 
     def images(

@@ -10,7 +10,8 @@ from common.compute.groups import groups
 from common.compute.options import RunOptions
 from common.files.artifacts import Artifact
 from common.files.row_reader import RowReader
-from common.messages import progress_bar, warn
+from common.messages import warn
+from common.progress import progress_bar
 from common.vae.grids import make_grid, shrink
 
 if TYPE_CHECKING:

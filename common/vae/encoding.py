@@ -8,7 +8,7 @@ import numpy as np
 
 from common.compute.options import RunOptions
 from common.files.kept_progress import Progress
-from common.messages import progress_bar
+from common.progress import progress_bar
 from common.stopping import StopRequest
 from common.vae.encoder import Posterior
 

@@ -20,6 +20,7 @@ from common.compute.profile_tables import Profiler
 from common.errors import NotFiniteError
 from common.files.kept_progress import Progress
 from common.files.report import Profile
+from common.progress import Shown
 from common.stopping import StopRequest
 
 # What can be computed: latents to pixels and whether all was finite; a tile of latents to
@@ -68,7 +69,7 @@ class VaeRunner(ABC):
         compute: Callable[[np.ndarray], Arrays],
         options: RunOptions,
         *,
-        bar: Any,
+        bar: Shown,
         units: str,
         progress: Progress | None = None,
         stop: StopRequest | None = None,
@@ -92,12 +93,15 @@ class VaeRunner(ABC):
                 kept = progress.read_group(number) if progress is not None else None
                 if kept is not None:
                     made = {name: tensor.numpy() for name, tensor in kept.items()}
+                    shown.skip(real)
                 else:
                     made = {name: a[:real] for name, a in compute(inputs[chosen]).items()}
                 found.append(made)
                 done += real
+                if kept is not None:
+                    continue
                 shown.update(real)
-                if kept is not None or count <= size:
+                if count <= size:
                     continue
                 if progress is not None:
                     tensors = {name: torch.from_numpy(a.copy()) for name, a in made.items()}

@@ -46,7 +46,9 @@ def make_header() -> Header:
 
 
 def denoised(**trajectory: Any) -> Denoised:
-    nothing = dict(kept_after=[], trajectory=None, trajectory_every=None, profile=None)
+    nothing = dict(
+        seconds=[1.5], kept_after=[], trajectory=None, trajectory_every=None, profile=None
+    )
     found = nothing | trajectory
     return Denoised(latents=torch.ones(1, 4, 2, 3), **found)
 
@@ -66,4 +68,4 @@ def test_latents_take_the_place_of_another_runs_trajectory(tmp_path: Path) -> No
     assert not (tmp_path / TRAJECTORY_FILE).exists()
     header = artifacts.inspect(tmp_path / LATENTS_FILE).header
     assert header is not None and header.recipe == recipe
-    assert header.provenance["device"] == "cpu"
+    assert header.provenance["device"] == "cpu" and header.rows[0].seconds == 1.5

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from common.files import kept_progress
 from common.files.kept_progress import Progress
 from common.models.checkpoint import Checkpoint
+from common.progress import Shown
 from common.sampling.denoiser import Denoiser
 from common.sampling.group_progress import GroupProgress
 from common.stopping import StoppedError, StopRequest
@@ -32,7 +32,7 @@ def begin(checkpoint: Checkpoint) -> Denoiser:
 def group_of(
     progress: Progress | None, *, stop: StopRequest | None = None, every: int | None = None
 ) -> GroupProgress:
-    return GroupProgress(progress, stop, every, 3, tqdm(total=STEPS, disable=True))
+    return GroupProgress(progress, stop, every, 3, Shown(STEPS, "denoise", "step"))
 
 
 def progress_in(folder: Path) -> Progress:

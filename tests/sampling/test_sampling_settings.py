@@ -33,11 +33,11 @@ def test_scheduler_options_belong_to_their_scheduler(tmp_path: Path) -> None:
     assert added.scheduler_options == {"solver_order": 3, "use_karras_sigmas": True}
     other = read_run_settings(file, {"scheduler": "euler"})
     assert other.scheduler_options == {}
-    config, lines = make_config(DEMO, scheduler="lms", scheduler_options={"a": 1}).override(
+    config, changes = make_config(DEMO, scheduler="lms", scheduler_options={"a": 1}).override(
         {"scheduler": "heun"}
     )
     assert config.scheduler_options == {}
-    assert lines == ["scheduler lms → heun", "scheduler_options {'a': 1} → {}"]
+    assert changes == {"scheduler": ["lms", "heun"], "scheduler_options": [{"a": 1}, {}]}
 
 
 def test_scheduler_options_on_the_command_line() -> None:
