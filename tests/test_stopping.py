@@ -21,7 +21,7 @@ from common.stopping import (
     hold_signals,
     stopping_at_once,
 )
-from tests.conftest import PROJECT_DIR, STAGES, file_contents
+from tests.conftest import LONG, PROJECT_DIR, STAGES, file_contents
 
 # What stage 2 shows when it has begun, and when its devices are computing.
 MOMENTS = {"loading": rb"  override", "denoising": rb"[1-9]\d*/990"}
@@ -30,7 +30,10 @@ MOMENTS = {"loading": rb"  override", "denoising": rb"[1-9]\d*/990"}
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=LONG),
+    ],
 )
 def test_a_stopped_stage_leaves_every_file_as_it_was(
     run_copy: Path, number: signal.Signals, code: int, word: str, moment: str

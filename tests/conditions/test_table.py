@@ -136,6 +136,7 @@ def test_a_new_condition_reaches_both_backends_and_every_mesh(shifted: Shifted) 
         assert relative_difference(shifted.latents(name), without) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_its_setting_is_a_setting_as_any_other(shifted: Shifted) -> None:
     for name, shift in (("jax", SHIFT), ("torch", SHIFT), ("mesh", SHIFT), ("jax 0", 0.0)):
         header = artifacts.inspect(shifted.folder / name / LATENTS_FILE).header

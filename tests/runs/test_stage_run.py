@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from common.declared import LATENTS
 from common.files.stage_table import LATENTS_FILE
-from tests.conftest import PROJECT_DIR, STAGES, Run
+from tests.conftest import LONG, PROJECT_DIR, STAGES, Run
 from tests.printed import header_of
 
 
@@ -54,7 +54,7 @@ def test_another_output_dir_becomes_a_run_of_its_own(
 @pytest.mark.parametrize(
     ("number", "forbidden"),
     [
-        (1, ("jax", "torchax")),
+        pytest.param(1, ("jax", "torchax"), marks=LONG),  # it runs where there is no jax, too
         (2, ("transformers.modeling_utils", "peft", "scipy", "stages.stage1_text_encoder")),
         (3, ("transformers.modeling_utils", "peft", "scipy", "jax", "stages.stage1_text_encoder")),
     ],

@@ -10,6 +10,7 @@ import pytest
 from common.compute.kept import Kept
 from common.models.checkpoint import Checkpoint
 from common.sampling.denoiser import Denoiser
+from tests.conftest import LONG
 from tests.sampling.tiny_unet import make_job, open_one, run, start
 
 STEPS = 6
@@ -33,7 +34,7 @@ def opened(checkpoint: Checkpoint) -> Open:
     ("how", "expected"),
     [
         ({}, [1, 1, 1, 1, 1, 1]),
-        ({"steps_per_call": 4}, [4, 2]),
+        pytest.param({"steps_per_call": 4}, [4, 2], marks=LONG),
         ({"steps_per_call": 4, "keep_after": [3]}, [3, 1, 2]),
         ({"steps_per_call": 4, "pause_after": [2]}, [2, 2, 2]),
         # Another program runs from the fourth step on.

@@ -13,6 +13,7 @@ from common.models.checkpoint import Checkpoint
 from common.sampling.denoising import Denoised, denoise_images, steps_to_keep
 from common.sampling.job import DenoisingJob
 from common.stopping import StoppedError, StopRequest
+from tests.conftest import LONG
 from tests.sampling.tiny_unet import (
     ROUNDING,
     denoise_by_diffusers,
@@ -43,7 +44,7 @@ def denoise(
     return found, len(denoiser.report.step_seconds)
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=LONG)])
 def test_images_in_groups_are_those_of_diffusers(checkpoint: Checkpoint, backend: str) -> None:
     """Two prompts' images; the last group repeats one to be full."""
     job = make_job(prompts=2, images_per_prompt=2, scheduler="euler_a", steps=STEPS)

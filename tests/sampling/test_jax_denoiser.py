@@ -17,6 +17,7 @@ from common.models.checkpoint import Checkpoint
 from common.sampling.jax_denoiser import JaxDenoiser, Programs, denoise_step, prepare_model
 from common.sampling.job import DenoisingJob
 from common.sampling.loading import load_jax_denoiser
+from tests.conftest import LONG
 from tests.sampling.tiny_unet import (
     ROUNDING,
     denoise_by_diffusers,
@@ -39,7 +40,7 @@ def load(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"steps_per_call": 3}, {"mesh": "data=2,cfg=2,rows=2"}],  # tests/sharded has more
+    [{}, {"steps_per_call": 3}, pytest.param({"mesh": "data=2,cfg=2,rows=2"}, marks=LONG)],
     ids=str,
 )
 def test_latents_are_those_of_diffusers(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
