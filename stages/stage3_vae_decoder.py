@@ -40,8 +40,7 @@ from common.runs.stage_run import StageRun, run_script
 if TYPE_CHECKING:
     from common.vae.decoder import Decoder
 
-# Latents, their trajectory, and the pictures that these are pasted into.
-Inputs = tuple[Artifact, Artifact | None, Artifact | None]
+Inputs = tuple[Artifact, Artifact | None, Artifact | None]  # latents, trajectory, pasted into
 
 
 def main(run: StageRun) -> None:
@@ -59,7 +58,8 @@ def main(run: StageRun) -> None:
     begun = find_image_latents(*begin, verify=verify) if config.pastes else None
     recipe = pictures_recipe(config, checkpoint, latents, expected, begun)
     trajectory = find_trajectory(run.source_dir, latents, verify=verify)
-    pictures, found = Pictures.of(config, recipe, latents, begun), Found(run.run_dir)
+    pictures = Pictures.of(config, recipe, latents, begun)
+    found = Found(run.run_dir, pictures.names)
     stale = why_pictures_stale(found, pictures, trajectory)
     if run.is_fresh(stale or run.options.why_measure(), run.run_dir / pictures.main):
         return None

@@ -115,7 +115,8 @@ class PictureWriter:
 
         done = torch.tensor([name in self._written for name in self.pictures.names])
         progress.save_steps(0, {"done": done})
-        if stop is not None and not done.all():
+        if stop is not None and stop.number is not None and not done.all():
+            self._index.write_now()
             stop.raise_if_asked(
                 f"after {int(done.sum())} of {len(done)} images, which are kept: the same command "
                 "goes on from there"

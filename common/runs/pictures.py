@@ -126,12 +126,18 @@ def _index_lines(
 class Found:
     """The pictures of ours that a run directory has."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, names: Iterable[str] = ()) -> None:
+        """
+        Args:
+            names: of the run's pictures, should its index not be there.
+        """
         self.run_dir = run_dir
         self.records: dict[Path, Record] = {}
         self.unread: dict[Path, str] = {}  # why
         aside, _ = progress_paths(run_dir, DECODE.number)
-        for path in (*find_ours(run_dir), *picture_files.find_pictures(aside)):
+        own = [path for name in names if (path := run_dir / name).exists()]
+        ours = dict.fromkeys([*find_ours(run_dir), *own, *picture_files.find_pictures(aside)])
+        for path in ours:
             try:
                 record = picture_files.read_picture_record(path)
             except BadInputFileError:

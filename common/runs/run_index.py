@@ -25,7 +25,8 @@ def read_index(run_dir: Path) -> list[Line]:
     """The lines of a run's index; none where there is none, or it is damaged."""
     try:
         text = (run_dir / INDEX_FILE).read_text(encoding="utf-8")
-        lines = [parse_json(line) for line in text.splitlines()]
+        # Not str.splitlines, for which U+2028 within a prompt ends a line.
+        lines = [parse_json(line) for line in text.removesuffix("\n").split("\n")]
     except (OSError, ValueError):
         return []
     named = [line for line in lines if isinstance(line, dict) and isinstance(line.get("file"), str)]
@@ -49,8 +50,10 @@ class RunIndex:
             other: in which the list is written besides.
         """
         self._run_dir, self._lines, self._other = run_dir, lines, other
-        before = {line.get("fingerprint"): line for line in read_index(run_dir)}
-        self._seconds = {fingerprint: line.get("seconds") for fingerprint, line in before.items()}
+        before = read_index(run_dir)
+        # Pictures of an earlier run are listed until they are replaced or removed.
+        self._earlier = {line["file"]: line for line in before}
+        self._seconds = {line.get("fingerprint"): line.get("seconds") for line in before}
         self._done: set[int] = set()
         self._written_at = time.monotonic()
 
@@ -61,17 +64,19 @@ class RunIndex:
             seconds: of its making; None: as an earlier index has it.
         """
         self._done.add(row)
+        self._earlier.pop(self._lines[row]["file"], None)
         if seconds is not None:
             self._seconds[self._lines[row]["fingerprint"]] = round(seconds, 4)
 
     def write_if_due(self) -> None:
         """Write it, where the last time was some seconds ago."""
         if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
-            self._write_lines()
+            self.write_now()
 
     def write(self) -> None:
-        """Write it, in all formats that are asked for; remove those of an earlier run."""
-        self._write_lines()
+        """Write it of this run alone, in all formats that are asked for; remove the others."""
+        self._earlier = {}
+        self.write_now()
         for kind, name in OTHER_FILES.items():
             if kind != self._other:
                 remove_file(self._run_dir / name)
@@ -80,8 +85,10 @@ class RunIndex:
         elif self._other == "parquet":
             write_parquet(self._run_dir / OTHER_FILES["parquet"], self._finished())
 
-    def _write_lines(self) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._finished())
+    def write_now(self) -> None:
+        """Write it as far as it is."""
+        lines = [*self._finished(), *self._earlier.values()]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text_whole(self._run_dir / INDEX_FILE, text)
         self._written_at = time.monotonic()
 

@@ -74,7 +74,7 @@ class Run:
         return PictureWriter(self.folder, self.pictures, facts, StageReport(3))
 
     def why_stale(self) -> str | None:
-        return why_pictures_stale(Found(self.folder), self.pictures, None)
+        return why_pictures_stale(Found(self.folder, self.pictures.names), self.pictures, None)
 
     def names(self) -> list[str]:
         return sorted(p.name for p in self.folder.iterdir() if p.name != LATENTS_FILE)

@@ -141,6 +141,12 @@ def test_pictures_under_names_of_their_own(tmp_path: Path) -> None:
     first = Run(tmp_path, {}, {}, name_template="{seed}")
     write_all(first)
     assert {"1.png", "4.png"} < {*first.names()} and first.why_stale() is None
+    (tmp_path / "images.jsonl").unlink()
+    assert first.why_stale() == "images.jsonl is not there"
+    writer = first.writer()
+    writer.take_all(Found(tmp_path, first.pictures.names))
+    assert writer.missing == []
+    writer.finish()
     plain = Run(tmp_path, {}, {})
     writer = plain.writer()
     writer.take_all(Found(tmp_path))

@@ -22,8 +22,15 @@ from common.runs.run_index import (
 )
 from tests.refusals import refusal
 
+PROMPT = 'a "red" star,\nbig\u2028'
 LINES: list[dict[str, Any]] = [
-    {"file": "a.png", "index": 0, "prompt": 'a "red" star,\nbig', "seed": 1, "fingerprint": "f"},
+    {
+        "file": "a.png",
+        "index": 0,
+        "prompt": 'a "red" star,\nbig\u2028',
+        "seed": 1,
+        "fingerprint": "f",
+    },
     {
         "file": "b.png",
         "index": 1,
@@ -45,7 +52,7 @@ def test_it_grows_and_keeps_what_an_earlier_one_knew(
     assert [line["file"] for line in read_index(tmp_path)] == ["b.png"]
     index.add(0, 0.5)
     index.write()
-    assert [json.loads(t) for t in (tmp_path / INDEX_FILE).read_text().splitlines()] == [
+    assert [json.loads(t) for t in (tmp_path / INDEX_FILE).read_text().strip().split("\n")] == [
         LINES[0] | {"seconds": 0.5},
         LINES[1] | {"seconds": 0.25},
     ]
@@ -53,10 +60,15 @@ def test_it_grows_and_keeps_what_an_earlier_one_knew(
     assert why_index_stale(tmp_path, LINES, "csv") == "images.csv is not there"
     assert why_index_stale(tmp_path, LINES[:1], None) == f"{INDEX_FILE} is of other pictures"
 
-    moved = RunIndex(tmp_path, [LINES[1] | {"file": "c.png", "index": 0}], "csv")
+    moved = RunIndex(tmp_path, [LINES[1] | {"file": "a.png", "index": 0}], "csv")
     moved.add(0)  # taken
+    moved.write_if_due()  # what an earlier run made is listed until it is removed
+    assert [(line["file"], line["seed"]) for line in read_index(tmp_path)] == [
+        ("a.png", 2),
+        ("b.png", 2),
+    ]
     moved.write()
-    assert read_index(tmp_path)[0]["seconds"] == 0.25
+    assert [(line["file"], line["seconds"]) for line in read_index(tmp_path)] == [("a.png", 0.25)]
     (tmp_path / INDEX_FILE).unlink()
     assert why_index_stale(tmp_path, LINES, None) == f"{INDEX_FILE} is not there"
 
