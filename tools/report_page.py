@@ -40,7 +40,7 @@ from common.messages import say
 from common.process import run_command
 from common.runs.passes import passes_in
 from common.runs.record import DAMAGED, FRESH, MISSING, STALE, FileRecord, RunRecord, read_run
-from common.runs.run_index import find_ours
+from common.runs.run_index import find_ours, read_index
 from common.runs.sweep import Cell, Sweep, read_sweep
 from common.whole_files import remove_file, write_bytes_whole, write_text_whole
 
@@ -194,15 +194,21 @@ def write_page(path: Path, run_dirs: Sequence[Path]) -> Path:
 class Place:
     """Where a page's pictures are: inside, or as small ones in a folder beside it."""
 
-    folder: Path | None
+    beside: Path  # the folder, used or not
+    is_large: bool = True
     used: set[str] = field(default_factory=set)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where small ones are; None where pictures are inside."""
+        return self.beside if self.is_large else None
 
     @classmethod
     def of(cls, page: Path, run_dirs: Sequence[Path]) -> "Place":
         """That of a page, by the number of pictures that it is to show."""
         folders = [each for run in run_dirs for each in (run, *passes_in(run), *_cells_of(run))]
         count = sum(len(find_ours(folder)) for folder in folders)
-        return cls(None if count <= MOST_INSIDE else page.with_name(f"{page.stem}_pictures"))
+        return cls(page.with_name(f"{page.stem}_pictures"), count > MOST_INSIDE)
 
     def most(self, pixels: int) -> int:
         """Pixels of a side, of a picture that may have so many in the page."""
@@ -220,12 +226,12 @@ class Place:
 
     def remove_others(self) -> None:
         """Remove what an earlier page had in the folder."""
-        for path in [] if self.folder is None else self.folder.iterdir():
+        for path in self.beside.iterdir() if self.beside.is_dir() else ():
             if SMALL_NAME.fullmatch(path.name) and path.name not in self.used:
                 remove_file(path)
 
 
-INSIDE = Place(None)
+INSIDE = Place(Path(), is_large=False)
 
 
 def _cells_of(run_dir: Path) -> list[Path]:
@@ -255,7 +261,8 @@ def view_run(run_dir: Path, place: Place = INSIDE, sources: Sequence[Path] = ())
         view.settings = as_texts(json.loads(run.config.model_dump_json()))
         images_of_each = run.config.num_images_per_prompt
     view.groups = input_groups(run, [run_dir, *sources]) or [Group()]
-    shown: list[Picture] = []
+    places = {line["file"]: line.get("index") for line in read_index(run_dir)}
+    shown: dict[int, Picture] = {}
     for file in run.of_stage(3):
         if not file.settings:
             continue
@@ -265,8 +272,10 @@ def view_run(run_dir: Path, place: Place = INSIDE, sources: Sequence[Path] = ())
         elif file.name == picture_files.TRAJECTORY_ANIMATION:
             view.animation = load_picture(path, file, "the same, as an animation", whole=True)
         elif "prompt" in file.settings:
-            shown.append(load_picture(path, file, caption_of(file.settings), place))
-    for index, picture in enumerate(shown):
+            at = places.get(file.name)
+            picture = load_picture(path, file, caption_of(file.settings), place)
+            shown[at if isinstance(at, int) and at not in shown else len(shown)] = picture
+    for index, picture in sorted(shown.items()):
         group = view.groups[min(index // images_of_each, len(view.groups) - 1)]
         group.pictures.append(picture)
     return view

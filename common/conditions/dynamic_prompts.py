@@ -7,12 +7,15 @@ meaning where all combinations are made.
 """
 
 import logging
+import re
 from pathlib import Path
 
 from common.conditions.prompt_settings import AskedPrompts, PromptSettings
 from common.errors import BadInputFileError, BadSettingError, shorten
 from common.messages import warn
 
+_BY_CHANCE = re.compile(r"(\{|__)[~@]")  # samplers of the syntax other than of all combinations
+_ALTERNATIVES = re.compile(r"\{[^{}]*\|[^{}]*\}|__\S+?__")
 MOST_COMBINATIONS = 10_000  # of one prompt, so that a wrong one is refused before it takes memory
 
 
@@ -31,6 +34,9 @@ def with_combinations(
         return prompts
     if settings.wildcards is not None and not settings.wildcards.is_dir():
         raise BadInputFileError(f"--wildcards {settings.wildcards} is no folder")
+    others = ("prompt_2", "negative_prompt", "negative_prompt_2")
+    if any(_ALTERNATIVES.search(getattr(p, name) or "") for p in prompts for name in others):
+        warn("--prompt_syntax dynamic is for prompts alone: other texts are taken as they stand")
     found = []
     for prompt in prompts:
         texts = combinations(prompt.prompt, settings.wildcards)
@@ -55,12 +61,18 @@ def combinations(text: str, wildcards: Path | None) -> list[str]:
     said = f"--prompt_syntax dynamic: the prompt {shorten(text, 60)!r}"
     if "#" in text:
         warn(f"{said} has a #: what follows it in the line is a comment there, and left out")
+    if chance := _BY_CHANCE.search(text):
+        where = text[chance.start() : chance.start() + 20]
+        raise BadSettingError(
+            f"{said} chooses by chance or in turn at {where!r}: all combinations are made; leave ~ "
+            "and @ out"
+        )
     generator = CombinatorialPromptGenerator(wildcard_manager=WildcardManager(wildcards))
     listener = _RefuseMissing(said, wildcards)
     logger = logging.getLogger("dynamicprompts")
     logger.addHandler(listener)
     try:
-        found = list(dict.fromkeys(generator.generate(text, max_prompts=MOST_COMBINATIONS + 1)))
+        found = list(generator.generate(text, max_prompts=MOST_COMBINATIONS + 1))
     except ParseBaseException as error:
         where = f"at {text[error.loc : error.loc + 20]!r}"
         raise BadSettingError(f"{said} cannot be read {where}: close every {{ and __") from None
@@ -68,7 +80,7 @@ def combinations(text: str, wildcards: Path | None) -> list[str]:
         logger.removeHandler(listener)
     if len(found) > MOST_COMBINATIONS:
         raise BadSettingError(f"{said} has more than {MOST_COMBINATIONS} combinations: give fewer")
-    return found or [text]
+    return [*dict.fromkeys(found)] or [text]
 
 
 class _RefuseMissing(logging.Handler):

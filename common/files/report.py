@@ -157,6 +157,8 @@ class Report(_Fields):
     """Memory that no file backs, taken while weights moved; on CPUs with the devices' copy."""
     shapes: dict[str, list[int]]
     """Of what was written."""
+    overrides: dict[str, list[Any]] = {}
+    """Settings of the run that flags overrode: the run's value, and the one in its place."""
     rows_taken: int = 0
     """Of the rows that were written, those that an earlier file had and nothing computed anew."""
     dtype: str

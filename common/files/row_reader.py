@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from common.errors import BadInputFileError
 from common.files import artifacts
 from common.files.artifacts import Artifact
+from common.files.tensor_rows import known_names
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +79,9 @@ class RowReader:
             BadInputFileError: the file cannot be read.
             NotFiniteError: a tensor holds an infinity or a not-a-number.
         """
-        self.path, self._names = artifact.path, [*artifact.tensors]
-        self.count = min(layout.shape[0] for layout in artifact.tensors.values())
+        self.path = artifact.path
+        self._names = known_names(self.path.name, artifact.tensors)
+        self.count = min(artifact.tensors[name].shape[0] for name in self._names)
         _warn_of_elsewhere(artifact, warn)
         for first in range(0, self.count, ROWS_AT_ONCE):
             some = self.read(range(first, min(first + ROWS_AT_ONCE, self.count)))
@@ -87,7 +89,7 @@ class RowReader:
 
     def read(self, places: Sequence[int]) -> "dict[str, torch.Tensor]":
         """Some rows [N, …] of every tensor."""
-        return read_rows(self.path, places)
+        return read_rows(self.path, places, self._names)
 
     def tensors(self) -> "dict[str, TensorOnDisk]":
         """Each tensor by its name, to be indexed by rows as if it were in memory."""

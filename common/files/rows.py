@@ -16,6 +16,7 @@ from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.recipe import Recipe, names_of_differences
 from common.files.row_reader import read_rows
+from common.files.tensor_rows import known_names
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ OF_PROMPTS = {
     },
     IMAGE_LATENTS: {"pictures": "image", "masks": "mask_image"},
 }
-OF_IMAGES = {LATENTS: {"seeds": "seed"}}
+OF_IMAGES = {LATENTS: {"seeds": "seed", "init_latents": "init_latents"}}
 ALONE = {LATENTS: {"num_images_per_prompt": 1}}  # what else a run of one image has
 
 
@@ -112,8 +113,9 @@ def row_hashes(artifact: Artifact) -> list[str]:
     from safetensors import safe_open
 
     with safe_open(artifact.path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        count = min(layout.shape[0] for layout in artifact.tensors.values())
+        names = known_names(artifact.path.name, artifact.tensors)
+        slices = {name: file.get_slice(name) for name in names}
+        count = min(artifact.tensors[name].shape[0] for name in names)
         rows = ({name: part[k : k + 1] for name, part in slices.items()} for k in range(count))
         return [artifacts.hash_tensors(row) for row in rows]
 

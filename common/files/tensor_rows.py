@@ -1,6 +1,6 @@
 """Every tensor that a stage writes for another one: its name, shape by letters, dtypes, readers."""
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,12 @@ def names_as_given(names: Container[str]) -> tuple[str, str]:
         names: of all of its tensors.
     """
     return ("whole_pictures", "whole_masks") if "crops" in names else ("pictures", "masks")
+
+
+def known_names(file: str, names: Iterable[str]) -> list[str]:
+    """Those of a file's tensors that a stage reads; of a file of another name all of them."""
+    known = {row.name for row in TENSORS if row.file == file}
+    return [name for name in names if not known or name in known]
 
 
 def row_of_picture(image: int, images: int, pictures: int) -> int:

@@ -31,6 +31,7 @@ from common.declared import (
     declarations,
     flag_of,
     option,
+    validate,
 )
 from common.errors import BadSettingError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
@@ -288,7 +289,7 @@ class Given:
         """Those that are neither settings nor options."""
         own = {flag_of(StageFlags, name): name for name in StageFlags.model_fields}
         given = {own[name]: value for name, value in self.parameters.items() if name in own}
-        return StageFlags(**given)
+        return validate(StageFlags, given, "flags")
 
     @cached_property
     def options(self) -> RunOptions:

@@ -233,7 +233,8 @@ def picture_path(run_dir: Path, source_dir: Path, given: Mapping[str, Any]) -> P
     """
     latents = artifacts.inspect(source_dir / LATENTS_FILE, verify=False).tensors["latents"]
     config, _ = read_generation_config(source_dir).override(
-        {name: given[name] for name in ("image_format", "grid_images") if name in given}
+        {name: given[name] for name in ("grid_images",) if name in given}
     )
-    grids = grid_names(latents.shape[0], config.grid_images, config.image_format)
-    return run_dir / (grids or [line["file"] for line in read_index(run_dir)])[0]
+    first: str = read_index(run_dir)[0]["file"]
+    written: Any = Path(first).suffix.removeprefix(".")
+    return run_dir / [*grid_names(latents.shape[0], config.grid_images, written), first][0]

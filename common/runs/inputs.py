@@ -28,7 +28,9 @@ def with_inputs(prompts: Prompts, settings: "RunSettings") -> Prompts:
     images = _places(settings.image, "image")
     masks = _places(settings.mask_image, "mask_image")
     if len(images) > 1 and len(prompts) == 1 and prompts[0].image is None:
-        prompts = prompts * len(images)
+        (prompt,) = prompts
+        ids = [None if prompt.id is None else f"{prompt.id}_{k:04d}" for k in range(len(images))]
+        prompts = tuple(prompt.model_copy(update={"id": each}) for each in ids)
     prompts = _each_its_own(prompts, images, "image")
     return _each_its_own(prompts, masks, "mask_image")
 

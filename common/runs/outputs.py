@@ -38,7 +38,13 @@ def write_latents(
     recipe, rows = made_by
     path = run.run_dir / LATENTS_FILE
     with run.report.part("writing"):
-        devices = {name: facts.get(name) for name in ("backend", "platform", "mesh")}
+        names = ("backend", "platform", "mesh")
+        devices = {name: facts.get(name) for name in names}
+        if rows.places and rows.earlier is not None and rows.earlier.header is not None:
+            before = {name: rows.earlier.header.provenance.get(name) for name in names}
+            devices = {**devices, "rows_taken": {"rows": len(rows.places), **before}}
+            if not rows.missing:
+                devices |= before
         made = {**devices, "unet_dtype_asked": config.unet_dtype, "overrides": run.overrides}
         provenance = {**config.model_settings(), **made}
         begun = begin if config.pastes else None

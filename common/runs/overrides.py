@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import BadInputFileError
-from common.files import artifacts, picture_files
+from common.files import artifacts
+from common.files.report import read_report
 from common.files.stage_table import Stage
-from common.runs.run_index import find_ours
 
 Overrides = dict[str, list[Any]]  # setting → the run's value, and the one in its place
 
@@ -18,9 +18,8 @@ def overrides_of(run_dir: Path, stage: Stage) -> Overrides:
             header = artifacts.inspect(run_dir / stage.writes[0], verify=False).header
             found = {} if header is None else header.provenance.get("overrides")
         else:
-            pictures = find_ours(run_dir)
-            record = picture_files.read_picture_record(pictures[0]) if pictures else None
-            found = (record or {}).get("overrides")
+            report = read_report(run_dir, stage.number)
+            found = {} if report is None else report.overrides
     except BadInputFileError:
         return {}
     return checked(found)

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -60,11 +61,11 @@ def names_of(
     return names
 
 
-def refuse_bad_names(config: GenerationConfig) -> None:
+def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:
     """Raise before anything is computed where pictures or their list could not be written.
 
     Raises:
-        BadSettingError: as `names_of`.
+        BadSettingError: as `names_of`; or a name is that of a picture that the run begins with.
         UnfitEnvironmentError: the list is wanted in a format whose package is not there.
     """
     if config.index == "parquet":
@@ -76,7 +77,15 @@ def refuse_bad_names(config: GenerationConfig) -> None:
         for _ in range(config.num_images_per_prompt)
     ]
     settings = [each | {"seed": seed} for each, seed in zip(own, config.image_seeds(), strict=True)]
-    names_of(settings, config.prompts, config.name_template, config.image_format)
+    names = names_of(settings, config.prompts, config.name_template, config.image_format)
+    begun = {place for prompt in config.prompts for place in (prompt.image, prompt.mask_image)}
+    taken = {Path(place).resolve() for place in begun if place is not None}
+    for name in names if taken else ():
+        if (run_dir / name).resolve() in taken:
+            raise BadSettingError(
+                f"{run_dir / name} is a picture that the run begins with, and a picture of the run "
+                "would take its place: choose another --output_dir"
+            )
 
 
 def safe_name(text: str) -> str:
@@ -110,12 +119,10 @@ def _refuse_same(names: Sequence[str], template: str | None) -> None:
     for index, name in enumerate(names):
         same = known.setdefault(name.casefold(), index)
         if same != index:
-            mend = "give each an id of its own" if template is None else "add {index} to it"
-            what = (
-                "the prompts' ids give"
-                if template is None
-                else f"--name_template {template!r} gives"
-            )
+            what, mend = "the prompts' ids give", "give each an id of its own"
+            if template is not None:
+                what = f"--name_template {template!r} gives"
+                mend = "put {index} first, or shorten texts, as {prompt:.40}"
             raise BadSettingError(
                 f"{what} the images {same} and {index} the same name, {name}: {mend}"
             )

@@ -34,6 +34,7 @@ from common.files.stage_table import (
     TRAJECTORY_FILE,
     Stage,
 )
+from common.files.tensor_rows import row_of_picture
 from common.messages import warn
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import text_encoders
@@ -122,9 +123,11 @@ def latents_recipe(
     if embeddings.header is not None:
         upstream = embeddings.header.recipe.settings
     inputs = {EMBEDDINGS_FILE: embeddings.data_sha256}
-    init_latents = None if begin is None else begin.data_sha256
-    if config.has_pictures and begin is not None:
-        inputs[begin.path.name], init_latents = begin.data_sha256, None
+    init_latents = []  # of each image, or one for all
+    if begin is not None and not config.has_pictures:
+        init_latents = row_hashes(begin)
+    elif begin is not None:
+        inputs[begin.path.name] = begin.data_sha256
         if begin.header is not None:
             upstream = {**upstream, **begin.header.recipe.settings}
     scheduler, scheduler_options = scheduler_of(config, checkpoint)
@@ -167,18 +170,15 @@ def latents_rows(
         begin: as `latents_recipe`.
     """
     texts = row_hashes(embeddings)
-    begun = [] if begin is None else row_hashes(begin)
-    found = []
+    pictures = row_hashes(begin) if begin is not None and config.has_pictures else []
     prompts = prompt_indices(len(config.prompts), config.num_images_per_prompt).tolist()
+    found = []
     for image, prompt in enumerate(prompts):
         inputs = {EMBEDDINGS_FILE: texts[prompt]}
-        place = prompt if config.has_pictures else image
-        own = begun[place if len(begun) > 1 else 0] if begun else None
-        if begin is not None and own is not None and config.has_pictures:
-            inputs[begin.path.name], own = own, None
-        row = row_recipe(recipe, prompt, image, inputs)
-        latents = row.settings[LATENTS] | {"init_latents": own}
-        found.append(row.model_copy(update={"settings": row.settings | {LATENTS: latents}}))
+        if begin is not None and pictures:
+            row = row_of_picture(image, len(prompts), len(pictures))
+            inputs[begin.path.name] = pictures[row]
+        found.append(row_recipe(recipe, prompt, image, inputs))
     return found
 
 

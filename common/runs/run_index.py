@@ -29,7 +29,12 @@ def read_index(run_dir: Path) -> list[Line]:
         lines = [parse_json(line) for line in text.removesuffix("\n").split("\n")]
     except (OSError, ValueError):
         return []
-    named = [line for line in lines if isinstance(line, dict) and isinstance(line.get("file"), str)]
+    texts = ("file", "fingerprint")
+    named = [
+        line
+        for line in lines
+        if isinstance(line, dict) and all(isinstance(line.get(name), str) for name in texts)
+    ]
     return named if len(named) == len(lines) else []
 
 
@@ -87,7 +92,8 @@ class RunIndex:
 
     def write_now(self) -> None:
         """Write it as far as it is."""
-        lines = [*self._finished(), *self._earlier.values()]
+        earlier = [line | {"earlier": True} for line in self._earlier.values()]
+        lines = [*self._finished(), *earlier]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text_whole(self._run_dir / INDEX_FILE, text)
         self._written_at = time.monotonic()
@@ -102,6 +108,8 @@ class RunIndex:
 
 def why_index_stale(run_dir: Path, lines: Sequence[Line], other: Format | None) -> str | None:
     """Why an index has to be written anew, or None."""
+    if other == "parquet":
+        require_parquet()
     found = [{k: v for k, v in line.items() if k != "seconds"} for line in read_index(run_dir)]
     if found != parse_json(to_json(list(lines))):
         there = (run_dir / INDEX_FILE).exists()

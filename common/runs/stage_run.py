@@ -47,6 +47,7 @@ from common.runs.overrides import Overrides, overrides_of, values_of
 from common.runs.picture_names import refuse_bad_names
 from common.runs.seeds import MOVED, warn_of_seeds
 from common.runs.words import say_times, say_why
+from common.sampling.sampling_settings import merge_settings
 from common.stopping import StopRequest, finishing_first
 
 DEVICE_FACTS = ("backend", "mesh", "platform", "device", "devices")
@@ -103,7 +104,7 @@ class StageRun:
             size_factor=checkpoint.vae_scale_factor,
         )
         warn_of_seeds(config.prompts, self.given.settings())
-        refuse_bad_names(config)
+        refuse_bad_names(config, self.run_dir)
         return config, checkpoint
 
     def read_settings(self) -> tuple[GenerationConfig, Checkpoint]:
@@ -115,7 +116,7 @@ class StageRun:
         config = read_generation_config(self.source_dir)
         given, made = self.given.settings(), overrides_of(self.run_dir, self.stage)
         if self.given.flags.keep_overrides:
-            given = values_of(made) | given
+            given = merge_settings(values_of(made), given, "flags")
         config, self.overrides = config.override(given)
         now = config.model_dump(mode="json")
         self._dropped = {name: pair for name, pair in made.items() if now.get(name) != pair[1]}
@@ -272,7 +273,7 @@ class StageRun:
             path: of what was written.
             facts: fields of `Report` that the clock does not collect.
         """
-        self.report.write(self.run_dir, profile=profile, **facts)
+        self.report.write(self.run_dir, profile=profile, overrides=self.overrides, **facts)
         say_times(self.report, path, profile)
 
 

@@ -41,6 +41,10 @@ def test_wildcards_are_a_folders_files(wildcards: Path) -> None:
     ("text", "said"),
     [
         ("a {red|blue", "'a {red|blue' cannot be read at '{red|blue'"),
+        ("a {~red|blue} star", "chooses by chance or in turn at '{~red|blue} star'"),
+        ("a {@red|blue} star", "all combinations are made; leave ~ and @ out"),
+        ("a __~colors__", "chooses by chance or in turn"),
+        ("{x|}" * 14, f"has more than {MOST_COMBINATIONS} combinations"),
         ("a __sizes__ {a|b}", "No values found for wildcard 'sizes'"),
         ("a __shapes/round__", "No values found for wildcard 'nothing'"),
         ("{a|b|c|d|e|f|g|h|i|j}" * 5, f"has more than {MOST_COMBINATIONS} combinations"),
@@ -77,3 +81,10 @@ def test_what_else_a_prompt_has_stays(tmp_path: Path) -> None:
         of(wildcards=tmp_path)
     with refusal(BadInputFileError, f"--wildcards {tmp_path / 'x'} is no folder"):
         of(prompt_syntax="dynamic", wildcards=tmp_path / "x")
+
+
+def test_other_texts_are_taken_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = PromptSettings(prompt="a {red|blue} star", negative_prompt="{dull|grey}")
+    found = with_combinations((prompt,), AskedPrompts(prompt_syntax="dynamic"))
+    assert [each.negative_prompt for each in found] == ["{dull|grey}"] * 2
+    assert "--prompt_syntax dynamic is for prompts alone" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,13 +21,16 @@ FIRST = [
 ]
 
 
-def make(stage: Run, folder: Path, prompts: list[dict[str, Any]]) -> list[str]:
+def make(
+    stage: Run, folder: Path, prompts: list[dict[str, Any]], begin: Path | None = None
+) -> list[str]:
     """All stages of a list. Returns what each said."""
     path = folder.parent / f"{folder.name}.jsonl"
+    begin = () if begin is None else ("--init_latents", begin, "--strength", 0.5)
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     said = []
     for number, flags in (
-        (1, ("--prompts_file", path, *FLAGS)),
+        (1, ("--prompts_file", path, *FLAGS, *begin)),
         (2, ("--batch_size", 2)),
         (3, ("--batch_size", 2)),
     ):
@@ -89,3 +93,16 @@ def test_all_is_made_that_a_setting_of_the_run_shapes(tmp_path: Path, quick_stag
     assert "2 of 2 to make: 2 changed (guidance_scale)" in said
     again = quick_stage(2, "--output_dir", run, "--guidance_scale", 3).stdout
     assert "to make" not in again and "wrote" in again  # without --skip_fresh all is made anew
+
+
+@pytest.mark.slow
+def test_rows_that_begin_with_other_rows_count_by_these(tmp_path: Path, quick_stage: Run) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    make(quick_stage, first, FIRST[:2])
+    make(quick_stage, second, FIRST[:2], first)
+    kept = [pixels(second, place) for place in (0, 1)]
+    new = {"prompt": "a large ring", "negative_prompt": "dull", "seed": 77}
+    make(quick_stage, first, [new, *FIRST[:2]])
+    for said in make(quick_stage, second, [new, *FIRST[:2]], first):
+        assert "1 of 3 to make: 1 new" in said
+    assert [pixels(second, place) for place in (1, 2)] == kept

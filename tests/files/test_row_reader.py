@@ -9,6 +9,7 @@ import torch
 from common.errors import BadInputFileError, NotFiniteError
 from common.files import artifacts, row_reader
 from common.files.row_reader import RowReader
+from common.files.rows import row_hashes
 from common.files.stage_table import LATENTS_FILE
 from tests.refusals import refusal
 
@@ -20,8 +21,9 @@ def save(path: Path, **tensors: torch.Tensor) -> artifacts.Artifact:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_those_of_the_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of a file of any name; in one of a stage's, other tensors than that reads are left out."""
     tensors = {"latents": torch.randn(200, 2, 3).to(dtype), "pooled": torch.randn(200, 5)}
-    found, said = save(tmp_path / LATENTS_FILE, **tensors), list[str]()
+    found, said = save(tmp_path / "any.safetensors", **tensors), list[str]()
     rows = RowReader(found, said.append)
     assert rows.count == 200 and "has no header of ours" in said[0]
     for places in ([7], [199, 0, 0, 64]):
@@ -30,6 +32,10 @@ def test_rows_are_those_of_the_whole(tmp_path: Path, dtype: torch.dtype) -> None
         assert all(read[name].equal(tensor[places]) for name, tensor in tensors.items())
         one = rows.tensors()["pooled"][np.array(places)]
         assert one.equal(tensors["pooled"][places])
+    beside = {**tensors, "steps": torch.zeros(1), "scale": torch.tensor(1.0)}
+    rows = RowReader(save(tmp_path / LATENTS_FILE, **beside), said.append)
+    assert rows.count == 200 and rows.read([3]).keys() == {"latents"}
+    assert len(row_hashes(artifacts.inspect(tmp_path / LATENTS_FILE))) == 200
     whole = row_reader.load_tensors(found, said.append)
     assert all(whole[name].equal(tensor) for name, tensor in tensors.items())
 

@@ -114,7 +114,7 @@ def test_a_file_that_is_damaged_or_from_elsewhere_has_none(tmp_path: Path) -> No
 
 def test_hashes_of_rows_are_those_of_their_own_files(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 2, 5), "b": torch.randn(3, 4).bfloat16()}
-    path = tmp_path / "stage2_latents.safetensors"
+    path = tmp_path / "any.safetensors"
     artifacts.save_whole(path, tensors, {})
     found = row_hashes(artifacts.inspect(path))
     for k, data_sha256 in enumerate(found):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from common.declared import LATENTS
 from common.errors import BadInputFileError, BadSettingError
 from common.files import artifacts
+from common.files.rows import row_hashes
 from common.files.stage_table import LATENTS_FILE
 from common.models.checkpoint import Checkpoint
 from common.runs.init_latents import find_init_latents
@@ -105,7 +106,7 @@ def test_stage_2_begins_with_them_and_counts_them_by_content(
     header = artifacts.inspect(run_dir / LATENTS_FILE).header
     assert header is not None
     own = header.recipe.settings_of(LATENTS)
-    assert (own["init_latents"], own["strength"]) == (source.data_sha256, 0.5)
+    assert (own["init_latents"], own["strength"]) == (row_hashes(source), 0.5)
 
     same = ("--init_latents", moved, "--strength", 0.5, "--skip_fresh")
     assert "fresh" in denoise(*same)

@@ -16,13 +16,16 @@ def test_overrides_are_not_staleness(run_copy: Path, quick_stage: Run) -> None:
     """The two commands of a user who tried another seed, then another format of pictures."""
     own = ("--output_dir", run_copy, "--skip_fresh")
     assert quick_stage(2, *own, "--seed", 7).returncode == 0
-    assert quick_stage(3, *own, "--image_format", "webp").returncode == 0
+    webp = ("--image_format", "webp", "--name_template", "{seed}")
+    assert quick_stage(3, *own, *webp).returncode == 0
     assert overrides_of(run_copy, DENOISE) == {"seed": [42, 7]}
-    assert overrides_of(run_copy, DECODE) == {"image_format": ["png", "webp"]}
+    overridden = {"image_format": ["png", "webp"], "name_template": [None, "{seed}"]}
+    assert overrides_of(run_copy, DECODE) == overridden
     assert overrides_of(run_copy, ENCODE) == {}
     states = {file.name: (file.state, file.why) for file in read_run(run_copy).files}
     assert states[LATENTS_FILE] == (FRESH, "overridden: seed 7")
-    assert states["output_image_0001.webp"] == (FRESH, "overridden: image_format webp")
+    said = "overridden: image_format webp, name_template {seed}"
+    assert states["8.webp"] == states["output_grid.webp"] == (FRESH, said)
 
     for number in (2, 3):
         kept = quick_stage(number, *own, "--keep_overrides")
@@ -33,8 +36,8 @@ def test_overrides_are_not_staleness(run_copy: Path, quick_stage: Run) -> None:
     assert "drops what was made with seed 7, in place of the run's own: --keep_overrides" in dropped
     assert header_of(run_copy / LATENTS_FILE)["provenance"]["overrides"] == {}
     dropped = quick_stage(3, *own).stdout
-    assert "drops what was made with image_format webp" in dropped
-    assert "removed 3 picture(s) that an earlier run made: output_grid.webp" in dropped
+    assert "drops what was made with image_format webp, name_template {seed}" in dropped
+    assert "removed 3 picture(s) that an earlier run made: 7.webp, 8.webp, output_grid" in dropped
     assert {state for file in read_run(run_copy).files for state in (file.state,)} == {FRESH}
     assert "drops" not in quick_stage(2, "--output_dir", run_copy).stdout
 

@@ -1,6 +1,6 @@
 """Pictures are called by number, id or template, safely on every file system."""
 
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pytest
@@ -52,7 +52,11 @@ def test_an_id_is_the_name() -> None:
 @pytest.mark.parametrize(
     ("template", "ids", "said"),
     [
-        ("{width}", (None, None), "'{width}' gives the images 0 and 1 the same name, 64.png: add"),
+        (
+            "{width}",
+            (None, None),
+            "'{width}' gives the images 0 and 1 the same name, 64.png: put {index}",
+        ),
         (None, ("a", "A"), "the prompts' ids give the images 0 and 1 the same name, A.png"),
         (None, ("x", "output_grid"), "an image cannot be called output_grid.png"),
         ("{prompt.__class__}", (None, None), "{prompt.__class__} is none of {index}, {id}"),
@@ -79,12 +83,20 @@ def test_any_text_is_a_safe_name(text: str) -> None:
     assert safe_name(name) == name
 
 
-def test_a_run_is_refused_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_before_it_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(DEMO, batch=2, name_template="{seed}")
-    refuse_bad_names(config)
-    with refusal(BadSettingError, "the same name", "add {index}"):
-        refuse_bad_names(config.model_copy(update={"name_template": "{model_id:.2}"}))
+    refuse_bad_names(config, tmp_path)
+    with refusal(BadSettingError, "the same name", "put {index} first"):
+        refuse_bad_names(config.model_copy(update={"name_template": "{model_id:.2}"}), tmp_path)
+    image = str(tmp_path / f"{config.seed + 1}.png")
+    begun = tuple(prompt.model_copy(update={"image": image}) for prompt in config.prompts)
+    beside = config.model_copy(update={"prompts": begun})
+    with refusal(BadSettingError, f"{image} is a picture that the run begins with"):
+        refuse_bad_names(beside, tmp_path)
+    refuse_bad_names(beside, tmp_path / "elsewhere")
     asked = []
     monkeypatch.setattr(picture_names, "require_parquet", lambda: asked.append(1))
-    refuse_bad_names(config.model_copy(update={"index": "parquet"}))
+    refuse_bad_names(config.model_copy(update={"index": "parquet"}), tmp_path)
     assert asked == [1]

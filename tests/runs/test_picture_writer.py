@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from common.errors import BadSettingError
 from common.files.kept_progress import Progress, remove_progress
 from common.files.picture_files import read_picture_record
 from common.runs.pictures import (
@@ -156,3 +158,14 @@ def test_pictures_under_names_of_their_own(tmp_path: Path) -> None:
     assert plain.why_stale() is None and "1.png" not in plain.names()
     assert (tmp_path / "holiday.png").exists()
     np.testing.assert_array_equal(read(tmp_path / "output_image_0002.png"), PIXELS[2])
+
+
+def test_a_file_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, {}, name_template="{seed}")
+    Image.fromarray(PIXELS[0]).save(tmp_path / "3.png")
+    with refusal(BadSettingError, f"{tmp_path / '3.png'} is there and no picture of ours"):
+        run.why_stale()
+    (tmp_path / "3.png").unlink()
+    write_all(run)
+    (tmp_path / "3.png").write_bytes(b"damaged")  # one of ours, by the index
+    assert run.why_stale() == "3.png is damaged or not of ours"

@@ -63,10 +63,8 @@ def test_it_grows_and_keeps_what_an_earlier_one_knew(
     moved = RunIndex(tmp_path, [LINES[1] | {"file": "a.png", "index": 0}], "csv")
     moved.add(0)  # taken
     moved.write_if_due()  # what an earlier run made is listed until it is removed
-    assert [(line["file"], line["seed"]) for line in read_index(tmp_path)] == [
-        ("a.png", 2),
-        ("b.png", 2),
-    ]
+    found = [(line["file"], line.get("earlier", False)) for line in read_index(tmp_path)]
+    assert found == [("a.png", False), ("b.png", True)]
     moved.write()
     assert [(line["file"], line["seconds"]) for line in read_index(tmp_path)] == [("a.png", 0.25)]
     (tmp_path / INDEX_FILE).unlink()
@@ -97,7 +95,10 @@ def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         require_parquet()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"file": 1}\n', '{"file": "a.png"}\n{'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]\n", '{"file": 1, "fingerprint": ""}\n', '{"file": "a", "fingerprint": ["f"]}\n'],
+)
 def test_a_damaged_index_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_FILE).write_text(text)
     assert read_index(tmp_path) == []
@@ -107,7 +108,9 @@ def test_our_pictures_are_those_of_our_names_and_of_the_index(tmp_path: Path) ->
     ours = ["a.png", "output_grid.jpg", "output_image_0001.webp"]
     for name in (*ours, "holiday.png", "output_image.txt"):
         (tmp_path / name).write_text("")
-    (tmp_path / INDEX_FILE).write_text('{"file": "a.png"}\n{"file": "../b.png"}\n')
+    (tmp_path / INDEX_FILE).write_text(
+        '{"file": "a.png", "fingerprint": ""}\n{"file": "../b.png", "fingerprint": ""}\n'
+    )
     found = [path.name for path in find_ours(tmp_path)]
     assert found == ours
     assert find_ours(tmp_path / "nowhere") == []

@@ -144,12 +144,13 @@ def test_pictures_stand_beside_what_they_begin_with(
             Image.fromarray(array).save(path)
             flags += [f"--{name}", path]
     run = tmp_path / "run"
-    for stage, given in ((1, flags), (0, []), (2, []), (3, [])):
+    names = ["--name_template", "{seed}", "--seed", 9]  # 10.png comes before 9.png, not after
+    for stage, given in ((1, [*flags, *names]), (0, []), (2, []), (3, [])):
         result = quick_stage(stage, "--output_dir", run, *given)
         assert result.returncode == 0, result.stderr
     view = view_run(run)
     assert [len(group.pictures) for group in view.groups] == [2, 2]
-    assert [p.settings["seed"] for p in view.pictures] == [42, 43, 44, 45]
+    assert [p.settings["seed"] for p in view.pictures] == [9, 10, 11, 12]
     for group, *arrays in zip(view.groups, pixels, masks, strict=True):
         assert [each.caption for each in group.inputs] == ["what it begins with", "its mask"]
         for shown, array in zip(group.inputs, arrays, strict=True):
