@@ -11,7 +11,7 @@ from common.conditions.prompt_settings import PromptSettings
 from common.errors import BadSettingError, listed
 from common.files.picture_files import OUR_NAME, ImageFormat, numbered
 from common.runs.generation import GenerationConfig
-from common.runs.run_index import require_parquet
+from common.runs.run_index import refuse_foreign, require_parquet
 
 # What a template may name; all but the first two are settings.
 FIELDS = (
@@ -65,7 +65,7 @@ def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:
     """Raise before anything is computed where pictures or their list could not be written.
 
     Raises:
-        BadSettingError: as `names_of`; or a name is that of a picture that the run begins with.
+        BadSettingError: as `names_of`; or a file that is not ours has such a name.
         UnfitEnvironmentError: the list is wanted in a format whose package is not there.
     """
     if config.index == "parquet":
@@ -78,6 +78,7 @@ def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:
     ]
     settings = [each | {"seed": seed} for each, seed in zip(own, config.image_seeds(), strict=True)]
     names = names_of(settings, config.prompts, config.name_template, config.image_format)
+    refuse_foreign(run_dir, names)
     begun = {place for prompt in config.prompts for place in (prompt.image, prompt.mask_image)}
     taken = {Path(place).resolve() for place in begun if place is not None}
     for name in names if taken else ():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.compute.clock import StageReport
-from common.errors import BadInputFileError, listed
+from common.errors import listed
 from common.files import picture_files
 from common.files.artifacts import Artifact
 from common.files.kept_progress import Progress, progress_paths
@@ -16,7 +16,7 @@ from common.files.stage_table import DECODE
 from common.messages import say, warn
 from common.runs.pictures import Found, PictureFacts, Pictures, web_ui_text
 from common.runs.recipes import trajectory_pictures_recipe
-from common.runs.run_index import RunIndex, find_ours
+from common.runs.run_index import RunIndex, find_ours, is_ours
 from common.stopping import StopRequest
 from common.whole_files import copy_whole, remove_file, write_bytes_whole
 
@@ -179,14 +179,6 @@ class PictureWriter:
         with self.report.part("writing"):
             write_bytes_whole(self.run_dir / name, content)
         self._written.add(name)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a picture holds a record of ours."""
-    try:
-        return picture_files.read_picture_record(path) is not None
-    except BadInputFileError:
-        return True  # of an older format
 
 
 def _some(paths: Sequence[Path]) -> str:

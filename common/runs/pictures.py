@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from common.conditions.prompt_settings import PromptSettings
 from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
-from common.errors import BadInputFileError, BadSettingError
+from common.errors import BadInputFileError
 from common.files import picture_files
 from common.files.artifacts import Artifact, Header
 from common.files.kept_progress import progress_paths
-from common.files.picture_files import OUR_NAME, TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
+from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
 from common.files.rows import Told, row_hashes, row_recipe
 from common.files.stage_table import DECODE
@@ -28,7 +28,7 @@ from common.runs.run_index import (
     Line,
     differing,
     find_ours,
-    read_index,
+    refuse_foreign,
     why_index_stale,
 )
 from common.sampling.schedulers import web_ui_sampler
@@ -127,7 +127,7 @@ def _index_lines(
 class Found:
     """The pictures of ours that a run directory has."""
 
-    def __init__(self, run_dir: Path, names: Iterable[str] = ()) -> None:
+    def __init__(self, run_dir: Path, names: Sequence[str] = ()) -> None:
         """
         Args:
             names: of the run's pictures, should its index not be there.
@@ -139,8 +139,8 @@ class Found:
         self.records: dict[Path, Record] = {}
         self.unread: dict[Path, str] = {}  # why
         aside, _ = progress_paths(run_dir, DECODE.number)
+        refuse_foreign(run_dir, names)
         own = [path for name in names if (path := run_dir / name).exists()]
-        listed = {line["file"] for line in read_index(run_dir)}
         ours = dict.fromkeys([*find_ours(run_dir), *own, *picture_files.find_pictures(aside)])
         for path in ours:
             try:
@@ -149,18 +149,9 @@ class Found:
                 self.unread[path] = f"{path.name} is of an older format"
                 continue
             if record is None:
-                self._refuse_foreign(path, {path.name for path in own} - listed)
                 self.unread[path] = f"{path.name} is damaged or not of ours"
             else:
                 self.records[path] = record
-
-    @staticmethod
-    def _refuse_foreign(path: Path, unlisted: set[str]) -> None:
-        if path.name in unlisted and not OUR_NAME.fullmatch(path.name):
-            raise BadSettingError(
-                f"{path} is there and no picture of ours, and a picture of the run would take its "
-                "place: move it, or choose other ids, --name_template or --output_dir"
-            )
 
     def why_stale(self, wanted: Mapping[str, str]) -> str | None:
         """Why pictures have to be made: what is wrong with the first that is not as wanted.

@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import UnfitEnvironmentError
-from common.files.picture_files import OUR_NAME, find_pictures
+from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
+from common.files.picture_files import OUR_NAME, find_pictures, read_picture_record
 from common.files.recipe import to_json
 from common.text_files import parse_json
 from common.whole_files import remove_file, replace_whole, write_text_whole
@@ -43,6 +43,31 @@ def find_ours(run_dir: Path) -> list[Path]:
     listed = {line["file"] for line in read_index(run_dir)}
     pictures = find_pictures(run_dir)
     return [path for path in pictures if OUR_NAME.fullmatch(path.name) or path.name in listed]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a picture holds a record of ours."""
+    try:
+        return read_picture_record(path) is not None
+    except BadInputFileError:
+        return True  # of an older format
+
+
+def refuse_foreign(run_dir: Path, names: Iterable[str]) -> None:
+    """Raise `BadSettingError` where a file of the user's own has the name of one of our pictures.
+
+    Args:
+        names: of the run's pictures.
+    """
+    listed = {line["file"] for line in read_index(run_dir)}
+    for name in names:
+        path = run_dir / name
+        known = OUR_NAME.fullmatch(name) is not None or name in listed
+        if not known and path.exists() and not is_ours(path):
+            raise BadSettingError(
+                f"{path} is there and no picture of ours, and a picture of the run would take its "
+                "place: move it, or choose other ids, --name_template or --output_dir"
+            )
 
 
 class RunIndex:

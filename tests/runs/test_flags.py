@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import BadSettingError
+from common.files.stage_table import DENOISE
+from common.runs.flags import Given
 from tests.conftest import RUN_ALL, STAGES, Run
-from tests.refusals import expect
+from tests.refusals import expect, refusal
 
 
 @pytest.mark.parametrize("script", [*STAGES.values(), RUN_ALL], ids=lambda path: path.stem)
@@ -37,3 +40,9 @@ def test_hyphens_work_in_flags_as_well(run_copy: Path, stage: Run) -> None:
         stage(2, "--output-dir", run_copy, "--num-inference-steps", "0"),
         *(2, "--num_inference_steps"),
     )
+
+
+def test_a_bad_value_of_any_flag_is_named() -> None:
+    with refusal(BadSettingError, "--progress 'xml'"):
+        _ = Given(DENOISE, {"progress": "xml"}).flags
+    assert Given(DENOISE, {"progress": "json", "wait": True}).flags.progress == "json"

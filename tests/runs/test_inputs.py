@@ -56,6 +56,13 @@ def test_a_prompts_file_has_its_own(folder: Path) -> None:
         resolved(prompts_file="prompts.jsonl")
 
 
+def test_an_id_is_numbered_where_its_prompt_is_repeated(folder: Path) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a", "id": "star"}')
+    config = resolved(prompts_file="prompts.jsonl", image=["pictures/a.png", "pictures/b.png"])
+    assert [prompt.id for prompt in config.prompts] == ["star_0000", "star_0001"]
+    assert len({*config.image_seeds()}) == 2
+
+
 def test_the_size_is_the_pictures_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = resolved(image="d.png")
     assert (config.height, config.width) == (32, 48)

@@ -96,6 +96,10 @@ def test_a_run_is_refused_before_it_computes(
     with refusal(BadSettingError, f"{image} is a picture that the run begins with"):
         refuse_bad_names(beside, tmp_path)
     refuse_bad_names(beside, tmp_path / "elsewhere")
+    (tmp_path / f"{config.seed}.png").write_bytes(b"of the user")
+    with refusal(BadSettingError, f"{tmp_path / '42.png'} is there and no picture of ours"):
+        refuse_bad_names(config, tmp_path)
+    (tmp_path / f"{config.seed}.png").unlink()
     asked = []
     monkeypatch.setattr(picture_names, "require_parquet", lambda: asked.append(1))
     refuse_bad_names(config.model_copy(update={"index": "parquet"}), tmp_path)
