@@ -36,6 +36,7 @@ def rows_of(*command: object) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_side_by_side() -> None:
     """The peers that do not take long to compile; all give diffusers' result."""
     small = ["--repeat", "1", "--num_inference_steps", "2"]

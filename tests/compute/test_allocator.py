@@ -34,6 +34,7 @@ with torch.inference_mode():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
 def test_memory_that_was_freed_is_not_cleared_anew() -> None:
     """Scores of 10 and 20 MB, asked for and freed in turn, by the pages that the system clears.

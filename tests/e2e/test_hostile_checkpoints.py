@@ -561,6 +561,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(
     expect(result, 3, Path(name).parent.name or name)
 
 
+@pytest.mark.long
 def test_a_variant_beside_pickles_runs_without_them(tmp_path: Path) -> None:
     """The weights are fp16's safetensors; all that is under the plain names is pickles."""
     watch = Watch(tmp_path / "watched")

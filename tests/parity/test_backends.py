@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from common.sampling.jax_denoiser import prepare_model
 from common.sampling.torch_denoiser import AttentionIn16Bits
-from tests.conftest import DEMO, Run
+from tests.conftest import DEMO, LONG, Run
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -60,7 +60,7 @@ def test_torch_equals_diffusers(in_torch: Ours, settings: dict[str, Any]) -> Non
     "settings",
     [
         {"batch": 3},
-        {"guidance_start": 0.2, "guidance_end": 0.7},
+        pytest.param({"guidance_start": 0.2, "guidance_end": 0.7}, marks=LONG),
         {"guidance_rescale": 0.5, "scheduler": "lcm"},
         {"scheduler": "ddim", "scheduler_options": {"clip_sample": True}, "guidance_scale": 2.0},
     ],

@@ -18,7 +18,7 @@ from common.models.checkpoint import Checkpoint
 from common.models.find import open_checkpoint
 from common.models.weights import load_model
 from common.runs.generation import RunSettings
-from tests.conftest import Run
+from tests.conftest import LONG, Run
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -98,7 +98,7 @@ def check_equal(ours: Ours, pipeline: Any, model: str | Path) -> np.ndarray:
     return latents
 
 
-@pytest.mark.parametrize("family", ["SDXL", "SD"])
+@pytest.mark.parametrize("family", ["SDXL", pytest.param("SD", marks=LONG)])
 def test_a_single_file(family: str, sdxl: Path, sd: Path, tmp_path: Path) -> None:
     folder = {"SDXL": sdxl, "SD": sd}[family]
     file = save_original(folder, tmp_path / "model.safetensors")
@@ -134,7 +134,11 @@ def test_a_single_file_by_the_stages(sdxl: Path, tmp_path: Path, stage: Run) -> 
 
 
 @pytest.mark.parametrize(
-    "form", ["component folder", "pipeline folder", "file", "original file", "hub", "hub file"]
+    "form",
+    [
+        *("component folder", "original file", "hub file"),
+        *(pytest.param(form, marks=LONG) for form in ("pipeline folder", "file", "hub")),
+    ],
 )
 def test_a_unet_from_elsewhere(
     form: str, sdxl: Path, other: Path, tmp_path: Path, hub: Path

@@ -70,7 +70,7 @@ def test_an_interval_equals_diffusers_guider(
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["ddim", "heun", *(pytest.param(s, marks=LONG) for s in ("euler_a", "dpmpp_sde"))]
+    "scheduler", ["heun", *(pytest.param(s, marks=LONG) for s in ("ddim", "euler_a", "dpmpp_sde"))]
 )
 def test_stepping_on_the_host_equals_tables(
     tiny_sdxl: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +88,7 @@ def test_stepping_on_the_host_equals_tables(
     assert ours.denoiser.tables is None
 
 
-@pytest.mark.parametrize("family", ["SDXL", "SD"])
+@pytest.mark.parametrize("family", ["SDXL", pytest.param("SD", marks=LONG)])
 def test_a_distilled_unet_is_told_the_guidance_scale(tmp_path: Path, family: str) -> None:
     save = save_sdxl if family == "SDXL" else save_sd
     model = save(tmp_path / "model", time_cond_proj_dim=16)

@@ -16,6 +16,7 @@ from common.errors import BadSettingError, NotFiniteError
 from common.runs.generation import GenerationConfig
 from common.sampling.sampler import REFUSALS
 from common.sampling.schedulers import SCHEDULERS
+from tests.conftest import LONG
 from tests.in_process import (
     Ours,
     load_pipeline,
@@ -140,6 +141,9 @@ def test_every_variation_equals_diffusers(
     comparison.check()
 
 
+BETA_SIGMAS = {"num_inference_steps": 50, "scheduler_options": {"use_beta_sigmas": True}}
+
+
 def has_option(scheduler: str, options: dict[str, Any]) -> bool:
     """Whether diffusers' class of a scheduler has settings of these names."""
     import inspect
@@ -154,10 +158,10 @@ def has_option(scheduler: str, options: dict[str, Any]) -> bool:
     ("scheduler", "settings"),
     [
         *(
-            (name, dict(num_inference_steps=50, scheduler_options={"use_beta_sigmas": True}))
+            pytest.param(name, BETA_SIGMAS, marks=() if name in ("dpmpp_2m", "unipc") else LONG)
             for name in ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis", "sa_solver")
         ),
-        ("dpmpp_2m", dict(num_inference_steps=100, scheduler_options={"use_beta_sigmas": True})),
+        pytest.param("dpmpp_2m", BETA_SIGMAS | {"num_inference_steps": 100}, marks=LONG),
         ("euler", dict(num_inference_steps=None, timesteps=[999, 999, 500, 100])),
     ],
 )

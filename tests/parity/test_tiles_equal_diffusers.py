@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 
-from tests.conftest import DEMO, Run
+from tests.conftest import DEMO, LONG, Run
 from tests.in_process import Ours, pixel_difference
 
 # The demo VAE's tiles are of 16 × 16 latents, one every 12; those at the ends are smaller.
@@ -30,7 +30,7 @@ def by_diffusers(latents: np.ndarray, *, tile: bool) -> np.ndarray:
     "options",
     [
         {"mesh": "single"},
-        pytest.param({"mesh": "data=2,rows=4"}, marks=pytest.mark.slow),
+        pytest.param({"mesh": "data=2,rows=4"}, marks=LONG),
         {"backend": "torch"},
     ],
     ids=str,
