@@ -25,6 +25,7 @@ import typer
 from common.commands import Debug, flag, make_command
 from common.errors import BadInputFileError
 from common.files import recipe
+from common.files.picture_files import read_pixels
 from common.files.stage_table import STAGES
 from common.messages import say
 from common.process import run_command
@@ -163,14 +164,6 @@ def tensor_differences(file_a: Path, file_b: Path) -> dict[str, float | None]:
             value = float((x - y).norm() / x.norm()) if bool(x.any()) else float((x - y).norm())
             found[name] = value if math.isfinite(value) else None
     return found
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    """A picture as [H, W, 3] uint8; an animation's first frame."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -67,13 +67,10 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.removeprefix(".") in FORMATS)
 
 
-def read_pixels(paths: Sequence[Path]) -> np.ndarray:
-    """Pictures of one size, [N, H, W, 3] uint8."""
-    found = []
-    for path in paths:
-        with Image.open(path) as image:
-            found.append(np.asarray(image.convert("RGB")))
-    return np.stack(found)
+def read_pixels(path: Path) -> np.ndarray:
+    """A picture as [H, W, 3] uint8; an animation's first frame."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def picture_shape(path: Path) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What stages 2 and 3 write: latents and trajectories, pictures with their settings inside."""
+"""What stage 2 writes: latents and trajectories, and its report."""
 
 from collections.abc import Mapping
 from pathlib import Path

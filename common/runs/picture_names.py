@@ -42,12 +42,9 @@ def names_of(
         BadSettingError: the template cannot be read, or two images have the same name.
     """
     count, plain = len(settings), numbered("output_image", len(settings), image_format)
-    of_each, rest = divmod(count, len(prompts) or 1)
-    if rest:  # latents from elsewhere
-        of_each, prompts = 1, []
+    of_each = max(1, count // len(prompts))
     names = []
-    for index, own in enumerate(settings):
-        id = prompts[index // of_each].id if prompts else None
+    for index, (own, id) in enumerate(zip(settings, ids_of(prompts, count), strict=True)):
         if template is not None:
             values = {**own, "index": index, "id": id}
             names.append(f"{safe_name(_fill(template, values))}.{image_format}")
@@ -59,6 +56,14 @@ def names_of(
     if names != plain:
         _refuse_same(names, template)
     return names
+
+
+def ids_of(prompts: Sequence[PromptSettings], images: int) -> list[str | None]:
+    """The id of every image's prompt; none where the images are not those of the prompts."""
+    of_each, rest = divmod(images, len(prompts))
+    if rest:  # latents from elsewhere
+        return [None] * images
+    return [prompt.id for prompt in prompts for _ in range(of_each)]
 
 
 def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:

@@ -156,13 +156,15 @@ class PictureWriter:
 
     def _write_grids(self) -> None:
         """By the pictures' files."""
+        import numpy as np
+
         from common.vae.grids import make_grid
 
         names, size = self.pictures.names, self.pictures.grid_images
         for number, grid in enumerate(self.pictures.grids):
             paths = [self.run_dir / name for name in names[number * size :][:size]]
             with self.report.part("image_encoding"):
-                laid_out = make_grid(picture_files.read_pixels(paths))
+                laid_out = make_grid(np.stack([picture_files.read_pixels(path) for path in paths]))
             self._write(grid, laid_out, self.pictures.grid_recipe)
 
     def _write(self, name: str, pixels: "np.ndarray", recipe: Recipe) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.overrides import Overrides
-from common.runs.picture_names import names_of
+from common.runs.picture_names import ids_of, names_of
 from common.runs.recipes import difference_from_report, trajectory_pictures_recipe
 from common.runs.run_index import (
     Format,
@@ -46,6 +45,7 @@ class Pictures:
 
     recipe: Recipe  # of all of them
     rows: list[Recipe]  # of each
+    fingerprints: list[str]  # of these
     names: list[str]
     grids: list[str]
     grid_images: int  # of a whole grid
@@ -72,6 +72,7 @@ class Pictures:
             if pasted:
                 inputs |= [pasted[row_of_picture(image, len(images), len(pasted))]]
             rows.append(row_recipe(recipe, image // of_each, image, inputs))
+        fingerprints = [row.fingerprint() for row in rows]
         settings = [picture_settings(row, latents.header) for row in rows]
         names = names_of(settings, config.prompts, config.name_template, config.image_format)
         size = config.grid_images
@@ -80,18 +81,14 @@ class Pictures:
         return cls(
             recipe=recipe,
             rows=rows,
+            fingerprints=fingerprints,
             names=names,
             grids=picture_files.grid_names(len(rows), size, config.image_format),
             grid_images=size,
             grid_recipe=recipe.model_copy(update={"settings": with_grids}),
-            lines=_index_lines(names, rows, settings, config.prompts),
+            lines=_index_lines(names, fingerprints, settings, config.prompts),
             index=config.index,
         )
-
-    @cached_property
-    def fingerprints(self) -> list[str]:
-        """Of the rows."""
-        return [row.fingerprint() for row in self.rows]
 
     @property
     def main(self) -> str:
@@ -108,19 +105,20 @@ class Pictures:
 
 def _index_lines(
     names: Sequence[str],
-    rows: Sequence[Recipe],
+    fingerprints: Sequence[str],
     settings: Sequence[Mapping[str, Any]],
     prompts: Sequence[PromptSettings],
 ) -> list[Line]:
     """What the index says of each picture: its file, and what it does not share with all."""
     shown = ["prompt", "seed", *sorted(differing(settings) - {"prompt", "seed"})]
-    of_each, rest = divmod(len(rows), len(prompts))
-    lines = []
-    for index, (name, row, own) in enumerate(zip(names, rows, settings, strict=True)):
-        id = None if rest else prompts[index // of_each].id
+    ids, lines = ids_of(prompts, len(names)), []
+    for index, (name, fingerprint, own) in enumerate(
+        zip(names, fingerprints, settings, strict=True)
+    ):
+        id = ids[index]
         line: Line = {"file": name, "index": index} | ({} if id is None else {"id": id})
         line |= {setting: own[setting] for setting in shown if setting in own}
-        lines.append(line | {"fingerprint": row.fingerprint()})
+        lines.append(line | {"fingerprint": fingerprint})
     return lines
 
 
@@ -171,9 +169,7 @@ class Found:
     def places(self, pictures: Pictures) -> dict[int, Path]:
         """Row → where its picture is, of those that are there."""
         known = {record.get("fingerprint"): path for path, record in self.records.items()}
-        own = {
-            row: self.run_dir / pictures.names[row] for row in range(len(pictures.names))
-        }  # where it is already, if it is there twice
+        own = [self.run_dir / name for name in pictures.names]  # where it is, if it is there twice
         return {
             row: own[row]
             if self.records.get(own[row], {}).get("fingerprint") == fingerprint
@@ -199,8 +195,9 @@ def why_pictures_stale(found: Found, pictures: Pictures, trajectory: Artifact | 
         names = (TRAJECTORY_STRIP, TRAJECTORY_ANIMATION)
         if found.why_stale(dict.fromkeys(names, wanted)) is not None:
             return "the trajectory's pictures are not there or of another one"
-    recipes = pictures.recipes()
-    stale = found.why_stale({name: each.fingerprint() for name, each in recipes.items()})
+    of_pictures = zip(pictures.names, pictures.fingerprints, strict=True)
+    of_grids = dict.fromkeys(pictures.grids, pictures.grid_recipe.fingerprint())
+    stale = found.why_stale(dict(of_pictures) | of_grids)
     if stale is not None and stale.endswith(OTHER_SETTINGS):
         return difference_from_report(found.run_dir, pictures.recipe) or stale
     return stale or why_index_stale(found.run_dir, pictures.lines, pictures.index)

@@ -196,5 +196,6 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     paths = [tmp_path / f"{k}.png" for k in range(2)]
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
-    np.testing.assert_array_equal(picture_files.read_pixels(paths), pixels)
+    for path, image in zip(paths, pixels, strict=True):
+        np.testing.assert_array_equal(picture_files.read_pixels(path), image)
     assert picture_files.picture_shape(paths[0]) == (5, 7, 3)
