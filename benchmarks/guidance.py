@@ -45,6 +45,7 @@ def main(
     from common.compute.options import RunOptions
     from common.conditions.prompts import encode_prompts
     from common.declared import EMBEDDINGS, LATENTS
+    from common.files.made_rows import MadeRows
     from common.models.component_table import loaded_for
     from common.models.find import open_checkpoint
     from common.models.text_pipeline import load_text_pipeline
@@ -81,7 +82,7 @@ def main(
                 job = denoising_job(config, checkpoint, embeddings, sampler)
                 denoiser = open_denoiser(kept, "jax", unet, job, options, report)
                 before = report.parts().get("run", 0.0)
-                denoise_images(denoiser, job, options)
+                denoise_images(denoiser, job, options, MadeRows.numbered(len(job.seeds)))
                 if round_number:  # the first round compiles and warms up
                     taken = report.parts()["run"] - before
                     seconds.setdefault((mesh_name, way), []).append(taken)

@@ -285,11 +285,12 @@ class Ours(Peer):
 
     def denoise_images(self, profile_folder: Path | None = None) -> Any:
         """All that stage 2 computes; with a profile of some steps, whose trace a folder gets."""
+        from common.files.made_rows import MadeRows
         from common.sampling.denoising import denoise_images
 
-        return denoise_images(
-            self.denoiser, self.job(), self.options, profile_folder=profile_folder
-        )
+        job = self.job()
+        made = MadeRows.numbered(len(job.seeds))
+        return denoise_images(self.denoiser, job, self.options, made, profile_folder=profile_folder)
 
     def flops(self) -> float | None:
         return self.denoiser.flops(self.denoiser.plan.fullest()) * self.workload.steps or None

@@ -27,6 +27,7 @@ from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import embeddings_misfit
+from common.files.made_rows import MadeRows
 from common.files.row_reader import RowReader
 from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say, warn
@@ -103,12 +104,12 @@ def denoise(
     say_steps(sampler)
     dtype = backend.choose_dtype(config.unet_dtype)
     recipe = latents_recipe(config, checkpoint, embeddings, dtype, begin)
-    recipes = latents_rows(config, recipe, *inputs)
-    rows = run.find_rows(run.run_dir / LATENTS_FILE, recipes, config)
-    write = partial(write_latents, run, config, (recipe, rows), begin)
+    recipes, path = latents_rows(config, recipe, *inputs), run.run_dir / LATENTS_FILE
+    rows = run.find_rows(path, recipes, config)
+    write = partial(write_latents, run, config, recipe, begin)
     if not rows.missing:  # they stand in another order, or some are gone
         if backend.is_first_process:
-            write(taken_images(rows), TORCH_FACTS)
+            write(taken_images(MadeRows(path, rows)), TORCH_FACTS)
         return
 
     # 5. Denoise, group by group; a stopped run goes on from what it kept
@@ -117,16 +118,14 @@ def denoise(
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
     denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
     facts = denoiser.facts()
-    run.keep_progress(recipe, facts, loops_on_device=denoiser.loops_on_device, rows=rows.key)
+    run.keep_progress(recipe, facts, rows, loops_on_device=denoiser.loops_on_device)
     if run.progress is None and run.options.checkpoint_every is not None:
         warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
     folder = run.profile_folder if run.options.profile else None
     with run.finishing_first(keeps=run.progress is not None) as stop:
+        made = MadeRows(path, rows, run.progress)
         denoised = denoise_images(
-            *(denoiser, job, run.options, rows),
-            profile_folder=folder,
-            progress=run.progress,
-            stop=stop,
+            denoiser, job, run.options, made, profile_folder=folder, stop=stop
         )
         if not backend.is_first_process:
             say("  the first process writes")

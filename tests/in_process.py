@@ -18,6 +18,7 @@ from common.compute.options import RunOptions
 from common.conditions.prompts import encode_prompts
 from common.conditions.sizes import SizeSettings
 from common.files.kept_progress import Progress
+from common.files.made_rows import MadeRows
 from common.models.find import open_checkpoint
 from common.models.text_pipeline import open_text_pipeline
 from common.runs.generation import GenerationConfig
@@ -98,7 +99,8 @@ class Ours:
         options, job = self.options.model_copy(update=changes), self.job(config)
         unet = UNetToLoad(checkpoint=self.checkpoint, loras=self.config.loras, dtype=self.dtype)
         self.denoiser: Any = open_denoiser(self.kept, self.backend, unet, job, options, self.report)
-        return denoise_images(self.denoiser, job, options, progress=progress, stop=stop)
+        made = MadeRows.numbered(len(job.seeds), progress)
+        return denoise_images(self.denoiser, job, options, made, stop=stop)
 
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""

@@ -129,13 +129,11 @@ def save_tensors(
     recipe: Recipe,
     provenance: dict[str, Any],
     rows: Sequence[str] = (),
-    seconds: Sequence[float | None] = (),
 ) -> Header:
     """Save tensors with their header as safetensors, whole or not at all.
 
     Args:
         rows: the fingerprints of the tensors' rows, where these have some.
-        seconds: that each of these took.
 
     Raises:
         NotFiniteError: a tensor holds an infinity or a not-a-number; nothing is written.
@@ -145,8 +143,7 @@ def save_tensors(
     known = []
     for k, fingerprint in enumerate(rows):
         own = {key: each[k : k + 1] for key, each in contiguous.items()}
-        took = seconds[k] if k < len(seconds) else None
-        known.append(Row(fingerprint, hash_tensors(own), took))
+        known.append(Row(fingerprint, hash_tensors(own)))
     header = make_header(recipe, provenance, hash_tensors(contiguous), known)
     save_whole(path, contiguous, {HEADER_KEY: header.to_json()})
     return header

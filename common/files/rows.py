@@ -4,7 +4,6 @@ A row's recipe is that of the file which a run of this row alone writes: whateve
 and in whatever place, its fingerprint is the same.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,14 +72,6 @@ class Rows:
     def all_missing(cls, recipes: Sequence[Recipe]) -> Self:
         """Rows of which an earlier file has none."""
         return cls(recipes=[*recipes], fingerprints=[recipe.fingerprint() for recipe in recipes])
-
-    @property
-    def key(self) -> str | None:
-        """What is to be made, as progress is known by; None where that is all."""
-        if not self.places:
-            return None
-        texts = "\n".join(self.fingerprints[row] for row in self.missing)
-        return hashlib.sha256(texts.encode()).hexdigest()
 
     @property
     def missing(self) -> list[int]:

@@ -28,15 +28,15 @@ class TensorWriter:
     """
 
     def __init__(
-        self, path: Path, recipe: Recipe, provenance: dict[str, Any], rows: Sequence[str]
+        self, path: Path, recipe: Recipe, provenance: dict[str, Any], rows: Sequence[Row]
     ) -> None:
         """
         Args:
             path: of the file, which `written_in_parts` puts in place.
-            rows: the fingerprints of the rows of every tensor.
+            rows: of every tensor; their hashes are put in as the rows come.
         """
         self.path, self.count, self.written = path, len(rows), 0
-        self._rows = [Row(fingerprint, NO_HASH) for fingerprint in rows]
+        self._rows = [row._replace(data_sha256=NO_HASH) for row in rows]
         self.shapes: dict[str, list[int]] = {}
         self._recipe, self._provenance = recipe, provenance
         self._begins: dict[str, int] = {}
@@ -107,10 +107,21 @@ class TensorWriter:
 
 @contextmanager
 def written_in_parts(
-    path: Path, recipe: Recipe, provenance: dict[str, Any], rows: Sequence[str]
+    path: Path,
+    recipe: Recipe,
+    provenance: dict[str, Any],
+    rows: Sequence[str],
+    seconds: Sequence[float | None] = (),
 ) -> Iterator[TensorWriter]:
-    """A file that appears whole at the block's end, or not at all."""
-    writer = TensorWriter(path, recipe, provenance, rows)
+    """A file that appears whole at the block's end, or not at all.
+
+    Args:
+        rows: the fingerprints of the rows of every tensor.
+        seconds: that each of these took; none where that is not known of any.
+    """
+    took = seconds or [None] * len(rows)
+    known = [Row(*pair) for pair in zip(rows, [NO_HASH] * len(rows), took, strict=True)]
+    writer = TensorWriter(path, recipe, provenance, known)
     with replace_whole(path) as temporary:
         writer.open(temporary)
         yield writer

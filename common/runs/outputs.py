@@ -8,8 +8,7 @@ from common.declared import LATENTS
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.recipe import Recipe, recipe_of_trajectory
-from common.files.rows import Rows
-from common.files.stage_table import DENOISE, LATENTS_FILE
+from common.files.stage_table import LATENTS_FILE, TRAJECTORY_FILE
 from common.runs.generation import GenerationConfig
 from common.runs.stage_run import StageRun
 from common.stopping import StopRequest
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def write_latents(
     run: StageRun,
     config: GenerationConfig,
-    made_by: tuple[Recipe, Rows],
+    recipe: Recipe,
     begin: Artifact | None,
     denoised: "Denoised",
     facts: Mapping[str, Any],
@@ -35,8 +34,7 @@ def write_latents(
         facts: what the report says of the devices.
         stop: asked when all is written.
     """
-    recipe, rows = made_by
-    path = run.run_dir / LATENTS_FILE
+    path, rows = run.run_dir / LATENTS_FILE, denoised.made.rows
     with run.report.part("writing"):
         names = ("backend", "platform", "mesh")
         devices = {name: facts.get(name) for name in names}
@@ -48,13 +46,13 @@ def write_latents(
         made = {**devices, "unet_dtype_asked": config.unet_dtype, "overrides": run.overrides}
         provenance = {**config.model_settings(), **made}
         begun = begin if config.pastes else None
-        save_latents(run.run_dir, denoised, recipe, rows, provenance, begun)
+        shape = save_latents(run.run_dir, denoised, recipe, provenance, begun)
         run.settings_written(config)
     if stop is not None:
         stop.raise_if_asked(f"when {path} was written")
     run.finish(
         path,
-        shapes={"latents": list(denoised.latents.shape)},
+        shapes={"latents": shape},
         rows_taken=len(rows.places),
         dtype=recipe.settings_of(LATENTS)["unet_dtype"],
         dtype_asked=config.unet_dtype,
@@ -68,29 +66,27 @@ def save_latents(
     run_dir: Path,
     denoised: "Denoised",
     recipe: Recipe,
-    rows: Rows,
     provenance: dict[str, Any],
     begun: Artifact | None = None,
-) -> None:
-    """Write the latents, and the trajectory in place of another run's.
+) -> list[int]:
+    """Write the latents, and the trajectory in place of another run's. Returns the latents' shape.
 
     Args:
         begun: the pictures that stage 3 pastes into, which it finds beside the latents.
     """
     import torch
 
-    latents_file, trajectory_file = (run_dir / name for name in DENOISE.writes)
+    trajectory_file = run_dir / TRAJECTORY_FILE
     remove_file(trajectory_file)
     if begun is not None and begun.path.parent.resolve() != run_dir.resolve():
         copy_whole(begun.path, run_dir / begun.path.name)
-    tensors = {"latents": denoised.latents}
-    artifacts.save_tensors(
-        latents_file, tensors, recipe, provenance, rows.fingerprints, denoised.seconds
-    )
-    if denoised.trajectory is not None and denoised.trajectory_every is not None:
+    trajectory = denoised.trajectory
+    shape = denoised.made.write("latents", recipe, provenance)
+    if trajectory is not None and denoised.trajectory_every is not None:
         artifacts.save_tensors(
             trajectory_file,
-            {"latents": denoised.trajectory, "steps": torch.tensor(denoised.kept_after)},
+            {"latents": trajectory, "steps": torch.tensor(denoised.kept_after)},
             recipe_of_trajectory(recipe, denoised.trajectory_every),
             provenance,
         )
+    return shape

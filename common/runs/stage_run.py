@@ -203,7 +203,13 @@ class StageRun:
 
     # --- 4. computing ---
 
-    def keep_progress(self, recipe: Recipe, devices: dict[str, Any], **facts: Any) -> None:
+    def keep_progress(
+        self,
+        recipe: Recipe,
+        devices: dict[str, Any],
+        rows: Rows | None = None,
+        **facts: Any,
+    ) -> None:
         """Keep what is done, so that a stopped run goes on from there.
 
         Nothing is kept where the run is measured, or one of several.
@@ -211,6 +217,7 @@ class StageRun:
         Args:
             recipe: of what the stage makes.
             devices: what the report says of them.
+            rows: where progress is kept by rows, so that a run goes on which has some of them.
             facts: what else must be the same for a run to go on from another's progress.
         """
         import torch
@@ -221,7 +228,7 @@ class StageRun:
             self.run_dir,
             self.stage.number,
             {
-                "fingerprint": recipe.fingerprint(),
+                "fingerprint": recipe.fingerprint() if rows is None else None,
                 "batch_size": self.options.batch_size,
                 "operations": self.options.operations,
                 "save_trajectory": self.options.save_trajectory,
@@ -232,7 +239,7 @@ class StageRun:
             },
             recipe,
         )
-        if why := self.progress.why_unused():
+        if why := self.progress.why_unused(() if rows is None else rows.fingerprints):
             say(f"  what an earlier run kept is not used: {why}")
 
     @contextmanager

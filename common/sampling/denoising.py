@@ -11,9 +11,8 @@ import torch
 from common.compute.groups import group_size, groups
 from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
-from common.files.kept_progress import Progress
+from common.files.made_rows import MadeRows
 from common.files.report import Profile
-from common.files.rows import Rows
 from common.messages import say, warn
 from common.progress import progress_bar
 from common.sampling.denoiser import Denoiser
@@ -22,35 +21,45 @@ from common.sampling.job import DenoisingJob
 from common.sampling.scheduler_tables import NotLinearError, SchedulerTables, make_tables
 from common.stopping import StopRequest
 
+LATENTS, TRAJECTORY = "latents", "trajectory"  # of an image [C, h, w]; [S, C, h, w] float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Denoised:
     """What stage 2 computes."""
 
-    latents: torch.Tensor  # [B, C, h, w] float32
-    seconds: list[float | None]  # of devices, for each image [B]; None where that is not known
-    kept_after: list[int]  # numbers of steps
-    trajectory: torch.Tensor | None  # the latents after each of them [S, B, C, h, w]
+    made: MadeRows  # each image's latents and trajectory
+    kept_after: list[int]  # numbers of steps, of a trajectory
     trajectory_every: int | None  # how many steps these are apart
     profile: Profile | None  # of the first group
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """All latents [B, C, h, w]."""
+        return self.made.read(range(self.made.count), LATENTS)
+
+    @property
+    def trajectory(self) -> torch.Tensor | None:
+        """The latents after each of some steps [S, B, C, h, w], where they are kept."""
+        if not self.kept_after:
+            return None
+        return self.made.read(range(self.made.count), TRAJECTORY).transpose(0, 1)
 
 
 def denoise_images(
     denoiser: Denoiser,
     job: DenoisingJob,
     options: RunOptions,
-    rows: Rows | None = None,
+    made: MadeRows,
     *,
     profile_folder: Path | None = None,
-    progress: Progress | None = None,
     stop: StopRequest | None = None,
 ) -> Denoised:
-    """Denoise all images, in groups of one shape.
+    """Denoise all images that are missing, in groups of one shape.
 
     Args:
-        rows: those that an earlier file has are taken from there.
+        made: the run's images; what is denoised goes there.
         profile_folder: for a profile of the first group.
-        progress: what a stopped run left, to go on from, and where this one leaves its own.
         stop: asked after each range of steps.
 
     Raises:
@@ -58,46 +67,35 @@ def denoise_images(
     """
     tables = tables_of(denoiser, job, options)
     run = _Run(denoiser, job, options, tables, profile_folder)
-    todo = run.take(rows)
-    with progress_bar(
-        run.bar_steps(len(todo)), "denoise", "step", images=len(todo), leave=True
-    ) as bar:
-        for number, (places, real) in enumerate(groups(len(todo), run.group_size)):
-            group = GroupProgress(progress, stop, options.checkpoint_every, number, bar)
+    todo = np.array(made.missing, int)
+    if made.kept:
+        say(f"  goes on after {made.kept} of {made.kept + len(todo)} images, which are kept")
+    images = made.kept + len(todo)
+    with progress_bar(run.bar_steps(images), "denoise", "step", images=images, leave=True) as bar:
+        bar.skip(run.bar_steps(images) - run.bar_steps(len(todo)))
+        several = images > run.group_size
+        for places, real in groups(len(todo), run.group_size):
             chosen = todo[places]
-            own = chosen[:real]
-            finished = group.finished()
-            if finished is not None:
-                run.latents[own] = finished["latents"].numpy()
-                run.trajectory[:, own] = finished["trajectory"].numpy()
-                run.count(own, float(finished["seconds"]))
-                bar.skip(run.evaluations)
-                continue
+            own = chosen[:real].tolist()
+            group = GroupProgress(
+                made.progress, stop, options.checkpoint_every, made.group(own), bar
+            )
             if job.prompts:
                 bar.note(job.prompts[int(job.prompt_of[own[0]])])
             seconds = run.denoise_group(chosen, group) / real
-            run.count(own, seconds)
-            made = denoiser.latents()
-            kept = np.reshape(denoiser.trajectory, (-1, *made.shape))[:, :real]
-            run.latents[own], run.trajectory[:, own] = made[:real], kept
-            if len(todo) > run.group_size:
-                arrays = {"latents": made[:real], "trajectory": kept}
-                group.keep_finished({**arrays, "seconds": np.array(seconds)})
+            made.put(own, run.tensors_of(real), round(seconds, 4), keep=several)
             run.measure_first()
-    return run.denoised()
-
-
-def taken_images(rows: Rows) -> Denoised:
-    """What stage 2 gives where an earlier file has all of it."""
-    latents = rows.read(range(len(rows.recipes)))["latents"]
     return Denoised(
-        latents=latents,
-        seconds=[rows.seconds(row) for row in range(len(latents))],
-        kept_after=[],
-        trajectory=None,
-        trajectory_every=None,
-        profile=None,
+        made=made,
+        kept_after=run.kept_after,
+        trajectory_every=options.save_trajectory,
+        profile=run.profile,
     )
+
+
+def taken_images(made: MadeRows) -> Denoised:
+    """What stage 2 gives where an earlier file has all of it."""
+    return Denoised(made=made, kept_after=[], trajectory_every=None, profile=None)
 
 
 def tables_of(denoiser: Denoiser, job: DenoisingJob, options: RunOptions) -> SchedulerTables | None:
@@ -114,7 +112,7 @@ def tables_of(denoiser: Denoiser, job: DenoisingJob, options: RunOptions) -> Sch
 
 
 class _Run:
-    """What is collected from group to group."""
+    """What is the same for all groups, and what is measured of the first."""
 
     def __init__(
         self,
@@ -129,9 +127,6 @@ class _Run:
         self.group_size = group_size(count, options.batch_size, denoiser.devices_of_images)
         self.evaluations = len(job.sampler.restart())
         self.kept_after = steps_to_keep(self.evaluations, options.save_trajectory)
-        self.seconds: list[float | None] = [None] * count
-        self.latents = np.empty((count, *job.latent_shape), np.float32)
-        self.trajectory = np.empty((len(self.kept_after), *self.latents.shape), np.float32)
         self.is_first = True
         self.profile: Profile | None = None
         self.profiler: Profiler | None = None
@@ -139,25 +134,16 @@ class _Run:
             steps = options.profiled_steps(self.evaluations)
             self.profiler = denoiser.profiler(profile_folder, steps)
 
-    def take(self, rows: Rows | None) -> np.ndarray:
-        """Take the latents that an earlier file has. Returns the indices of the other images."""
-        if rows is None:
-            return np.arange(len(self.job.seeds))
-        taken = sorted(rows.places)
-        if taken:
-            self.latents[taken] = rows.read(taken)["latents"].numpy()
-        for row in taken:
-            self.seconds[row] = rows.seconds(row)
-        return np.array(rows.missing)
-
     def bar_steps(self, images: int) -> int:
         """The steps of all groups of so many images."""
         return -(-images // self.group_size) * self.evaluations
 
-    def count(self, images: np.ndarray, seconds: float) -> None:
-        """Note how long each of some images took."""
-        for image in images.tolist():
-            self.seconds[image] = round(seconds, 4)
+    def tensors_of(self, images: int) -> dict[str, torch.Tensor]:
+        """What the group that was denoised gave, of its first so many images."""
+        latents = self.denoiser.latents()  # [G, C, h, w]
+        kept = np.reshape(self.denoiser.trajectory, (-1, *latents.shape)).swapaxes(0, 1)
+        arrays = {LATENTS: latents, **({TRAJECTORY: kept} if self.kept_after else {})}
+        return {name: torch.from_numpy(array[:images].copy()) for name, array in arrays.items()}
 
     def denoise_group(self, chosen: np.ndarray, group: GroupProgress) -> float:
         """All steps of some images, or those that an earlier run has not kept.
@@ -192,17 +178,6 @@ class _Run:
             self.denoiser.repeat(self.options.repeat)
             self.profile = self.profiler.result() if self.profiler is not None else None
         self.is_first = False
-
-    def denoised(self) -> Denoised:
-        """All that was made."""
-        return Denoised(
-            latents=torch.from_numpy(self.latents),
-            seconds=self.seconds,
-            kept_after=self.kept_after,
-            trajectory=torch.from_numpy(self.trajectory) if self.kept_after else None,
-            trajectory_every=self.options.save_trajectory,
-            profile=self.profile,
-        )
 
 
 def steps_to_keep(evaluations: int, every: int | None) -> list[int]:

@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from common.files.kept_progress import Progress
+from common.files.kept_progress import Group, Progress
 from common.messages import say
 from common.progress import Shown
 from common.stopping import StoppedError, StopRequest
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from common.sampling.denoiser import Denoiser
 
 
@@ -22,20 +19,16 @@ class GroupProgress:
         progress: Progress | None,
         stop: StopRequest | None,
         every: int | None,
-        number: int,
+        key: Group,
         bar: Shown,
     ) -> None:
         """
         Args:
             every: steps between two saves; None goes by time.
-            number: of the group, from 0.
+            key: what the group is known by.
         """
         self.progress, self.stop, self.every = progress, stop, every
-        self.number, self.bar = number, bar
-
-    def finished(self) -> "dict[str, torch.Tensor] | None":
-        """What an earlier run kept of this group, all of it done."""
-        return None if self.progress is None else self.progress.read_group(self.number)
+        self.key, self.bar = key, bar
 
     def resume(self, denoiser: "Denoiser") -> None:
         """Go on where an earlier run was stopped within this group."""
@@ -43,7 +36,7 @@ class GroupProgress:
         if self.progress is not None:
             self.progress.count_from_now()
         if self.progress is not None and denoiser.can_resume:
-            kept = self.progress.read_steps(self.number)
+            kept = self.progress.read_steps(self.key)
         if kept is not None:
             denoiser.resume(kept)
             self.bar.skip(denoiser.done)
@@ -76,18 +69,10 @@ class GroupProgress:
         if keeps and (number is not None or due):
             assert self.progress is not None
             with denoiser.report.part("writing"):
-                self.progress.save_steps(self.number, denoiser.state_to_keep())
+                self.progress.save_steps(self.key, denoiser.state_to_keep())
         if number is not None and (keeps or denoiser.done < denoiser.evaluations):
             steps = f"step {denoiser.done} of {denoiser.evaluations}"
             said = f"after {steps}, which are kept: the same command goes on from there"
             if not keeps:
                 said = f"after {steps}: the same command begins these images again"
             raise StoppedError(number, said)
-
-    def keep_finished(self, arrays: "dict[str, np.ndarray]") -> None:
-        """Keep what the group gave until all groups are done."""
-        import torch
-
-        if self.progress is not None:
-            tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-            self.progress.save_group(self.number, tensors)

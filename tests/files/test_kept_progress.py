@@ -66,9 +66,32 @@ def test_what_keeps_progress_from_being_used_is_said(tmp_path: Path) -> None:
     newer = made.model_copy(update={"versions": {"torch": "2"}})
     Progress(tmp_path, 2, changed, newer).save_steps(4, TENSORS)
     assert Progress(tmp_path, 2, FACTS, made).why_unused() == "torch 2 → 1"
-    _, file = progress_paths(tmp_path, 2)
-    file.write_bytes(b"damaged")
-    assert Progress(tmp_path, 2, FACTS | {"batch_size": 2}, made).why_unused() == "batch_size 8 → 2"
+    folder, _ = progress_paths(tmp_path, 2)
+    (folder / kept_progress.MADE_BY_FILE).write_bytes(b"damaged")
+    assert Progress(tmp_path, 2, FACTS | {"batch_size": 2}, made).why_unused() is None
+
+
+def test_rows_are_kept_by_their_fingerprints(tmp_path: Path) -> None:
+    """Whatever else the run makes now; a group that is damaged, or made in another way, is not."""
+    earlier, later = make_recipe(seed=1), make_recipe(seed=2)
+    progress = Progress(tmp_path, 2, FACTS, earlier)
+    path = progress.save_group(["a", "b"], TENSORS, seconds=1.5)
+    other = progress.save_group(["a", "c"], TENSORS, seconds=2.5)  # begins with the same row
+    progress.save_steps(["d", "e"], TENSORS)
+    again = Progress(tmp_path, 2, FACTS, later)
+    found = again.find_rows()
+    assert {"a", "b", "c"} == found.keys()
+    assert found["b"] == (path, 1, 1.5) and found["c"] == (other, 1, 2.5)
+    assert same(again.read_steps(["d", "e"]), TENSORS) and again.read_steps(["d"]) is None
+    # What has none of the rows that are wanted is of other settings, which are said.
+    for wanted in (["x", "c"], ["x", "e"]):
+        assert again.why_unused(wanted) is None
+    assert again.why_unused(["x", "y"]) == "seed 1 → 2"
+    assert not Progress(tmp_path, 2, FACTS | {"batch_size": 2}, later).find_rows()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert again.find_rows().keys() == {"a", "c"}
 
 
 def test_what_is_damaged_or_strange_is_not_used(tmp_path: Path) -> None:
@@ -110,6 +133,8 @@ def test_nothing_is_left_when_the_output_is_written(tmp_path: Path) -> None:
         progress.save_group(0, TENSORS)
         progress.save_steps(1, TENSORS)
     remove_progress(tmp_path, 2)
+    folder, _ = progress_paths(tmp_path, 3)
+    assert kept_progress.MADE_BY_FILE in {path.name for path in folder.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == {
         "stage3_progress",
         "stage3_progress.safetensors",

@@ -9,6 +9,7 @@ import pytest
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.files.kept_progress import Progress
+from common.files.made_rows import MadeRows
 from common.models.checkpoint import Checkpoint
 from common.sampling.denoising import Denoised, denoise_images, steps_to_keep
 from common.sampling.job import DenoisingJob
@@ -37,8 +38,8 @@ def denoise(
         denoiser,
         job,
         RunOptions(mesh="single", **options),
+        MadeRows.numbered(len(job.seeds), progress),
         profile_folder=folder,
-        progress=progress,
         stop=stop,
     )
     return found, len(denoiser.report.step_seconds)
@@ -137,7 +138,8 @@ def test_only_the_first_group_is_measured(checkpoint: Checkpoint, tmp_path: Path
     job = make_job(images_per_prompt=3, steps=STEPS)
     denoiser = open_one("torch", checkpoint, job)
     options = RunOptions(batch_size=1, repeat=2, warmup_steps=1, profile_steps=(1, 3))
-    found = denoise_images(denoiser, job, options, profile_folder=tmp_path)
+    made = MadeRows.numbered(len(job.seeds))
+    found = denoise_images(denoiser, job, options, made, profile_folder=tmp_path)
     assert found.profile is not None and found.profile.steps == (1, 3)
     assert len(denoiser.report.repeats) == 2
     assert len(denoiser.report.step_seconds) == 3 * STEPS - 2

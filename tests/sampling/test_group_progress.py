@@ -47,7 +47,7 @@ def saved_steps(group: GroupProgress, denoiser: Denoiser) -> list[int]:
     for _ in denoiser.run(pause_after=pauses, pause=group.wants_pause):
         group.after_a_range(denoiser)
         assert group.progress is not None
-        kept = group.progress.read_steps(group.number)
+        kept = group.progress.read_steps(group.key)
         if kept is not None and int(kept["step"]) == denoiser.done:
             found.append(denoiser.done)
     return found
@@ -55,12 +55,10 @@ def saved_steps(group: GroupProgress, denoiser: Denoiser) -> list[int]:
 
 def test_where_nothing_is_kept_nothing_is_found(denoiser: Denoiser, tmp_path: Path) -> None:
     group = group_of(None, every=2)
-    assert group.finished() is None
     assert not group.wants_pause() and list(group.pause_after(STEPS)) == []
     group.resume(denoiser)
     for _ in denoiser.run():
         group.after_a_range(denoiser)
-    group.keep_finished({"latents": denoiser.latents()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,19 +73,6 @@ def test_steps_are_kept_by_time(
     monkeypatch.setattr(kept_progress, "SECONDS_BETWEEN_SAVES", 0.0)
     # Not after the last: the group is finished then.
     assert saved_steps(group_of(progress_in(tmp_path)), begin(checkpoint)) == [1, 2, 3, 4]
-
-
-def test_a_finished_group_takes_the_place_of_its_steps(denoiser: Denoiser, tmp_path: Path) -> None:
-    progress = progress_in(tmp_path)
-    group = group_of(progress, every=2)
-    saved_steps(group, denoiser)
-    assert progress.read_steps(3) is not None and group.finished() is None
-    latents = denoiser.latents()
-    group.keep_finished({"latents": latents, "trajectory": np.zeros((0, 1))})
-    finished = group_of(progress_in(tmp_path)).finished()
-    assert finished is not None
-    np.testing.assert_array_equal(finished["latents"].numpy(), latents)
-    assert progress.read_steps(3) is None and progress.read_group(2) is None
 
 
 def test_a_stop_keeps_the_steps_and_the_next_run_goes_on(

@@ -1,0 +1,119 @@
+"""The rows of a file while a stage makes them: where each is until all of them are written."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from common.files import artifacts
+from common.files.kept_progress import KeptRow, Progress
+from common.files.recipe import Recipe
+from common.files.row_reader import ROWS_AT_ONCE, read_rows
+from common.files.rows import Rows
+from common.files.tensor_writer import written_in_parts
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+
+class MadeRows:
+    """Rows in an earlier file, in groups that are kept, or in memory; the others are missing."""
+
+    def __init__(self, path: Path, rows: Rows, progress: Progress | None = None) -> None:
+        """
+        Args:
+            path: of the file that they are for.
+            rows: all of them, and those that an earlier file has.
+            progress: where groups are kept; None: in memory.
+        """
+        self.path, self.rows, self.progress = path, rows, progress
+        self.count = len(rows.fingerprints)
+        known = {} if progress is None else progress.find_rows()
+        fingerprints = enumerate(rows.fingerprints)
+        # What the earlier file has is read from there.
+        self._kept = {
+            row: known[each]
+            for row, each in fingerprints
+            if each in known and row not in rows.places
+        }
+        self._held: dict[int, Tensors] = {}
+        self._seconds: dict[int, float] = {}
+
+    @classmethod
+    def numbered(cls, count: int, progress: Progress | None = None) -> Self:
+        """Rows that no recipe determines, and that no file is to have."""
+        fingerprints = [str(row) for row in range(count)]
+        return cls(Path("rows"), Rows(recipes=[], fingerprints=fingerprints), progress)
+
+    @property
+    def kept(self) -> int:
+        """How many an earlier run kept, or this one."""
+        return len(self._kept)
+
+    @property
+    def missing(self) -> list[int]:
+        """Those that are to be made."""
+        there = self.rows.places.keys() | self._kept.keys() | self._held.keys()
+        return [row for row in range(self.count) if row not in there]
+
+    def seconds(self, row: int) -> float | None:
+        """Of devices, that a row took; None where that is not known."""
+        if row in self.rows.places:
+            return self.rows.seconds(row)
+        return self._kept[row].seconds if row in self._kept else self._seconds.get(row)
+
+    def group(self, rows: Sequence[int]) -> list[str]:
+        """What a group of rows is known by in the progress that is kept."""
+        return [self.rows.fingerprints[row] for row in rows]
+
+    def put(self, rows: Sequence[int], tensors: "Tensors", seconds: float, *, keep: bool) -> None:
+        """Take rows that were made, [N, …] each.
+
+        Args:
+            seconds: of devices, that each took.
+            keep: until all are made, for a run that goes on; else they are held in memory.
+
+        Raises:
+            NotFiniteError: a row holds an infinity or a not-a-number.
+        """
+        artifacts.check_finite(tensors, self.path, "was not written")
+        if self.progress is not None and keep:
+            path = self.progress.save_group(self.group(rows), tensors, seconds=seconds)
+            self._kept |= {row: KeptRow(path, k, seconds) for k, row in enumerate(rows)}
+            return
+        for k, row in enumerate(rows):
+            self._held[row] = {name: tensor[k : k + 1] for name, tensor in tensors.items()}
+            self._seconds[row] = seconds
+
+    def read(self, rows: Sequence[int], name: str) -> "torch.Tensor":
+        """A tensor's rows [N, …]."""
+        import torch
+
+        parts = []
+        for path, group in groupby((self._place(row) for row in rows), lambda place: place[0]):
+            places = [place for _, place in group]
+            if path is None:
+                parts += [self._held[row][name] for row in places]
+            else:
+                parts.append(read_rows(path, places, [name])[name])
+        return torch.cat(parts)
+
+    def _place(self, row: int) -> tuple[Path | None, int]:
+        """The file that has a row, and where in it; None and the row itself: in memory."""
+        if row in self.rows.places and self.rows.earlier is not None:
+            return self.rows.earlier.path, self.rows.places[row]
+        if row in self._kept:
+            return self._kept[row].path, self._kept[row].place
+        return None, row
+
+    def write(self, name: str, recipe: Recipe, provenance: dict[str, Any]) -> list[int]:
+        """Write the file, of one tensor of this name, once none is missing. Returns its shape."""
+        seconds = [self.seconds(row) for row in range(self.count)]
+        fingerprints = self.rows.fingerprints
+        with written_in_parts(self.path, recipe, provenance, fingerprints, seconds) as written:
+            for first in range(0, self.count, ROWS_AT_ONCE):
+                some = range(first, min(first + ROWS_AT_ONCE, self.count))
+                written.put({name: self.read(some, name)})
+        return written.shapes[name]
