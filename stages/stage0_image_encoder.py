@@ -55,7 +55,7 @@ def main(run: StageRun) -> None:
     inputs = read_inputs(config)
     expected = expected_vae_dtype(config.vae_dtype, run.run_dir, ENCODE_PICTURES)
     recipe = image_latents_recipe(config, checkpoint, inputs, expected)
-    stale = artifacts.why_stale(path, recipe, verify=not run.options.no_verify)
+    stale = artifacts.why_stale(path, recipe, verify=run.options.verify)
     if run.is_fresh(stale or run.options.why_measure(), path):
         return None
     run.begin(f"encode {len(inputs.pictures)} picture(s), {config.width}×{config.height}")

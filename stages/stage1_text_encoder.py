@@ -70,7 +70,7 @@ def main(run: StageRun) -> None:
     provenance = {**config.model_settings(), "device": "cpu"}
     with written_in_parts(path, recipe, provenance, rows.fingerprints) as written:
         with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
-            encode_into(written, pipeline, config, rows, run.progress, stop)
+            taken = encode_into(written, pipeline, config, rows, run.progress, stop)
         profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
 
     # 5. Written: the settings stand beside
@@ -79,6 +79,7 @@ def main(run: StageRun) -> None:
     run.finish(
         path,
         shapes=written.shapes,
+        rows_taken=taken,
         dtype=config.text_encoder_dtype,
         dtype_asked=config.text_encoder_dtype,
         **TORCH_FACTS,

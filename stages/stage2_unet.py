@@ -66,7 +66,7 @@ def main(run: StageRun) -> None:
     embeddings = run.inspect_input()  # [P, L, D], pooled [P, E]
     misfit = embeddings_misfit(embeddings.tensors, len(config.prompts), checkpoint.config("unet"))
     artifacts.refuse_misfit(embeddings, prompts_misfit(embeddings.header, config) or misfit)
-    verify = not run.options.no_verify
+    verify = run.options.verify
     begin = find_image_latents(config, checkpoint, run.source_dir, verify=verify)  # [I, C, h, w]
     begin = begin or find_init_latents(config, checkpoint, run.run_dir, verify=verify)  # [B, …]
     expected = expected_unet_dtype(config.unet_dtype, path)
@@ -123,7 +123,8 @@ def denoise(
         warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
     folder = run.profile_folder if run.options.profile else None
     with run.finishing_first(keeps=run.progress is not None) as stop:
-        made = MadeRows(path, rows, run.progress)
+        made_by = (recipe, config.model_settings())  # which a stage 3 that runs beside reads
+        made = MadeRows(path, rows, run.progress, made_by)
         denoised = denoise_images(
             denoiser, job, run.options, made, profile_folder=folder, stop=stop
         )

@@ -31,11 +31,12 @@ from common.files.stage_table import DECODE
 from common.messages import say
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
-from common.runs.image_latents import find_image_latents
+from common.runs.image_latents import find_pasted_into
 from common.runs.picture_writer import PictureWriter
 from common.runs.pictures import Found, PictureFacts, Pictures, why_pictures_stale
 from common.runs.recipes import expected_vae_dtype, find_trajectory, pictures_recipe
 from common.runs.stage_run import StageRun, run_script
+from common.runs.streaming import decode_beside
 
 if TYPE_CHECKING:
     from common.vae.decoder import Decoder
@@ -47,19 +48,18 @@ def main(run: StageRun) -> None:
     """Decode the latents with the checkpoint's VAE and save the pictures."""
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
+    beside = decode_beside(run, config, checkpoint)  # with --stream, while stage 2 runs
 
     # 2. The input, whole and fitting; and are the pictures fresh already?
     latents = run.inspect_input()  # [B, C, h, w]
     misfit = latents_misfit(latents.tensors, checkpoint.config("vae")) or header_misfit(latents)
     artifacts.refuse_misfit(latents, misfit or artifacts.inputs_misfit(latents))
-    expected = expected_vae_dtype(config.vae_dtype, run.run_dir)
-    verify = not run.options.no_verify
-    begin = (config, checkpoint, run.source_dir)
-    begun = find_image_latents(*begin, verify=verify) if config.pastes else None
+    expected = beside.dtype if beside else expected_vae_dtype(config.vae_dtype, run.run_dir)
+    begun = find_pasted_into(config, checkpoint, run.source_dir, verify=run.options.verify)
     recipe = pictures_recipe(config, checkpoint, latents, expected, begun)
-    trajectory = find_trajectory(run.source_dir, latents, verify=verify)
+    trajectory = find_trajectory(run.source_dir, latents, verify=run.options.verify)
     pictures = Pictures.of(config, recipe, latents, begun)
-    found = Found(run.run_dir, pictures.names)
+    found = Found(run.run_dir, pictures.names, beside)
     stale = why_pictures_stale(found, pictures, trajectory)
     if run.is_fresh(stale or run.options.why_measure(), run.run_dir / pictures.main):
         return None
@@ -91,7 +91,7 @@ def decode(
     writer = PictureWriter(run.run_dir, pictures, facts, run.report)
     if run.takes_rows:
         writer.take_all(found)
-    computed: dict[str, Any] = dict(TORCH_FACTS)
+    computed = dict(TORCH_FACTS if found.beside is None else found.beside.facts)
     if writer.missing or trajectory is not None:
         from common.vae.loading import VaeToLoad, open_decoder
 
@@ -112,7 +112,7 @@ def decode(
     run.finish(
         main_picture,
         shapes={"images": [len(pictures.rows), *writer.picture_shape]},
-        rows_taken=len(writer.taken),
+        rows_taken=len(writer.taken) - writer.made_beside,
         dtype=dtype,
         dtype_asked=config.vae_dtype,
         versions=recipe.versions,
@@ -143,7 +143,7 @@ def decode_missing(
         strip, frames = decode_trajectory(decoder, kept, run.options)
         if writes:
             writer.write_trajectory(strip, frames, trajectory)
-    return {**decoder.runner.facts(), "profile": profile}
+    return decoder.runner.facts() | {"profile": profile}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ the first failing stage's exit code is this program's.
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ import typer
 from typer.core import TyperCommand
 
 from common.commands import flag
+from common.compute.backends import TorchBackend
+from common.compute.platforms import may_have_tpu
 from common.errors import BadSettingError, StageError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
@@ -55,6 +58,9 @@ def main(
         int, flag("to_stage", NUMBERS, RUN_ALL, f"Last stage to run. [{LAST.number}]")
     ] = LAST.number,
     force: Annotated[bool, flag("force", " ", RUN_ALL, "Run fresh stages as well.")] = False,
+    stream: Annotated[
+        bool, flag("stream", " ", RUN_ALL, "Decode pictures while others are denoised.")
+    ] = False,
     sweep: Annotated[
         str | None,
         flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
@@ -79,7 +85,7 @@ def main(
     Defaults stand in brackets; hyphens in flags work as well.
     """
     began = time.monotonic()
-    own = {"from_stage", "to_stage", "force", "sweep", *Passes.__dataclass_fields__}
+    own = {"from_stage", "to_stage", "force", "stream", "sweep", *Passes.__dataclass_fields__}
     passes = Passes(
         hires=hires,
         hires_strength=hires_strength,
@@ -92,21 +98,46 @@ def main(
         if name not in own and value not in (None, [], ())
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
-    asked = [name for name in ("from_stage", "to_stage") if was_given(context, name)]
+    asked = [name for name in ("from_stage", "to_stage", "stream") if was_given(context, name)]
+    if stream:
+        refuse_unfit_streams(given)
     if sweep is None:
-        runs = Turns(passes, run_dir, given, from_stage=from_stage, to_stage=to_stage, force=force)
+        runs = Turns(
+            *(passes, run_dir, given),
+            from_stage=from_stage,
+            to_stage=to_stage,
+            force=force,
+            stream=stream,
+        )
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
     context.call_on_close(lock.release)
     lock.acquire()
     if given.get("offline"):
         os.environ[OFFLINE] = "1"  # for the libraries that a stage imports before its turn
     os.environ[HELD_BY_PARENT] = os.fspath(run_dir.resolve())
+    if stream:  # else jax takes three quarters of a GPU's memory for each process
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if sweep is not None:
         return run_all_cells(run_dir, given, sweep, force=force, asked=[*asked, *passes.names])
     code, picture = runs.run()
     if code == 0 and picture is not None:
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return code
+
+
+def refuse_unfit_streams(given: Mapping[str, Any]) -> None:
+    """Raise `BadSettingError` where two stages cannot run at once, or are not to."""
+    measured = ("repeat", "profile", "profile_dir", "profile_steps")
+    if name := next((name for name in measured if name in given), None):
+        raise BadSettingError(
+            f"--stream does not go with --{name}, which would measure two stages at once: leave "
+            "one of both out"
+        )
+    if given.get("backend") != TorchBackend.name and may_have_tpu():
+        raise BadSettingError(
+            "--stream: one process holds a TPU's chips, so that stages 2 and 3 cannot run at once: "
+            "leave it out"
+        )
 
 
 def was_given(context: typer.Context, name: str) -> bool:

@@ -137,6 +137,11 @@ class RunOptions(Settings):
         named = values.get("profile_dir") or values.get("profile_steps")
         return values | {"profile": True} if named else values
 
+    @property
+    def verify(self) -> bool:
+        """Whether files are held against the checksums in their headers."""
+        return not self.no_verify
+
     def given(self) -> list[str]:
         """The options that are not as they are by default."""
         defaults = RunOptions()

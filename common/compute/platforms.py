@@ -24,7 +24,14 @@ def has_only_cpus() -> bool:
         return platforms == "cpu"
     if find_spec("jax_plugins") or entry_points(group="jax_plugins"):
         return False
-    return find_spec("libtpu") is None or not has_tpu_files(Path("/dev"))
+    return not may_have_tpu()
+
+
+def may_have_tpu() -> bool:
+    """Whether jax may find a TPU here, whose chips one process holds."""
+    if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
+        return False
+    return find_spec("libtpu") is not None and has_tpu_files(Path("/dev"))
 
 
 def has_tpu_files(folder: Path) -> bool:

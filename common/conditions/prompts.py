@@ -52,8 +52,8 @@ def encode_into(
     rows: Rows | None = None,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
-) -> None:
-    """Encode all prompts of a run.
+) -> int:
+    """Encode all prompts of a run. Returns how many were taken from an earlier file.
 
     `made` is given prompt_embeds, negative_prompt_embeds [N, L, D], and for SDXL
     pooled_prompt_embeds, negative_pooled_prompt_embeds [N, E] of N prompts after N prompts, all in
@@ -71,10 +71,9 @@ def encode_into(
 
     with torch.no_grad():
         if config.prompt_weighting == "compel":
-            _encode_at_once(made, pipeline, config, rows)
-            return
+            return _encode_at_once(made, pipeline, config, rows)
         kind = WeightedTexts if config.prompt_weighting == "a1111" else PlainTexts
-        _encode_one_by_one(made, kind(pipeline, config), config, rows, (progress, stop))
+        return _encode_one_by_one(made, kind(pipeline, config), config, rows, (progress, stop))
 
 
 class PlainTexts:
@@ -115,8 +114,8 @@ class PlainTexts:
 
 def _encode_at_once(
     made: TakesRows, pipeline: Any, config: ResolvedPrompts, rows: Rows | None
-) -> None:
-    """All prompts that are to be made, by compel."""
+) -> int:
+    """All prompts that are to be made, by compel. Returns how many are not."""
     places = _places(rows, None if config.long_prompts == "chunk" else TOKENS)
     missing = tuple(p for row, p in enumerate(config.prompts) if row not in places)
     encoded: Tensors = {}
@@ -130,6 +129,7 @@ def _encode_at_once(
             continue
         made.put({name: tensor[at : at + 1] for name, tensor in encoded.items()})
         at += 1
+    return len(config.prompts) - len(missing)
 
 
 def _places(rows: Rows | None, length: int | None) -> Container[int]:
@@ -152,8 +152,11 @@ def _encode_one_by_one(
     config: ResolvedPrompts,
     rows: Rows | None,
     kept_by: tuple[Progress | None, StopRequest | None],
-) -> None:
-    """One prompt at a time, so that its embeddings are the same bits in any company."""
+) -> int:
+    """One prompt at a time, so that its embeddings are the same bits in any company.
+
+    Returns how many were taken from the earlier file.
+    """
     progress, stop = kept_by
     chunked = [reader.chunks_of(prompt) for prompt in config.prompts]
     length = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
@@ -161,7 +164,7 @@ def _encode_one_by_one(
     done = kept = _put_finished_groups(made, progress)
     if kept:
         say(f"  goes on after prompt {kept} of {len(chunked)}")
-    unkept = InMemory()
+    unkept, taken = InMemory(), 0
     known_negatives: dict[Any, Tensors] = {}
     with progress_bar(len(chunked), "encode", "prompt") as bar:
         bar.skip(kept)
@@ -169,6 +172,7 @@ def _encode_one_by_one(
             bar.note(config.prompts[row].prompt)
             if rows is not None and row in places:
                 encoded = rows.read([row])
+                taken += 1
             else:
                 encoded = _encode_chunks(reader, chunked[row], length, known_negatives)
             made.put(encoded)
@@ -185,6 +189,7 @@ def _encode_one_by_one(
             if number is not None:
                 said = f"after {kept} of {len(chunked)} prompts, which are kept"
                 raise StoppedError(number, f"{said}: the same command goes on from there")
+    return taken
 
 
 class InMemory:

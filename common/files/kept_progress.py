@@ -38,6 +38,13 @@ class KeptRow(NamedTuple):
     seconds: float  # of devices, that it took
 
 
+class KeptRows(NamedTuple):
+    """The rows that a finished group has."""
+
+    fingerprints: list[str]
+    seconds: float  # of devices, that each took
+
+
 class Progress:
     """A stage's finished groups, and the steps of the group that runs."""
 
@@ -50,6 +57,7 @@ class Progress:
                 the fingerprint of what it makes included.
             recipe: of what it makes, for `why_unused`.
         """
+        self.facts = facts
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
         self.key = hashlib.sha256(text.encode()).hexdigest()
         dump = None if recipe is None else recipe.model_dump()
@@ -112,6 +120,17 @@ class Progress:
             for place, fingerprint in enumerate(said["group"]):
                 found[fingerprint] = KeptRow(path, place, float(said["seconds"]))
         return found
+
+    def new_groups(self, seen: set[Path]) -> "Iterator[tuple[KeptRows, dict[str, torch.Tensor]]]":
+        """Finished groups of rows, and what they gave: those that are not among `seen` yet."""
+        for path in self._group_files():
+            said = None if path in seen else self._said_of(path)
+            seen.add(path)
+            if said is None or not isinstance(said["group"], list):
+                continue
+            tensors = self._read(path, {"group": said["group"]})
+            if tensors is not None:
+                yield KeptRows(said["group"], float(said["seconds"])), tensors
 
     def _group_files(self) -> Iterator[Path]:
         yield from sorted(self.folder.glob("group_*.safetensors"))

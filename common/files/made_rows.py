@@ -10,6 +10,7 @@ from common.files.kept_progress import KeptRow, Progress
 from common.files.recipe import Recipe
 from common.files.row_reader import ROWS_AT_ONCE, read_rows
 from common.files.rows import Rows
+from common.files.rows_to_come import announce
 from common.files.tensor_writer import written_in_parts
 
 if TYPE_CHECKING:
@@ -18,16 +19,27 @@ if TYPE_CHECKING:
     Tensors = dict[str, torch.Tensor]
 
 
+MadeBy = tuple[Recipe, dict[str, Any]]  # of a file: its recipe, and where it comes from
+
+
 class MadeRows:
     """Rows in an earlier file, in groups that are kept, or in memory; the others are missing."""
 
-    def __init__(self, path: Path, rows: Rows, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rows: Rows,
+        progress: Progress | None = None,
+        made_by: MadeBy | None = None,
+    ) -> None:
         """
         Args:
             path: of the file that they are for.
             rows: all of them, and those that an earlier file has.
             progress: where groups are kept; None: in memory.
+            made_by: told to who reads groups as they are kept, before the first of them.
         """
+        self._made_by = made_by
         self.path, self.rows, self.progress = path, rows, progress
         self.count = len(rows.fingerprints)
         known = {} if progress is None else progress.find_rows()
@@ -80,6 +92,9 @@ class MadeRows:
         """
         artifacts.check_finite(tensors, self.path, "was not written")
         if self.progress is not None and keep:
+            if self._made_by is not None:
+                announce(self.progress, *self._made_by, self.rows.fingerprints)
+                self._made_by = None
             path = self.progress.save_group(self.group(rows), tensors, seconds=seconds)
             self._kept |= {row: KeptRow(path, k, seconds) for k, row in enumerate(rows)}
             return

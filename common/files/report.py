@@ -48,6 +48,8 @@ class Seconds(_Fields):
     """The further runs of `--repeat`."""
     profile: float = 0.0
     """Profiling: the profiler's start and end, further runs under it, reading its trace."""
+    waiting: float = 0.0
+    """For the next group of the stage that runs beside (stage 3, `--stream`)."""
     image_encoding: float = 0.0
     """Making picture files' bytes (stage 3)."""
     writing: float = 0.0

@@ -18,8 +18,9 @@ from common.text_files import parse_json, read_text
 from common.whole_files import keep_if_stopped, remove_if_stopped, remove_leftovers
 
 # The first is held by whoever runs stages, one stage or all; the second by each stage, also where
-# the program that started it was killed.
-RUN_LOCK, STAGE_LOCK = ".run.lock", ".stage.lock"
+# the program that started it was killed; the third by whoever writes pictures, which may be done
+# while another stage runs.
+RUN_LOCK, STAGE_LOCK, PICTURES_LOCK = ".run.lock", ".stage.lock", ".pictures.lock"
 # Names the run directory whose lock the program that started this stage holds.
 HELD_BY_PARENT = "STAGED_DIFFUSION_RUN_LOCK"
 
@@ -31,20 +32,57 @@ class RunLock:
         """
         Args:
             wait: for another holder to end, in place of an error.
-            names: RUN_LOCK, STAGE_LOCK or both.
+            names: of those above.
         """
         self.run_dir = run_dir
         self.wait = wait
         self.names = names
+        self._later: tuple[str, ...] = ()
         self.held: list[FileLock] = []
         self.made_folder = False
 
     @classmethod
-    def of_stage(cls, run_dir: Path, *, wait: bool, writes: bool = True) -> "RunLock":
-        """The locks of one stage; none for a process that does not write."""
+    def of_stage(
+        cls,
+        run_dir: Path,
+        *,
+        wait: bool,
+        writes: bool = True,
+        of_pictures: bool = False,
+        beside: bool = False,
+    ) -> "RunLock":
+        """The locks of one stage; none for a process that does not write.
+
+        Args:
+            of_pictures: whether it writes pictures.
+            beside: whether it does so while the stage before it runs: `is_alone` tells when it
+                holds the other locks as well.
+        """
         by_parent = os.environ.get(HELD_BY_PARENT) == os.fspath(run_dir.resolve())
         names = (STAGE_LOCK,) if by_parent else (RUN_LOCK, STAGE_LOCK)
-        return cls(run_dir, wait=wait, names=names if writes else ())
+        if of_pictures:
+            names = (PICTURES_LOCK, *names)
+        lock = cls(run_dir, wait=wait, names=names if writes else ())
+        if beside:
+            lock.names, lock._later = names[:1], names[1:]
+        return lock
+
+    def is_alone(self) -> bool:
+        """Whether the stage before has ended; then this process holds its locks from here on.
+
+        Raises:
+            UnfitEnvironmentError: another process has taken one of them meanwhile.
+        """
+        if self._later:
+            lock = FileLock(self.run_dir / STAGE_LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                return False
+            lock.release()
+        self.names, self._later = (*self.names, *self._later), ()
+        self.acquire()
+        return True
 
     def acquire(self, *, make_folder: bool = True) -> None:
         """Take the locks that are not held yet.
@@ -122,6 +160,14 @@ class RunLock:
         if self.made_folder:
             with suppress(OSError):  # it has files in it
                 self.run_dir.rmdir()
+
+
+def process_of_stage(run_dir: Path) -> int | None:
+    """The process that last said that it runs a stage in a folder, which may have died since."""
+    try:
+        return int(parse_json(read_text(run_dir / STAGE_LOCK))["pid"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _describe_this_process() -> dict[str, Any]:

@@ -98,6 +98,14 @@ class StageFlags(Settings):
         alone=True,
         shown="",
     )
+    stream: bool = option(
+        False,
+        "Decode while stage 2 runs.",
+        metavar=" ",
+        helps_make=(PICTURES,),
+        alone=True,
+        shown="",
+    )
     keep_overrides: bool = option(
         False,
         "Go on with what flags overrode.",

@@ -187,6 +187,13 @@ def find_image_latents(
     return found
 
 
+def find_pasted_into(
+    config: GenerationConfig, checkpoint: Checkpoint, folder: Path, *, verify: bool
+) -> Artifact | None:
+    """The same where a run's pictures are pasted into those that they began with; None else."""
+    return find_image_latents(config, checkpoint, folder, verify=verify) if config.pastes else None
+
+
 def _pictures_misfit(found: Artifact, config: GenerationConfig) -> str | None:
     """Say where other pictures were encoded than the run's settings name."""
     if found.header is None:

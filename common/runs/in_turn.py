@@ -14,6 +14,8 @@ from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.files import artifacts
 from common.files.picture_files import grid_names
+from common.files.rows_to_come import RowsToCome
+from common.files.run_lock import process_of_stage
 from common.files.stage_table import (
     DECODE,
     DENOISE,
@@ -33,6 +35,7 @@ from common.runs.run_index import read_index
 from common.stopping import STOP_SIGNALS, heard_signals, hold_signals
 
 SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
+SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def script_of(stage: Stage) -> str:
@@ -132,6 +135,8 @@ def run_in_turn(
     commands: Mapping[Stage, list[str]],
     libraries: dict[str, list[str]] | None,
     of_pictures: Callable[[], bool] = lambda: True,
+    *,
+    stream: Path | None = None,
 ) -> int:
     """Run stages one after the other. Returns the exit code of the first that failed, or 0.
 
@@ -139,33 +144,92 @@ def run_in_turn(
         libraries: what each stage's script imports while the one before it runs; None: nothing.
         of_pictures: whether the run has the stages that are for pictures alone; asked when one's
             turn has come.
+        stream: the run directory, where stage 3 is to decode what stage 2 has finished while that
+            runs; None: when its turn has come.
     """
-    ahead: tuple[str, PreloadedStage] | None = None
-
-    def prepare(command: list[str]) -> None:
-        nonlocal ahead
-        assert libraries is not None
-        ahead = command[1], PreloadedStage(command[1], libraries[command[1]])
-
-    waiting = [*commands]
+    ahead, waiting = _Ahead(libraries), [*commands]
     while waiting:
         stage = waiting.pop(0)
         if stage.of_pictures and not of_pictures():
             continue
-        command, process = commands[stage], None
-        if ahead is not None and ahead[0] == command[1]:
-            process, ahead = ahead[1].begin(command[2:]), None
+        process = ahead.start(commands[stage])
         following = next((each for each in waiting if not each.of_pictures), None)
         meanwhile = None
-        if libraries is not None and following is not None and ahead is None:
-            meanwhile = partial(prepare, commands[following])
-        process = process or subprocess.Popen(command, text=True, preexec_fn=hold_signals)
-        code = wait_for_stage(process, meanwhile=meanwhile)
+        if libraries is not None and following is not None and ahead.stage is None:
+            meanwhile = partial(ahead.prepare, commands[following])
+        beside = None
+        if stream is not None and stage is DENOISE and following is DECODE:
+            command = [*commands[DECODE], "--stream"]
+            beside = _Beside(process, stream, partial(ahead.start, command))
+        code = wait_for_stage(process, meanwhile=meanwhile, beside=beside)
+        if beside is not None and beside.process is not None:
+            code = beside.end(code)
+            waiting.remove(DECODE)
         if code != 0:
-            if ahead is not None:
-                ahead[1].give_up()
+            ahead.give_up()
             return code
     return 0
+
+
+class _Ahead:
+    """A stage whose libraries are imported before its turn."""
+
+    def __init__(self, libraries: dict[str, list[str]] | None) -> None:
+        """`libraries` as `run_in_turn`."""
+        self._libraries, self._script = libraries, ""
+        self.stage: PreloadedStage | None = None
+
+    def prepare(self, command: list[str]) -> None:
+        """Begin to import what a stage needs."""
+        assert self._libraries is not None
+        self._script = command[1]
+        self.stage = PreloadedStage(command[1], self._libraries[command[1]])
+
+    def start(self, command: list[str]) -> "subprocess.Popen[str]":
+        """Start a stage: the one that was prepared, if it is this one."""
+        process = None
+        if self.stage is not None and self._script == command[1]:
+            process, self.stage = self.stage.begin(command[2:]), None
+        return process or subprocess.Popen(command, text=True, preexec_fn=hold_signals)
+
+    def give_up(self) -> None:
+        """Its turn does not come."""
+        if self.stage is not None:
+            self.stage.give_up()
+
+
+class _Beside:
+    """Stage 3 beside the stage 2 that it reads from."""
+
+    def __init__(
+        self,
+        stage_2: "subprocess.Popen[str]",
+        run_dir: Path,
+        start: "Callable[[], subprocess.Popen[str]]",
+    ) -> None:
+        self._stage_2, self._start = stage_2, start
+        self._to_come = RowsToCome(run_dir, DENOISE)
+        self.process: subprocess.Popen[str] | None = None
+
+    def start_if_due(self) -> bool:
+        """Start it once stage 2 has finished a group. Returns whether it has been started."""
+        is_this = process_of_stage(self._to_come.path.parent) == self._stage_2.pid
+        if self.process is None and is_this and self._to_come.look():
+            self.process = self._start()
+        return self.process is not None
+
+    def end(self, code: int) -> int:
+        """Wait for it, or end it where stage 2 has failed. Returns the code of the first to fail.
+
+        Args:
+            code: stage 2's.
+        """
+        assert self.process is not None
+        if code != 0:
+            self.process.terminate()
+            self.process.wait()
+            return code
+        return wait_for_stage(self.process)
 
 
 def begins_with_pictures(run_dir: Path) -> bool:
@@ -191,12 +255,14 @@ def wait_for_stage(
     process: "subprocess.Popen[str]",
     listen: Callable[[str], None] | None = None,
     meanwhile: Callable[[], None] | None = None,
+    beside: _Beside | None = None,
 ) -> int:
     """Wait for a stage. Returns its exit code, or that of a signal to stop.
 
     Args:
         listen: is given each line of the stage's messages, which otherwise go to the terminal.
         meanwhile: called when the stage has more to do than to see that its outputs are fresh.
+        beside: another stage that is to be started while this one runs.
     """
     received: list[int] = []
 
@@ -216,6 +282,10 @@ def wait_for_stage(
             if meanwhile is not None and not received:
                 with suppress(OSError):  # without another process the run only takes longer
                     meanwhile()
+            while beside is not None and not received and not beside.start_if_due():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=SECONDS_BETWEEN_LOOKS)
+                    break
             code = process.wait()
     finally:
         for number, handler in before.items():

@@ -236,15 +236,18 @@ class Turns:
         from_stage: str = str(FIRST.number),
         to_stage: int = LAST.number,
         force: bool = False,
+        stream: bool = False,
     ) -> None:
         """
         Args:
+            stream: whether stage 3 decodes while stage 2 runs.
             from_stage: a stage's number, or a pass's name.
 
         Raises:
             BadSettingError: stages out of order, or flags that no stage to run knows.
         """
         self.passes, self.run_dir, self.force = passes, run_dir, force
+        self.stream = stream
         self.given, self.to_stage, self.names = dict(given), to_stage, passes.names
         if self.names and to_stage != LAST.number:
             raise BadSettingError(f"--to_stage does not go with --{self.names[0]}: leave it out")
@@ -272,7 +275,8 @@ class Turns:
         if self.first:
             settled = source_dir if self.from_stage == ENCODE_PICTURES.number else self.run_dir
             pictures = partial(begins_with_pictures, settled)
-            code = run_in_turn(self.first, libraries_of(self.given), pictures)
+            stream = self.run_dir if self.stream else None
+            code = run_in_turn(self.first, libraries_of(self.given), pictures, stream=stream)
             if code != 0 or (not self.names and self.to_stage != LAST.number):
                 return code, None
             if not self.names:
@@ -288,7 +292,8 @@ class Turns:
             self._say_what_is_left_out(name)
             last = LAST.number if name == self.names[-1] else DENOISE.number
             commands = plan(flags, to_stage=last, force=self.force)
-            code = run_in_turn(commands, libraries_of(flags), lambda: False)
+            stream = folder if self.stream else None
+            code = run_in_turn(commands, libraries_of(flags), lambda: False, stream=stream)
             if code != 0:
                 return code, None
         return 0, picture_path(folder, folder, self.given)

@@ -32,6 +32,7 @@ class PictureWriter:
     ) -> None:
         self.run_dir, self.pictures, self.facts, self.report = run_dir, pictures, facts, report
         self.taken: set[int] = set()  # rows whose pictures are there
+        self.made_beside = 0  # of these
         self._index = RunIndex(run_dir, pictures.lines, pictures.index)
         self._seconds = 0.0  # of the report, at the last picture
         self._written: set[str] = set()  # names
@@ -52,20 +53,31 @@ class PictureWriter:
         places, rows = found.places(self.pictures), self.pictures.rows
         gone = found.told(places.values())
         self._take(places)
+        self.made_beside = len(self._made_beside(found))
         if len(rows) > 1 and (gone or places):
             missing = [rows[row] for row in self.missing]
             told = [Told(self.facts.settings(row), row.weights, row.versions) for row in missing]
             say(f"  {Changes.of(len(rows), told, gone).in_words()}")
 
     def take_done(self, found: Found, progress: Progress | None) -> None:
-        """Take the pictures that a stopped run made."""
-        kept = None if progress is None else progress.read_steps(0)
-        if kept is None or len(kept["done"]) != len(self.pictures.rows):
-            return
-        places = found.places(self.pictures)
-        self._take({row: path for row, path in places.items() if kept["done"][row]})
-        if self.taken:
-            say(f"  goes on after {len(self.taken)} of {len(self.pictures.rows)} images")
+        """Take the pictures that a stopped run made, or this one while stage 2 ran."""
+        kept, places = (
+            None if progress is None else progress.read_steps(0),
+            found.places(self.pictures),
+        )
+        beside = self._made_beside(found)
+        self.made_beside = len(beside)
+        if kept is not None and len(kept["done"]) == len(self.pictures.rows):
+            done = {row for row in places if kept["done"][row]}
+            if done:
+                say(f"  goes on after {len(done)} of {len(self.pictures.rows)} images")
+            beside |= done
+        self._take({row: path for row, path in places.items() if row in beside})
+
+    def _made_beside(self, found: Found) -> set[int]:
+        """The rows that were made while stage 2 ran."""
+        made = set() if found.beside is None else found.beside.fingerprints
+        return {row for row, own in enumerate(self.pictures.fingerprints) if own in made}
 
     def _take(self, places: Mapping[int, Path]) -> None:
         """Let pictures stand under the names that they have in this run."""
@@ -121,6 +133,11 @@ class PictureWriter:
                 f"after {int(done.sum())} of {len(done)} images, which are kept: the same command "
                 "goes on from there"
             )
+
+    def write_index(self) -> None:
+        """Write the index as far as it is, if any picture is there."""
+        if self._written:
+            self._index.write_now()
 
     def write_trajectory(
         self, strip: "np.ndarray", frames: "Sequence[np.ndarray]", trajectory: Artifact

@@ -14,7 +14,7 @@ from common.files.kept_progress import progress_paths
 from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
 from common.files.rows import Told, row_hashes, row_recipe
-from common.files.stage_table import DECODE
+from common.files.stage_table import DECODE, LATENTS_FILE
 from common.files.tensor_rows import row_of_picture
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
@@ -50,7 +50,7 @@ class Pictures:
     grids: list[str]
     grid_images: int  # of a whole grid
     grid_recipe: Recipe
-    lines: list[Line]  # of the index
+    lines: list[Line]  # of the index, without fingerprints
     index: Format | None  # in which that is written besides
 
     @classmethod
@@ -90,6 +90,14 @@ class Pictures:
             index=config.index,
         )
 
+    def settle(self, row: int, data_sha256: str) -> None:
+        """Take note of a picture's latents that were not there before."""
+        own = self.rows[row]
+        inputs = own.inputs | {LATENTS_FILE: data_sha256}
+        self.rows[row] = own.model_copy(update={"inputs": inputs})
+        self.fingerprints[row] = self.rows[row].fingerprint()
+        self.lines[row]["fingerprint"] = self.fingerprints[row]
+
     @property
     def main(self) -> str:
         """The picture to look at first."""
@@ -122,18 +130,30 @@ def _index_lines(
     return lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class MadeBeside:
+    """What was decoded while stage 2 ran."""
+
+    fingerprints: set[str]
+    dtype: str  # that the model computed in
+    facts: Mapping[str, Any]  # what the report says of the devices
+
+
 class Found:
     """The pictures of ours that a run directory has."""
 
-    def __init__(self, run_dir: Path, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, names: Sequence[str] = (), beside: MadeBeside | None = None
+    ) -> None:
         """
         Args:
             names: of the run's pictures, should its index not be there.
+            beside: those that this process has made already.
 
         Raises:
             BadSettingError: what has such a name is no picture of ours, and would be replaced.
         """
-        self.run_dir = run_dir
+        self.run_dir, self.beside = run_dir, beside
         self.records: dict[Path, Record] = {}
         self.unread: dict[Path, str] = {}  # why
         aside, _ = progress_paths(run_dir, DECODE.number)

@@ -288,7 +288,7 @@ def find_trajectory(source_dir: Path, latents: Artifact, *, verify: bool) -> Art
 
 def why_latents_stale(run_dir: Path, recipe: Recipe, options: RunOptions) -> str | None:
     """Say why stage 2 has to run, or None where all that is asked of it is there and fresh."""
-    verify = not options.no_verify
+    verify = options.verify
     latents_file, trajectory_file = (run_dir / name for name in DENOISE.writes)
     stale = artifacts.why_stale(latents_file, recipe, verify=verify)
     if stale is None and options.save_trajectory is not None:

@@ -25,7 +25,7 @@ from common.files.recipe import Recipe
 from common.files.report import Profile
 from common.files.rows import Rows, find_rows
 from common.files.run_lock import RunLock
-from common.files.stage_table import FIRST, Stage
+from common.files.stage_table import FIRST, LAST, Stage
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
@@ -78,8 +78,13 @@ class StageRun:
         self.report.phase("settings")
         show_progress_as(self.given.flags.progress)
         self.options = self.given.options
-        wait, writes = self.given.flags.wait, self.options.writes()
-        self.lock = RunLock.of_stage(self.run_dir, wait=wait, writes=writes)
+        self.lock = RunLock.of_stage(
+            self.run_dir,
+            wait=self.given.flags.wait,
+            writes=self.options.writes(),
+            of_pictures=self.stage is LAST,
+            beside=self.given.flags.stream,
+        )
         if self.given.flags.offline:
             os.environ[OFFLINE] = "1"  # read by the hub's library when it is imported
         return self
@@ -128,9 +133,7 @@ class StageRun:
     def inspect_input(self) -> Artifact:
         """The file of the stage before, whole, not yet loaded."""
         assert self.stage.reads is not None
-        return artifacts.inspect(
-            self.source_dir / self.stage.reads, verify=not self.options.no_verify
-        )
+        return artifacts.inspect(self.source_dir / self.stage.reads, verify=self.options.verify)
 
     def is_fresh(self, stale: str | None, path: Path) -> bool:
         """Whether nothing is to be done, which is said; the lock is taken where there is.
@@ -174,7 +177,7 @@ class StageRun:
         """
         if not self.takes_rows or self.options.save_trajectory:
             return Rows.all_missing(recipes)
-        rows = find_rows(path, recipes, verify=not self.options.no_verify)
+        rows = find_rows(path, recipes, verify=self.options.verify)
         if rows.earlier is not None and len(recipes) > 1:
             changes = rows.changes()
             say(f"  {changes.in_words()}")

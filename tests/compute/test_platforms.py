@@ -11,6 +11,7 @@ from common.compute import platforms
 from common.compute.platforms import (
     has_only_cpus,
     has_tpu_files,
+    may_have_tpu,
     refuse_unfit_environment,
     usable_cores,
 )
@@ -36,6 +37,11 @@ def test_jax_has_what_its_platforms_say(monkeypatch: pytest.MonkeyPatch) -> None
     for named, expected in (("cpu", True), ("tpu", False), ("tpu,cpu", False)):
         monkeypatch.setenv("JAX_PLATFORMS", named)
         assert has_only_cpus() == expected
+    monkeypatch.setattr(platforms, "find_spec", lambda name: True)
+    monkeypatch.setattr(platforms, "has_tpu_files", lambda folder: True)
+    for named, expected in (("cpu", False), ("cuda", False), ("tpu,cpu", True)):
+        monkeypatch.setenv("JAX_PLATFORMS", named)
+        assert may_have_tpu() == expected
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,7 @@ def test_what_is_installed_tells(
     monkeypatch.setattr(platforms, "entry_points", lambda group: [])
     monkeypatch.setattr(platforms, "has_tpu_files", lambda folder: chips)
     assert has_only_cpus() == expected
+    assert may_have_tpu() == (libtpu and chips)
 
 
 def test_jax_is_not_imported_for_it() -> None:

@@ -225,7 +225,7 @@ class Faults:
                 time.sleep(chance.uniform(0, 2.0))
             else:
                 time.sleep(chance.uniform(0, self.seconds_of_stop) / 2**tries)
-            had_steps = bool([*run_dir.glob("stage2_progress*")])
+            had_steps = (run_dir / "stage2_progress.safetensors").exists()
             for k, to in enumerate(way.split(", then ")):
                 if k:
                     time.sleep(chance.uniform(0, MOST_SECONDS_BETWEEN))
@@ -242,7 +242,7 @@ class Faults:
             result.exceptions.append(f"{told}: ended {process.returncode}: {said}")
         # When the latents are written, what was kept has served.
         is_written = "when " in said and "was written" in said
-        if had_steps and not is_written and not [*run_dir.glob("stage2_progress*")]:
+        if had_steps and not is_written and not [*run_dir.rglob("*progress*.safetensors")]:
             result.exceptions.append(f"{told}: steps were lost: {said}")
         kept = re.search(r"error: \w+(?: up)? after step (\d+) of \d+, which are kept", said)
         code, then = finish(command, run_dir)

@@ -177,3 +177,30 @@ def test_an_output_folder_that_is_a_file(run_dir: Path) -> None:
     with refusal(UnfitEnvironmentError, f"--output_dir {file} is a file", "choose a folder"):
         call(1, "--output_dir", file)
     assert file.read_bytes() == content
+
+
+def test_pictures_are_written_beside_the_stage_before(tmp_path: Path) -> None:
+    """By one process, which holds all when that stage has ended."""
+    before, beside, other = (
+        RunLock.of_stage(tmp_path, wait=False, **kind)
+        for kind in (
+            {},
+            {"of_pictures": True, "beside": True},
+            {"of_pictures": True, "beside": True},
+        )
+    )
+    before.acquire()
+    assert run_lock.process_of_stage(tmp_path) == os.getpid()
+    beside.acquire()
+    assert not beside.is_alone() and [Path(lock.lock_file).name for lock in beside.held] == [
+        run_lock.PICTURES_LOCK
+    ]
+    with pytest.raises(UnfitEnvironmentError, match="is in use by"):
+        other.acquire()
+    before.release()
+    assert run_lock.process_of_stage(tmp_path) is None
+    assert beside.is_alone() and len(beside.held) == 3 and beside.is_alone()
+    with pytest.raises(UnfitEnvironmentError, match="is in use by"):
+        before.acquire()
+    beside.release()
+    assert not list(tmp_path.iterdir())

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from common.errors import BadSettingError
 from common.files.picture_files import read_picture_record
 from common.files.stage_table import LATENTS_FILE
 from tests.conftest import DEMO, Run
-from tests.refusals import expect
+from tests.refusals import expect, refusal
+from tools import run_all
 
 
 def test_a_run_writes_what_the_contract_says(finished_run: Path) -> None:
@@ -91,3 +93,11 @@ def test_run_all_ends_with_the_first_failing_stages_code(tmp_path: Path, run_all
     expect(result, 2, "--height 100")
     result = run_all("--output_dir", tmp_path / "run", "--from_stage", 2)
     expect(result, 3, "generation_config.json")
+
+
+def test_a_tpu_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all.refuse_unfit_streams({})
+    monkeypatch.setattr(run_all, "may_have_tpu", lambda: True)
+    run_all.refuse_unfit_streams({"backend": "torch"})
+    with refusal(BadSettingError, "--stream: one process holds a TPU's chips", "leave it out"):
+        run_all.refuse_unfit_streams({"backend": "auto"})
