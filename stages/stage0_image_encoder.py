@@ -27,6 +27,7 @@ if __name__ == "__main__":  # the other imports take a second
 from common.compute.backends import Backend
 from common.errors import BadSettingError
 from common.files import artifacts
+from common.files.artifacts import MADE_BY
 from common.files.stage_table import ENCODE, ENCODE_PICTURES, IMAGE_LATENTS_FILE
 from common.messages import say
 from common.models.checkpoint import Checkpoint
@@ -107,7 +108,9 @@ def encode(
         encoded = split_by_parts(found, {name: len(part) for name, part in parts.items()})
         tensors = image_tensors(laid, inputs, encoded, checkpoint.vae_scale_factor)
         names = {"images": inputs.names, "mask_images": inputs.mask_names}
-        provenance = {**config.model_settings(), **names, "overrides": run.overrides}
+        size = encoder.runner.group_size(len(pictures), run.options)
+        how = {"overrides": run.overrides, MADE_BY: run.options.made_by(devices, size)}
+        provenance = {**config.model_settings(), **names, **how}
         rows = [each.fingerprint() for each in image_latents_rows(recipe, len(inputs.pictures))]
         artifacts.save_tensors(path, tensors, recipe, provenance, rows)
         run.settings_written(config)

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # the other imports take a second
     stop_at_once_on_signals()
 
 from common.files import artifacts
+from common.files.artifacts import Row
 from common.files.stage_table import EMBEDDINGS_FILE, ENCODE
 from common.messages import warn
 from common.runs.recipes import embeddings_recipe, embeddings_rows
@@ -45,14 +46,14 @@ def main(run: StageRun) -> None:
         run.settings_written(config)
         return
     run.begin(f"encode {len(config.prompts)} prompt(s) with {config.model_id}")
-    rows = run.find_rows(path, embeddings_rows(config, recipe))
+    rows = run.find_rows(path, embeddings_rows(config, recipe), config)
 
     # 3. Load the text encoders, with what is added to them
     run.import_libraries("peft", "scipy")
     from common.compute.backends import TORCH_FACTS
     from common.conditions.encoding import measure_encoding
     from common.conditions.prompts import encode_into, unread
-    from common.files.tensor_writer import written_in_parts
+    from common.files.tensor_writer import NO_HASH, written_in_parts
     from common.models.text_pipeline import import_text_classes, open_text_pipeline
 
     import_text_classes(checkpoint)
@@ -68,7 +69,8 @@ def main(run: StageRun) -> None:
     run.keep_progress(recipe, TORCH_FACTS)
     keeps = len(config.prompts) > 1 and run.progress is not None
     provenance = {**config.model_settings(), "device": "cpu"}
-    with written_in_parts(path, recipe, provenance, rows.fingerprints) as written:
+    unwritten = [Row(fingerprint, NO_HASH) for fingerprint in rows.fingerprints]
+    with written_in_parts(path, recipe, provenance, unwritten) as written:
         with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
             taken = encode_into(written, pipeline, config, rows, run.progress, stop)
         profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)

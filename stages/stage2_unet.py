@@ -43,7 +43,7 @@ from common.runs.jobs import (
     say_steps,
     warn_of_settings,
 )
-from common.runs.outputs import write_latents
+from common.runs.outputs import provenance_of_latents, write_latents
 from common.runs.recipes import (
     expected_unet_dtype,
     latents_recipe,
@@ -123,8 +123,8 @@ def denoise(
         warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
     folder = run.profile_folder if run.options.profile else None
     with run.finishing_first(keeps=run.progress is not None) as stop:
-        made_by = (recipe, config.model_settings())  # which a stage 3 that runs beside reads
-        made = MadeRows(path, rows, run.progress, made_by)
+        announced = provenance_of_latents(run, config, begin)  # to a stage 3 that runs beside
+        made = MadeRows(path, rows, run.progress, (recipe, announced))
         denoised = denoise_images(
             denoiser, job, run.options, made, profile_folder=folder, stop=stop
         )

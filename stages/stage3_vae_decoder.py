@@ -90,7 +90,7 @@ def decode(
     facts = PictureFacts(config=config, header=latents.header, overrides=run.overrides)
     writer = PictureWriter(run.run_dir, pictures, facts, run.report)
     if run.takes_rows:
-        writer.take_all(found)
+        writer.take_all(found, run.asked_for(len(pictures.rows)))
     computed = dict(TORCH_FACTS if found.beside is None else found.beside.facts)
     if writer.missing or trajectory is not None:
         from common.vae.loading import VaeToLoad, open_decoder
@@ -129,10 +129,10 @@ def decode_missing(
     from common.vae.pasting import PastedInto
 
     # 5. Decode and write, group by group; a stopped run goes on from what it wrote
-    artifact, trajectory, begun = inputs
-    latents = Latents.of(artifact)
-    into = PastedInto.of(begun, latents.count)
+    latents, trajectory = Latents.of(inputs[0]), inputs[1]
+    into = PastedInto.of(inputs[2], latents.count)
     todo, size = writer.missing, decoder.runner.group_size(latents.count, run.options)
+    writer.made_by = run.options.made_by(decoder.runner.facts(), size)
     with run.finishing_first(keeps=len(todo) > size and run.progress is not None) as stop:
         for images, pixels in decode_groups(decoder, latents, todo, size, run.options):
             if writes:

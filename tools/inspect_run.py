@@ -2,6 +2,7 @@
 
 python tools/inspect_run.py stage_outputs
 python tools/inspect_run.py stage_outputs --json
+python tools/inspect_run.py stage_outputs --image 137
 """
 
 import json as json_module
@@ -21,12 +22,15 @@ if __name__ == "__main__":  # the other imports take a second
 import typer
 
 from common.commands import Debug, flag, make_command
-from common.errors import BadInputFileError
+from common.errors import BadInputFileError, BadSettingError
+from common.files.picture_files import read_picture_record
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.messages import say
 from common.process import run_command
 from common.runs.passes import passes_in
 from common.runs.record import DAMAGED, MISSING, FileRecord, RunRecord, read_run, summarize_tensors
+from common.runs.redo import commands
+from common.runs.run_index import read_index
 
 INSPECT = "What to show"
 
@@ -36,9 +40,21 @@ def main(
         DEFAULT_OUTPUT_DIR
     ),
     json: Annotated[bool, flag("json", " ", INSPECT, "Print JSON.")] = False,
+    image: Annotated[
+        str | None, flag("image", "N", INSPECT, "One image: its index, or its picture's file.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a run's artifacts and whether they are fresh. Ends with 3 where a file is damaged."""
+    """Show a run's artifacts and whether they are fresh. Ends with 3 where a file is damaged.
+
+    Of an image, its settings, and the commands that make it alone again. RUN_DIR may be a picture.
+    """
+    if image is not None or run_dir.is_file():
+        found = read_image(run_dir, image)
+        lines = [json_module.dumps(found, indent=2, ensure_ascii=False)]
+        for line in lines if json else lines_of_image(found):
+            say(line)
+        return
     if not run_dir.is_dir():
         raise BadInputFileError(f"{run_dir} is no folder: name a run directory")
     run = read_run(run_dir)
@@ -105,6 +121,72 @@ def lines_of(run: RunRecord, content: dict[str, Any]) -> Iterator[str]:
             yield f"  {tensor['name']:30} {tensor['dtype']:5} {shape:16} {values}{finite}"
     for folder in passes_in(run.run_dir):
         yield f"{folder.name}/ is a further pass, a run of its own: inspect {folder}"
+
+
+def read_image(place: Path, image: str | None) -> dict[str, Any]:
+    """All that is known of an image, and what makes it alone again.
+
+    Args:
+        place: its run directory, or its picture.
+        image: its index in the run, or its picture's name.
+    """
+    path = place if image is None or place.is_file() else find_picture(place, image)
+    record = read_picture_record(path)
+    if record is None:
+        raise BadInputFileError(f"{path} is damaged or no picture of ours: name one of a run")
+    flags, made_by = record.get("flags", {}), record.get("made_by", {})
+    known = bool(flags) and "flags" not in record.get("shortened", ())
+    output_dir = DEFAULT_OUTPUT_DIR / f"{path.stem}_again"
+    kept = ("settings", "overrides", "inputs", "weights", "versions", "fingerprint")
+    return {
+        "file": str(path),
+        **{name: record.get(name) for name in kept},
+        "made_by": made_by,
+        "commands": commands(flags, made_by, output_dir) if known else [],
+        "notes": [*notes_on(flags)] if known else [NOT_KNOWN],
+    }
+
+
+def find_picture(run_dir: Path, image: str) -> Path:
+    """The picture of a run that an index or a name stands for."""
+    lines = read_index(run_dir)
+    if not lines:
+        raise BadInputFileError(f"{run_dir} has no list of its pictures: run stage 3")
+    for line in lines:
+        if image in (str(line.get("index")), line["file"]):
+            return run_dir / line["file"]
+    raise BadSettingError(f"--image {image}: {run_dir} has images 0 to {len(lines) - 1}")
+
+
+def lines_of_image(found: dict[str, Any]) -> Iterator[str]:
+    """The same as lines to read."""
+    yield found["file"]
+    for name, value in found["settings"].items():
+        if value not in (None, [], {}, ""):
+            yield f"  {name}: {value if isinstance(value, str) else json_module.dumps(value)}"
+    for name, (before, after) in found["overrides"].items():
+        yield f"  overridden: {name} {before} → {after}"
+    sources = [f"{name} ({sha[:12]}…)" for name, sha in found["inputs"].items()]
+    yield f"  made from {', '.join([*sources, *found['weights']])}"
+    if found["commands"]:
+        yield "  alone again, to the bit, on as many threads of a CPU or devices of the kind:"
+    yield from (f"    {command}" for command in found["commands"])
+    yield from (f"  {note}" for note in found["notes"])
+
+
+NOT_KNOWN = (
+    "how it is made again is not known: its latents came from elsewhere, it is a grid, or a JPEG "
+    "without room for that"
+)
+
+
+def notes_on(flags: dict[str, Any]) -> Iterator[str]:
+    """What keeps an image from being made alone to the bit."""
+    if "init_latents" in flags:
+        begun = flags["init_latents"]
+        yield f"it begins with its own of the latents of {begun}: tools/pick.py copies that image"
+    if flags.get("long_prompts") == "chunk":
+        yield "a run's prompts are as long as its longest: alone its embeddings may be shorter"
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ def prompt_indices(prompts: int, images_per_prompt: int) -> np.ndarray:
     return np.repeat(np.arange(prompts), images_per_prompt)
 
 
-def group_size(images: int, batch_size: int, data_devices: int) -> int:
-    """Images computed at once: at most `batch_size`, a multiple of the `data` axis."""
-    wanted = min(images, batch_size)
-    return max(1, -(-wanted // data_devices)) * data_devices
+def group_size(images: int, data_devices: int) -> int:
+    """Images computed at once where so many are to be: a multiple of the `data` axis."""
+    return max(1, -(-images // data_devices)) * data_devices
 
 
 def groups(images: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

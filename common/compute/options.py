@@ -20,6 +20,7 @@ from common.declared import (
 )
 from common.errors import BadSettingError
 
+MadeBy = dict[str, Any]  # option → value
 ON_DEVICES = (IMAGE_LATENTS, LATENTS, PICTURES)
 ALL = (EMBEDDINGS, *ON_DEVICES)
 
@@ -41,6 +42,13 @@ class RunOptions(Settings):
     mesh: str = option("auto", "single, or cfg=2,rows=4 ….", metavar="AXES", helps_make=ON_DEVICES)
     batch_size: int = option(
         8, "Most pictures computed at once.", metavar="N", helps_make=ON_DEVICES, ge=1
+    )
+    fill_groups: bool = option(
+        False,
+        "Compute as many, whatever there are.",
+        metavar=" ",
+        helps_make=ON_DEVICES,
+        shown="",
     )
     steps_per_call: int | None = option(
         None,
@@ -141,6 +149,27 @@ class RunOptions(Settings):
     def verify(self) -> bool:
         """Whether files are held against the checksums in their headers."""
         return not self.no_verify
+
+    def at_once(self, images: int) -> int:
+        """How many of a run's images are computed at once, as far as options say."""
+        return self.batch_size if self.fill_groups else min(images, self.batch_size)
+
+    def made_by(self, facts: Mapping[str, Any], group_size: int) -> MadeBy:
+        """By what of these options an image's bits are determined, once they are settled.
+
+        Args:
+            facts: what the report says of the devices.
+            group_size: images that were computed at once.
+        """
+        settled = {
+            "backend": facts["backend"],
+            "mesh": facts.get("mesh"),
+            "batch_size": group_size,
+            "fill_groups": True,
+        }
+        kept = {name: getattr(self, name) for name in ("operations", "steps_per_call")}
+        kept = kept if facts["backend"] == "jax" else {}
+        return {name: value for name, value in {**settled, **kept}.items() if value is not None}
 
     def given(self) -> list[str]:
         """The options that are not as they are by default."""

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 
 
 HEADER_KEY = "staged_diffusion"
+MADE_BY = "made_by"  # of a header's provenance: a list, of which rows name one each
 
 # Ours hold the prompts; a forged one of this size takes less than a GB as Python's objects.
 MOST_HEADER_BYTES = 16_000_000
 # Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
 MOST_PROMPTS_BYTES = 12_000_000
-BYTES_OF_A_ROW = 160  # its two hashes, its seconds and what separates them
+BYTES_OF_A_ROW = 164  # its two hashes, its seconds and what separates them
 
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     fingerprint: str  # of the recipe of a run of this row alone
     data_sha256: str  # as the file of such a run has it
     seconds: float | None = None  # of devices, that it took
+    made_by: int | None = None  # which of the file's `made_by`: options that its bits depend on
 
 
 class Header(BaseModel):
@@ -71,6 +73,13 @@ class Header(BaseModel):
 
     def to_json(self) -> str:
         return to_json(self.model_dump())
+
+    def made_by(self, row: int) -> dict[str, Any]:
+        """The options that a row's bits depend on, as they were settled; none are known of some."""
+        known = self.provenance.get(MADE_BY, [])
+        index = self.rows[row].made_by if row < len(self.rows) else None
+        found = known[index] if index is not None and index < len(known) else {}
+        return dict(found) if isinstance(found, dict) else {}
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> "Header":

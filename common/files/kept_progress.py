@@ -30,19 +30,26 @@ SECONDS_BETWEEN_SAVES = 30.0
 Group = int | Sequence[str]
 
 
+class Making(NamedTuple):
+    """How rows were made."""
+
+    seconds: float | None  # of devices, that each took
+    made_by: dict[str, Any]  # options that their bits depend on
+
+
 class KeptRow(NamedTuple):
     """Where a row is that a finished group has."""
 
     path: Path
     place: int
-    seconds: float  # of devices, that it took
+    making: Making
 
 
 class KeptRows(NamedTuple):
     """The rows that a finished group has."""
 
     fingerprints: list[str]
-    seconds: float  # of devices, that each took
+    making: Making
 
 
 class Progress:
@@ -102,7 +109,7 @@ class Progress:
         """Keep what a group gave, in place of its steps. Returns where.
 
         Args:
-            facts: of a group of rows the `seconds` that each took.
+            facts: of a group of rows those of its `Making`.
         """
         path = self._group_file(group)
         self._save(path, {"group": group, **facts}, tensors)
@@ -118,7 +125,7 @@ class Progress:
             if said is None or not isinstance(said["group"], list):
                 continue
             for place, fingerprint in enumerate(said["group"]):
-                found[fingerprint] = KeptRow(path, place, float(said["seconds"]))
+                found[fingerprint] = KeptRow(path, place, _making(said))
         return found
 
     def new_groups(self, seen: set[Path]) -> "Iterator[tuple[KeptRows, dict[str, torch.Tensor]]]":
@@ -130,7 +137,7 @@ class Progress:
                 continue
             tensors = self._read(path, {"group": said["group"]})
             if tensors is not None:
-                yield KeptRows(said["group"], float(said["seconds"])), tensors
+                yield KeptRows(said["group"], _making(said)), tensors
 
     def _group_files(self) -> Iterator[Path]:
         yield from sorted(self.folder.glob("group_*.safetensors"))
@@ -197,6 +204,10 @@ class Progress:
             return said if "group" in said and said == own else None
         except (BadInputFileError, SafetensorError, OSError, ValueError, LookupError, TypeError):
             return None
+
+
+def _making(said: dict[str, Any]) -> Making:
+    return Making(said["seconds"], said["made_by"])
 
 
 def _as_read_back(facts: dict[str, Any]) -> dict[str, Any]:

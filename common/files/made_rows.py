@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from common.files import artifacts
-from common.files.kept_progress import KeptRow, Progress
+from common.files.artifacts import MADE_BY, Row
+from common.files.kept_progress import KeptRow, Making, Progress
 from common.files.recipe import Recipe
 from common.files.row_reader import ROWS_AT_ONCE, read_rows
 from common.files.rows import Rows
 from common.files.rows_to_come import announce
-from common.files.tensor_writer import written_in_parts
+from common.files.tensor_writer import NO_HASH, written_in_parts
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     Tensors = dict[str, torch.Tensor]
 
 
-MadeBy = tuple[Recipe, dict[str, Any]]  # of a file: its recipe, and where it comes from
+Announced = tuple[Recipe, dict[str, Any]]  # of a file: its recipe, and where it comes from
 
 
 class MadeRows:
@@ -30,16 +31,16 @@ class MadeRows:
         path: Path,
         rows: Rows,
         progress: Progress | None = None,
-        made_by: MadeBy | None = None,
+        announced: Announced | None = None,
     ) -> None:
         """
         Args:
             path: of the file that they are for.
             rows: all of them, and those that an earlier file has.
             progress: where groups are kept; None: in memory.
-            made_by: told to who reads groups as they are kept, before the first of them.
+            announced: told to who reads groups as they are kept, before the first of them.
         """
-        self._made_by = made_by
+        self._announced = announced
         self.path, self.rows, self.progress = path, rows, progress
         self.count = len(rows.fingerprints)
         known = {} if progress is None else progress.find_rows()
@@ -51,7 +52,7 @@ class MadeRows:
             if each in known and row not in rows.places
         }
         self._held: dict[int, Tensors] = {}
-        self._seconds: dict[int, float] = {}
+        self._making: dict[int, Making] = {}
 
     @classmethod
     def numbered(cls, count: int, progress: Progress | None = None) -> Self:
@@ -70,21 +71,22 @@ class MadeRows:
         there = self.rows.places.keys() | self._kept.keys() | self._held.keys()
         return [row for row in range(self.count) if row not in there]
 
-    def seconds(self, row: int) -> float | None:
-        """Of devices, that a row took; None where that is not known."""
+    def making(self, row: int) -> Making:
+        """How a row was made, as far as that is known."""
         if row in self.rows.places:
-            return self.rows.seconds(row)
-        return self._kept[row].seconds if row in self._kept else self._seconds.get(row)
+            return self.rows.making(row)
+        if row in self._kept:
+            return self._kept[row].making
+        return self._making.get(row, Making(None, {}))
 
     def group(self, rows: Sequence[int]) -> list[str]:
         """What a group of rows is known by in the progress that is kept."""
         return [self.rows.fingerprints[row] for row in rows]
 
-    def put(self, rows: Sequence[int], tensors: "Tensors", seconds: float, *, keep: bool) -> None:
+    def put(self, rows: Sequence[int], tensors: "Tensors", making: Making, *, keep: bool) -> None:
         """Take rows that were made, [N, …] each.
 
         Args:
-            seconds: of devices, that each took.
             keep: until all are made, for a run that goes on; else they are held in memory.
 
         Raises:
@@ -92,15 +94,15 @@ class MadeRows:
         """
         artifacts.check_finite(tensors, self.path, "was not written")
         if self.progress is not None and keep:
-            if self._made_by is not None:
-                announce(self.progress, *self._made_by, self.rows.fingerprints)
-                self._made_by = None
-            path = self.progress.save_group(self.group(rows), tensors, seconds=seconds)
-            self._kept |= {row: KeptRow(path, k, seconds) for k, row in enumerate(rows)}
+            if self._announced is not None:
+                announce(self.progress, *self._announced, self.rows.fingerprints)
+                self._announced = None
+            path = self.progress.save_group(self.group(rows), tensors, **making._asdict())
+            self._kept |= {row: KeptRow(path, k, making) for k, row in enumerate(rows)}
             return
         for k, row in enumerate(rows):
             self._held[row] = {name: tensor[k : k + 1] for name, tensor in tensors.items()}
-            self._seconds[row] = seconds
+            self._making[row] = making
 
     def read(self, rows: Sequence[int], name: str) -> "torch.Tensor":
         """A tensor's rows [N, …]."""
@@ -123,12 +125,25 @@ class MadeRows:
             return self._kept[row].path, self._kept[row].place
         return None, row
 
-    def write(self, name: str, recipe: Recipe, provenance: dict[str, Any]) -> list[int]:
-        """Write the file, of one tensor of this name, once none is missing. Returns its shape."""
-        seconds = [self.seconds(row) for row in range(self.count)]
-        fingerprints = self.rows.fingerprints
-        with written_in_parts(self.path, recipe, provenance, fingerprints, seconds) as written:
+    def write(
+        self, names: Sequence[str], recipe: Recipe, provenance: dict[str, Any]
+    ) -> dict[str, list[int]]:
+        """Write the file once none is missing. Returns its tensors' shapes.
+
+        Args:
+            names: of the tensors that it is to have.
+        """
+        known: list[dict[str, Any]] = []
+        rows = []
+        for row, fingerprint in enumerate(self.rows.fingerprints):
+            seconds, made_by = self.making(row)
+            if made_by and made_by not in known:
+                known.append(made_by)
+            index = known.index(made_by) if made_by else None
+            rows.append(Row(fingerprint, NO_HASH, seconds, index))
+        provenance = {**provenance, MADE_BY: known}
+        with written_in_parts(self.path, recipe, provenance, rows) as written:
             for first in range(0, self.count, ROWS_AT_ONCE):
                 some = range(first, min(first + ROWS_AT_ONCE, self.count))
-                written.put({name: self.read(some, name)})
-        return written.shapes[name]
+                written.put({name: self.read(some, name) for name in names})
+        return written.shapes

@@ -146,12 +146,13 @@ def fit_record(
 
     if fits(record):
         return record, []
-    whole = {**record["settings"], "overrides": record["overrides"]}
+    apart: dict[str, Any] = {n: record[n] for n in ("flags", "overrides") if n in record}
+    whole = {**record["settings"], **apart}
     for most in _KEPT_OF_TEXTS:
         settings = {name: _shortened(value, most) for name, value in whole.items()}
         names = [name for name, value in settings.items() if value != whole[name]]
-        overrides = settings.pop("overrides")
-        short = {**record, "settings": settings, "overrides": overrides, "shortened": names}
+        cut = {name: settings.pop(name) for name in apart}
+        short = {**record, "settings": settings, **cut, "shortened": names}
         if fits(short):
             break
     return short, names

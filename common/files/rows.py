@@ -4,7 +4,7 @@ A row's recipe is that of the file which a run of this row alone writes: whateve
 and in whatever place, its fingerprint is the same.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -13,6 +13,7 @@ from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS
 from common.errors import BadInputFileError
 from common.files import artifacts
 from common.files.artifacts import Artifact
+from common.files.kept_progress import Making
 from common.files.recipe import Recipe, names_of_differences
 from common.files.row_reader import read_rows
 from common.files.tensor_rows import known_names
@@ -78,23 +79,33 @@ class Rows:
         """Those that are to be made."""
         return [row for row in range(len(self.recipes)) if row not in self.places]
 
-    def seconds(self, row: int) -> float | None:
-        """That a row of the earlier file took."""
+    def without(self, chosen: Collection[int]) -> Self:
+        """The same, of which some rows are to be made whatever the earlier file has."""
+        places = {row: place for row, place in self.places.items() if row not in chosen}
+        return replace(self, places=places)
+
+    def making(self, row: int) -> Making:
+        """How a row of the earlier file was made."""
         assert self.earlier is not None and self.earlier.header is not None
-        return self.earlier.header.rows[self.places[row]].seconds
+        header, place = self.earlier.header, self.places[row]
+        return Making(header.rows[place].seconds, header.made_by(place))
 
     def read(self, rows: Iterable[int]) -> "dict[str, torch.Tensor]":
         """Rows that the earlier file has, [N, …] each."""
         assert self.earlier is not None
         return read_rows(self.earlier.path, [self.places[row] for row in rows])
 
-    def changes(self) -> "Changes":
-        """What is to be made, and why."""
+    def changes(self, asked: int = 0) -> "Changes":
+        """What is to be made, and why.
+
+        Args:
+            asked: further rows that are made anew.
+        """
         made = [] if self.earlier is None else _recipes_in(self.earlier)
         kept = {*self.places.values()}
         gone = [told_of(recipe) for place, recipe in enumerate(made) if place not in kept]
         missing = [told_of(self.recipes[row]) for row in self.missing]
-        return Changes.of(len(self.recipes), missing, gone)
+        return Changes.of(len(self.recipes), missing, gone, asked)
 
 
 def row_hashes(artifact: Artifact) -> list[str]:
@@ -174,13 +185,15 @@ class Changes:
     new: int
     changed: int
     names: list[str]  # of what has changed
+    asked: int = 0  # of those that are there and as they should be
 
     @classmethod
-    def of(cls, count: int, missing: Sequence[Told], gone: Iterable[Told]) -> Self:
+    def of(cls, count: int, missing: Sequence[Told], gone: Iterable[Told], asked: int = 0) -> Self:
         """Those of rows that are missing.
 
         Args:
             gone: rows that were there, and are not among those that are wanted.
+            asked: rows that are made anew though nothing is missing.
         """
         others, new = _ByLikeness(gone), 0
         changed: dict[str, None] = {}
@@ -194,14 +207,15 @@ class Changes:
             names += [f"weights of {name}" for name in weights]
             names += names_of_differences(before.versions, row.versions)
             changed |= dict.fromkeys(names or ["what it is made from"])
-        return cls(count, new, len(missing) - new, [*changed])
+        return cls(count, new, len(missing) - new, [*changed], asked)
 
     def in_words(self) -> str:
         """As a stage says it."""
-        said = f"{self.new + self.changed} of {self.count} to make"
+        said = f"{self.new + self.changed + self.asked} of {self.count} to make"
         why = [f"{self.new} new"] if self.new else []
         if self.changed:
             why.append(f"{self.changed} changed ({', '.join(self.names)})")
+        why += [f"{self.asked} asked for"] if self.asked else []
         return f"{said}: {', '.join(why)}" if why else f"{said}; others stand elsewhere now"
 
 

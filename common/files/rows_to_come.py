@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import BadInputFileError
 from common.files import artifacts
-from common.files.artifacts import Header, Row, make_header
-from common.files.kept_progress import Progress, progress_paths
+from common.files.artifacts import MADE_BY, Header, Row, make_header
+from common.files.kept_progress import Making, Progress, progress_paths
 from common.files.recipe import Recipe
 from common.files.run_lock import process_of_stage
 from common.files.stage_table import Stage
@@ -47,7 +47,7 @@ class ComingRows(NamedTuple):
     places: list[int]  # of each, in the tensors
     tensors: "dict[str, torch.Tensor]"
     data_sha256: list[str]  # of each row, as the file will have it
-    seconds: float  # of devices, that each took
+    making: Making
 
 
 class RowsToCome:
@@ -96,7 +96,18 @@ class RowsToCome:
             hashes = [
                 artifacts.hash_tensors({name: tensors[name][place : place + 1]}) for place in places
             ]
-            yield ComingRows([row for row, _ in found], places, own, hashes, group.seconds)
+            rows = [row for row, _ in found]
+            yield ComingRows(rows, places, own, hashes, group.making)
+
+    def note(self, row: int, making: Making) -> None:
+        """Let the header of the file to come say how a row was made."""
+        assert self.header is not None
+        known = self.header.provenance.setdefault(MADE_BY, [])
+        if making.made_by not in known:
+            known.append(making.made_by)
+        self.header.rows[row] = self.header.rows[row]._replace(
+            seconds=making.seconds, made_by=known.index(making.made_by)
+        )
 
     def refuse_unfinished(self) -> None:
         """Raise `BadInputFileError` where the process ended and the file is not there."""

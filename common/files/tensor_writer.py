@@ -110,18 +110,14 @@ def written_in_parts(
     path: Path,
     recipe: Recipe,
     provenance: dict[str, Any],
-    rows: Sequence[str],
-    seconds: Sequence[float | None] = (),
+    rows: Sequence[Row],
 ) -> Iterator[TensorWriter]:
     """A file that appears whole at the block's end, or not at all.
 
     Args:
-        rows: the fingerprints of the rows of every tensor.
-        seconds: that each of these took; none where that is not known of any.
+        rows: of every tensor; their hashes are put in as the rows come.
     """
-    took = seconds or [None] * len(rows)
-    known = [Row(*pair) for pair in zip(rows, [NO_HASH] * len(rows), took, strict=True)]
-    writer = TensorWriter(path, recipe, provenance, known)
+    writer = TensorWriter(path, recipe, provenance, rows)
     with replace_whole(path) as temporary:
         writer.open(temporary)
         yield writer

@@ -19,6 +19,7 @@ from common.declared import (
     FILES,
     IMAGE_LATENTS,
     INPUT,
+    LATENTS,
     MODEL,
     PICTURES,
     PROMPTS,
@@ -96,6 +97,14 @@ class StageFlags(Settings):
         metavar=" ",
         helps_make=ALL,
         alone=True,
+        shown="",
+    )
+    only: str | None = option(
+        None,
+        "Make these images anew, as 7,9-12.",
+        metavar="N,…",
+        helps_make=(EMBEDDINGS, LATENTS, PICTURES),
+        swept=False,
         shown="",
     )
     stream: bool = option(

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from common.declared import LATENTS
 from common.files import artifacts
-from common.files.artifacts import Artifact
+from common.files.artifacts import MADE_BY, Artifact
 from common.files.recipe import Recipe, recipe_of_trajectory
 from common.files.stage_table import LATENTS_FILE, TRAJECTORY_FILE
 from common.runs.generation import GenerationConfig
+from common.runs.pictures import IMAGE_LATENTS_MADE_BY
 from common.runs.stage_run import StageRun
 from common.stopping import StopRequest
 from common.whole_files import copy_whole, remove_file
@@ -43,8 +44,7 @@ def write_latents(
             devices = {**devices, "rows_taken": {"rows": len(rows.places), **before}}
             if not rows.missing:
                 devices |= before
-        made = {**devices, "unet_dtype_asked": config.unet_dtype, "overrides": run.overrides}
-        provenance = {**config.model_settings(), **made}
+        provenance = {**provenance_of_latents(run, config, begin), **devices}
         begun = begin if config.pastes else None
         shape = save_latents(run.run_dir, denoised, recipe, provenance, begun)
         run.settings_written(config)
@@ -60,6 +60,21 @@ def write_latents(
         profile=denoised.profile,
         **facts,
     )
+
+
+def provenance_of_latents(
+    run: StageRun, config: GenerationConfig, begin: Artifact | None
+) -> dict[str, Any]:
+    """Where latents come from, as far as that is known before they are made.
+
+    Args:
+        begin: what they begin with.
+    """
+    found: dict[str, Any] = {**config.model_settings(), "unet_dtype_asked": config.unet_dtype}
+    found["overrides"] = run.overrides
+    if config.has_pictures and begin is not None and begin.header is not None:
+        found[IMAGE_LATENTS_MADE_BY] = begin.header.provenance.get(MADE_BY)
+    return found
 
 
 def save_latents(
@@ -81,7 +96,7 @@ def save_latents(
     if begun is not None and begun.path.parent.resolve() != run_dir.resolve():
         copy_whole(begun.path, run_dir / begun.path.name)
     trajectory = denoised.trajectory
-    shape = denoised.made.write("latents", recipe, provenance)
+    shape = denoised.made.write(["latents"], recipe, provenance)["latents"]
     if trajectory is not None and denoised.trajectory_every is not None:
         artifacts.save_tensors(
             trajectory_file,

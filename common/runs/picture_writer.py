@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.compute.clock import StageReport
+from common.compute.options import MadeBy
 from common.errors import listed
 from common.files import picture_files
 from common.files.artifacts import Artifact
@@ -14,7 +15,7 @@ from common.files.recipe import Recipe
 from common.files.rows import Changes, Told
 from common.files.stage_table import DECODE
 from common.messages import say, warn
-from common.runs.pictures import Found, PictureFacts, Pictures, web_ui_text
+from common.runs.pictures import Found, PictureFacts, Pictures, Record, web_ui_text
 from common.runs.recipes import trajectory_pictures_recipe
 from common.runs.run_index import RunIndex, find_ours, is_ours
 from common.stopping import StopRequest
@@ -33,6 +34,7 @@ class PictureWriter:
         self.run_dir, self.pictures, self.facts, self.report = run_dir, pictures, facts, report
         self.taken: set[int] = set()  # rows whose pictures are there
         self.made_beside = 0  # of these
+        self.made_by: MadeBy = {}  # options that the bits of pictures to come depend on
         self._index = RunIndex(run_dir, pictures.lines, pictures.index)
         self._seconds = 0.0  # of the report, at the last picture
         self._written: set[str] = set()  # names
@@ -48,16 +50,21 @@ class PictureWriter:
         """Of one picture, [H, W, 3]."""
         return picture_files.picture_shape(self.run_dir / self.pictures.names[0])
 
-    def take_all(self, found: Found) -> None:
-        """Take the pictures that are there, wherever they are, and say how many are not."""
+    def take_all(self, found: Found, asked: set[int]) -> None:
+        """Take the pictures that are there, wherever they are, and say how many are not.
+
+        Args:
+            asked: rows that are made anew even so.
+        """
         places, rows = found.places(self.pictures), self.pictures.rows
         gone = found.told(places.values())
-        self._take(places)
+        asked = asked & places.keys() - self._made_beside(found)
+        self._take({row: path for row, path in places.items() if row not in asked})
         self.made_beside = len(self._made_beside(found))
         if len(rows) > 1 and (gone or places):
-            missing = [rows[row] for row in self.missing]
+            missing = [rows[row] for row in self.missing if row not in asked]
             told = [Told(self.facts.settings(row), row.weights, row.versions) for row in missing]
-            say(f"  {Changes.of(len(rows), told, gone).in_words()}")
+            say(f"  {Changes.of(len(rows), told, gone, len(asked)).in_words()}")
 
     def take_done(self, found: Found, progress: Progress | None) -> None:
         """Take the pictures that a stopped run made, or this one while stage 2 ran."""
@@ -118,7 +125,9 @@ class PictureWriter:
         before, self._seconds = self._seconds, self.report.parts().get("run", 0.0)
         seconds = (self._seconds - before) / len(rows)
         for row, image in zip(rows, images, strict=True):
-            self._write(self.pictures.names[row], image, self.pictures.rows[row])
+            recipe = self.pictures.rows[row]
+            alone = self.facts.alone(row, recipe, self.made_by)
+            self._write(self.pictures.names[row], image, recipe, alone)
             self._index.add(row, seconds + self.facts.seconds_of_latents(row))
         self._index.write_if_due()
         if progress is None:
@@ -184,10 +193,12 @@ class PictureWriter:
                 laid_out = make_grid(np.stack([picture_files.read_pixels(path) for path in paths]))
             self._write(grid, laid_out, self.pictures.grid_recipe)
 
-    def _write(self, name: str, pixels: "np.ndarray", recipe: Recipe) -> None:
+    def _write(
+        self, name: str, pixels: "np.ndarray", recipe: Recipe, alone: Record | None = None
+    ) -> None:
         suffix = Path(name).suffix
         with self.report.part("image_encoding"):
-            whole = self.facts.record(recipe, pixels)
+            whole = self.facts.record(recipe, pixels, alone)
             record, cut = picture_files.fit_record(whole, suffix, web_ui_text)
             self._shortened |= dict.fromkeys(cut)
             text = web_ui_text(record["settings"])

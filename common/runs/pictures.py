@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.compute.options import MadeBy
 from common.conditions.prompt_settings import PromptSettings
 from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
 from common.errors import BadInputFileError
@@ -14,14 +16,15 @@ from common.files.kept_progress import progress_paths
 from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
 from common.files.rows import Told, row_hashes, row_recipe
-from common.files.stage_table import DECODE, LATENTS_FILE
+from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, LATENTS_FILE
 from common.files.tensor_rows import row_of_picture
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
-from common.runs.overrides import Overrides
+from common.runs.overrides import Overrides, checked, values_of
 from common.runs.picture_names import ids_of, names_of
 from common.runs.recipes import difference_from_report, trajectory_pictures_recipe
+from common.runs.redo import Redo
 from common.runs.run_index import (
     Format,
     Line,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Record = dict[str, Any]
+IMAGE_LATENTS_MADE_BY = "image_latents_made_by"  # of latents' provenance: options of stage 0
 OTHER_SETTINGS = "was made with other settings"
 
 
@@ -231,6 +235,33 @@ class PictureFacts:
     header: Header | None  # of the latents
     overrides: Overrides
 
+    @cached_property
+    def _redo(self) -> Redo | None:
+        """None where it is not known how the latents were made, or they are not of this run."""
+        if self.header is None or len(self.header.rows) != len(self.config.image_seeds()):
+            return None
+        of_latents = checked(self.header.provenance.get("overrides"))
+        as_made, _ = self.config.override({**values_of(of_latents), **values_of(self.overrides)})
+        dtype = self.header.recipe.settings_of(LATENTS).get("unet_dtype")
+        return Redo(as_made, {} if dtype is None else {"unet_dtype": dtype})
+
+    def alone(self, row: int, recipe: Recipe, made_by: MadeBy) -> Record:
+        """What makes an image alone again: a run's flags, and the stages' options.
+
+        Args:
+            made_by: stage 3's.
+        """
+        if self._redo is None or self.header is None:
+            return {}
+        of_latents = {str(DENOISE.number): self.header.made_by(row)}
+        if known := self.header.provenance.get(IMAGE_LATENTS_MADE_BY):
+            of_latents[str(ENCODE_PICTURES.number)] = known
+        dtype = {"vae_dtype": str(recipe.settings_of(PICTURES)["vae_dtype"])}
+        return {
+            "flags": self._redo.flags(row) | dtype,
+            "made_by": {**of_latents, str(DECODE.number): made_by},
+        }
+
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """A picture's settings; of a grid's or trajectory's recipe those of all images."""
         own = dict(recipe.settings[PICTURES])
@@ -244,9 +275,14 @@ class PictureFacts:
         rows = [] if self.header is None else self.header.rows
         return (rows[row].seconds or 0.0) if row < len(rows) else 0.0
 
-    def record(self, recipe: Recipe, pixels: "np.ndarray") -> Record:
-        """The record inside a picture."""
+    def record(self, recipe: Recipe, pixels: "np.ndarray", alone: Record | None = None) -> Record:
+        """The record inside a picture.
+
+        Args:
+            alone: of one of the run's images, what makes it alone again.
+        """
         return {
+            **(alone or {}),
             "settings": self.settings(recipe),
             "pixels_sha256": picture_files.hash_pixels(pixels),
             "fingerprint": recipe.fingerprint(),

@@ -35,6 +35,7 @@ from common.models.library_imports import quiet_libraries, spare_imports
 from common.models.model_settings import PROJECT_DIR
 from common.process import run_command
 from common.progress import show_progress_as
+from common.runs.chosen import parse_images
 from common.runs.flags import Given, command_of
 from common.runs.generation import (
     GenerationConfig,
@@ -142,6 +143,8 @@ class StageRun:
             stale: why the output must be made anew, if it must.
             path: of the output.
         """
+        if stale is None and self.given.flags.only is not None:
+            stale = "--only asks for it"
         if self.given.flags.skip_fresh and stale is None:
             say(f"{self.stage.name}: fresh ({path})")
             return True
@@ -163,27 +166,31 @@ class StageRun:
         """
         measured = self.options.why_measure() is not None
         several = self.options.distributed is not None
-        return self.given.flags.skip_fresh and not measured and not several
+        by_rows = self.given.flags.skip_fresh or self.given.flags.only is not None
+        return by_rows and not measured and not several
 
-    def find_rows(
-        self, path: Path, recipes: Sequence[Recipe], config: GenerationConfig | None = None
-    ) -> Rows:
+    def asked_for(self, images: int) -> set[int]:
+        """The images that `--only` names, among so many of the run."""
+        only = self.given.flags.only
+        return set() if only is None else {*parse_images(only, images, "--only")}
+
+    def find_rows(self, path: Path, recipes: Sequence[Recipe], config: GenerationConfig) -> Rows:
         """The rows to write to a file; those that it has already are taken, which is said.
 
         Where `takes_rows` says no, or a trajectory is saved, all are made.
-
-        Args:
-            config: the settings, where rows are images, each with its seed.
         """
+        asked = self.asked_for(len(config.image_seeds()))
+        if self.stage is FIRST:
+            asked = {image // config.num_images_per_prompt for image in asked}
         if not self.takes_rows or self.options.save_trajectory:
             return Rows.all_missing(recipes)
         rows = find_rows(path, recipes, verify=self.options.verify)
         if rows.earlier is not None and len(recipes) > 1:
-            changes = rows.changes()
+            changes = rows.changes(len(asked & rows.places.keys()))
             say(f"  {changes.in_words()}")
-            if "seed" in changes.names and config is not None and config.seeds_count_places:
+            if "seed" in changes.names and config.seeds_count_places:
                 say(f"  {MOVED}")
-        return rows
+        return rows.without(asked)
 
     # --- 3. backend ---
 

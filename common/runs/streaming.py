@@ -93,11 +93,10 @@ class _Beside:
         from common.vae.decoding import LatentsInMemory, decode_groups
 
         writer = self._writer or self._open(to_come, group)
-        assert to_come.header is not None
         latents, pictures = group.tensors[LATENTS].numpy(), writer.pictures  # [N, C, h, w]
         for row, data_sha256 in zip(group.rows, group.data_sha256, strict=True):
             pictures.settle(row, data_sha256)
-            to_come.header.rows[row] = to_come.header.rows[row]._replace(seconds=group.seconds)
+            to_come.note(row, group.making)
         missing = [
             k for k, row in enumerate(group.rows) if pictures.fingerprints[row] not in self._there
         ]
@@ -137,8 +136,10 @@ class _Beside:
             run.kept, self._backend.name, vae, layout.shape, run.options, run.report
         )
         self._into = PastedInto.of(begun, count)
+        size = self._decoder.runner.group_size(count, run.options)
         facts = PictureFacts(config=config, header=latents.header, overrides=run.overrides)
         self._writer = PictureWriter(run.run_dir, pictures, facts, run.report)
+        self._writer.made_by = run.options.made_by(self._decoder.runner.facts(), size)
         return self._writer
 
     def end(self) -> None:

@@ -92,7 +92,7 @@ def estimate_denoising(given: Given) -> None:
         ) from None
     if config.guidance_start > 0 or config.guidance_end < 1:
         warn("--guidance_start and --guidance_end: the steps without guidance are not estimated")
-    size = group_size(len(job.seeds), options.batch_size, denoiser.devices_of_images)
+    size = group_size(options.at_once(len(job.seeds)), denoiser.devices_of_images)
     denoiser.start(job, next(groups(len(job.seeds), size))[0], tables)
     compile_and_say(
         lambda: denoiser.lower(denoiser.plan.fullest()),
@@ -144,7 +144,7 @@ def _estimate_vae(given: Given, *, decodes: bool) -> None:
         shape, images = pictures, images_to_encode(pictures, tiles, checkpoint)
     report = StageReport(given.stage.number)
     runner = load_jax_runner(vae, images, options, report, target.devices, {})
-    size = group_size(count, options.batch_size, runner.devices_of_images)
+    size = group_size(options.at_once(count), runner.devices_of_images)
     computed, what = (size, *shape[1:]), f"{width}×{height}"
     program: Program = "decode_whole" if decodes else "encode_whole"
     if tiles is not None:

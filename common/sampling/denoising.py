@@ -11,6 +11,7 @@ import torch
 from common.compute.groups import group_size, groups
 from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
+from common.files.kept_progress import Making
 from common.files.made_rows import MadeRows
 from common.files.report import Profile
 from common.messages import say, warn
@@ -83,7 +84,8 @@ def denoise_images(
             if job.prompts:
                 bar.note(job.prompts[int(job.prompt_of[own[0]])])
             seconds = run.denoise_group(chosen, group) / real
-            made.put(own, run.tensors_of(real), round(seconds, 4), keep=several)
+            making = Making(round(seconds, 4), run.made_by)
+            made.put(own, run.tensors_of(real), making, keep=several)
             run.measure_first()
     return Denoised(
         made=made,
@@ -124,7 +126,8 @@ class _Run:
     ) -> None:
         self.denoiser, self.job, self.options, self.tables = denoiser, job, options, tables
         count = len(job.seeds)
-        self.group_size = group_size(count, options.batch_size, denoiser.devices_of_images)
+        self.group_size = group_size(options.at_once(count), denoiser.devices_of_images)
+        self.made_by = options.made_by(denoiser.facts(), self.group_size)
         self.evaluations = len(job.sampler.restart())
         self.kept_after = steps_to_keep(self.evaluations, options.save_trajectory)
         self.is_first = True

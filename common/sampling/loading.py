@@ -171,7 +171,7 @@ def settle_mesh(
     levels = len(unet.checkpoint.config("unet")["block_out_channels"])
     choice = devices.choose_mesh(
         sharding.parse_mesh(options.mesh),
-        images=min(len(job.seeds), options.batch_size),
+        images=options.at_once(len(job.seeds)),
         predictions=len(job.guidance.most_predictions()),
         rows_of_levels=sharding.rows_of_levels(job.latent_shape[1], levels),
     )

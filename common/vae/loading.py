@@ -241,7 +241,7 @@ def settle_mesh(options: RunOptions, images: ImagesToSplit, devices: "Devices") 
         asked = sharding.SINGLE | {"data": asked["data"], "rows": rows}
     choice = devices.choose_mesh(
         asked,
-        images=min(images.count, options.batch_size),
+        images=options.at_once(images.count),
         predictions=1,
         rows_of_levels=images.rows_of_levels,
     )

@@ -61,7 +61,7 @@ class VaeRunner(ABC):
 
     def group_size(self, images: int, options: RunOptions) -> int:
         """How many of a run's images are computed at once."""
-        return group_size(images, options.batch_size, self.devices_of_images)
+        return group_size(options.at_once(images), self.devices_of_images)
 
     def in_groups(
         self,

@@ -106,3 +106,27 @@ def test_rows_that_begin_with_other_rows_count_by_these(tmp_path: Path, quick_st
     for said in make(quick_stage, second, [new, *FIRST[:2]], first):
         assert "1 of 3 to make: 1 new" in said
     assert [pixels(second, place) for place in (1, 2)] == kept
+
+
+def test_images_that_are_asked_for_are_made_anew_and_no_others(
+    tmp_path: Path, quick_stage: Run
+) -> None:
+    run = tmp_path / "run"
+    make(quick_stage, run, FIRST)
+    before = {path.name: path.stat().st_ino for path in run.glob("output_image_*")}
+    data = load_file(run / LATENTS_FILE)["latents"]
+    for number in (1, 2, 3):
+        flags = ("--output_dir", run, "--only", "3,1-2", "--batch_size", 2)
+        prompts = ("--prompts_file", run.with_suffix(".jsonl"), *FLAGS)[: 99 if number == 1 else 0]
+        own = flags[:4] if number == 1 else flags
+        result = quick_stage(number, *own, *prompts)
+        assert result.returncode == 0, result.stderr
+        assert "3 of 5 to make: 3 asked for" in result.stdout
+        report = read_report(run, number)
+        assert report is not None and report.rows_taken == 2
+    after = {path.name: path.stat().st_ino for path in run.glob("output_image_*")}
+    changed = [name for name in before if after[name] != before[name]]
+    assert sorted(changed) == [f"output_image_000{image}.png" for image in (1, 2, 3)]
+    assert load_file(run / LATENTS_FILE)["latents"].equal(data)
+    result = quick_stage(2, "--output_dir", run, "--only", "5", "--skip_fresh")
+    assert result.returncode == 2 and "--only 5: the run has images 0 to 4" in result.stderr

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UnfitEnvironmentError
 from common.files import kept_progress
-from common.files.kept_progress import Progress, progress_paths, remove_progress
+from common.files.kept_progress import Making, Progress, progress_paths, remove_progress
 from tests.files.test_artifacts import make_recipe
 from tests.refusals import LATENTS, refusal, zeros
 
@@ -75,13 +75,14 @@ def test_rows_are_kept_by_their_fingerprints(tmp_path: Path) -> None:
     """Whatever else the run makes now; a group that is damaged, or made in another way, is not."""
     earlier, later = make_recipe(seed=1), make_recipe(seed=2)
     progress = Progress(tmp_path, 2, FACTS, earlier)
-    path = progress.save_group(["a", "b"], TENSORS, seconds=1.5)
-    other = progress.save_group(["a", "c"], TENSORS, seconds=2.5)  # begins with the same row
+    first, second = Making(1.5, {"mesh": "single"}), Making(None, {})
+    path = progress.save_group(["a", "b"], TENSORS, **first._asdict())
+    other = progress.save_group(["a", "c"], TENSORS, **second._asdict())  # begins with the same
     progress.save_steps(["d", "e"], TENSORS)
     again = Progress(tmp_path, 2, FACTS, later)
     found = again.find_rows()
     assert {"a", "b", "c"} == found.keys()
-    assert found["b"] == (path, 1, 1.5) and found["c"] == (other, 1, 2.5)
+    assert found["b"] == (path, 1, first) and found["c"] == (other, 1, second)
     assert same(again.read_steps(["d", "e"]), TENSORS) and again.read_steps(["d"]) is None
     # What has none of the rows that are wanted is of other settings, which are said.
     for wanted in (["x", "c"], ["x", "e"]):

@@ -7,13 +7,14 @@ import torch
 
 from common.errors import BadInputFileError
 from common.files import artifacts, rows_to_come
-from common.files.kept_progress import Progress
+from common.files.kept_progress import Making, Progress
 from common.files.rows_to_come import RowsToCome, announce
 from common.files.run_lock import RunLock
 from common.files.stage_table import DENOISE, LATENTS_FILE
 from tests.files.test_artifacts import make_recipe
 from tests.refusals import refusal
 
+MAKING = Making(0.5, {"mesh": "single"})
 ROWS = ["a", "b", "c", "b"]  # the second stands twice
 
 
@@ -32,20 +33,23 @@ def test_groups_come_once_with_the_rows_that_they_have(tmp_path: Path) -> None:
     assert to_come.header.recipe == make_recipe(seed=1)
     assert to_come.header.provenance["model_id"] == "demo"
 
-    progress.save_group(["c", "b"], group(3, 2), seconds=0.5)
-    progress.save_group(["x"], group(9), seconds=0.5)  # of rows that are no longer wanted
+    progress.save_group(["c", "b"], group(3, 2), **MAKING._asdict())
+    progress.save_group(["x"], group(9), **MAKING._asdict())  # of rows that are no longer wanted
     found, other = sorted(to_come.new_groups("latents"), key=lambda each: -len(each.rows))
-    assert (found.rows, found.places, found.seconds) == ([2, 1, 3], [0, 1, 1], 0.5)
+    assert (found.rows, found.places, found.making) == ([2, 1, 3], [0, 1, 1], MAKING)
     assert found.tensors.keys() == {"latents"} and other.rows == []
     of_file = [artifacts.hash_tensors({"latents": group(value)["latents"]}) for value in (3, 2, 2)]
     assert found.data_sha256 == of_file
+    to_come.note(2, MAKING)
+    assert to_come.header.rows[2].seconds == 0.5
+    assert to_come.header.made_by(2) == {"mesh": "single"} and to_come.header.made_by(0) == {}
     assert not list(to_come.new_groups("latents"))
-    progress.save_group(["a"], group(1), seconds=0.5)
+    progress.save_group(["a"], group(1), **MAKING._asdict())
     assert [each.rows for each in to_come.new_groups("latents")] == [[0]]
 
     # Of a process that computes in another way, or that ran before, nothing is taken.
     other_way = Progress(tmp_path, 2, {"mesh": "data=2"})
-    other_way.save_group(["a", "b"], group(1, 2), seconds=0.5)
+    other_way.save_group(["a", "b"], group(1, 2), **MAKING._asdict())
     assert not list(to_come.new_groups("latents"))
     lock.release()
     assert not RowsToCome(tmp_path, DENOISE).look()

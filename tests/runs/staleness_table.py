@@ -328,6 +328,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str | None]] = {
     "backend": ("torch", None),
     "mesh": ("single", None),
     "batch_size": (1, None),
+    "fill_groups": (True, None),
     "steps_per_call": (3, None),
     "warmup_steps": (1, None),
     "warmup": (True, None),

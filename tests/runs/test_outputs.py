@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from common.declared import EMBEDDINGS, LATENTS
 from common.files import artifacts
+from common.files.kept_progress import Making
 from common.files.made_rows import MadeRows
 from common.files.recipe import Recipe, recipe_of_its_latents
 from common.files.rows import Rows
@@ -22,7 +23,7 @@ def denoised(
 ) -> Denoised:
     made = MadeRows(folder / LATENTS_FILE, Rows.all_missing([recipe]))
     of_steps = {} if steps is None else {"trajectory": steps}
-    made.put([0], {"latents": torch.ones(1, 4, 2, 3), **of_steps}, 1.5, keep=False)
+    made.put([0], {"latents": torch.ones(1, 4, 2, 3), **of_steps}, Making(1.5, {}), keep=False)
     nothing: dict[str, Any] = dict(kept_after=[], trajectory_every=None, profile=None)
     return Denoised(made=made, **nothing | trajectory)
 

@@ -84,7 +84,7 @@ def test_pictures_are_taken_wherever_they_stand(
     )
     assert run.why_stale() == "output_image_0000.png was made with other settings"
     writer = run.writer()
-    writer.take_all(Found(tmp_path))
+    writer.take_all(Found(tmp_path), set())
     assert "2 of 4 to make: 2 changed (negative_prompt, seed)" in capsys.readouterr().out
     assert writer.taken == {0, 1} and writer.missing == [2, 3]
     new = 255 - PIXELS[2:]
@@ -104,11 +104,11 @@ def test_a_taken_picture_survives_a_kill_between_two_names(tmp_path: Path) -> No
     """It stands aside under its fingerprint before another one gets its name."""
     write_all(Run(tmp_path, {}, {}))
     run = Run(tmp_path, {}, {"seeds": [2, 1, 4, 3]})
-    run.writer().take_all(Found(tmp_path))
+    run.writer().take_all(Found(tmp_path), set())
     for name in run.pictures.names[:2]:
         (tmp_path / name).unlink()
     writer = run.writer()
-    writer.take_all(Found(tmp_path))
+    writer.take_all(Found(tmp_path), set())
     assert writer.missing == []
     for name, pixels in zip(run.pictures.names, PIXELS[[1, 0, 3, 2]], strict=True):
         np.testing.assert_array_equal(read(tmp_path / name), pixels)
@@ -146,12 +146,12 @@ def test_pictures_under_names_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "images.jsonl").unlink()
     assert first.why_stale() == "images.jsonl is not there"
     writer = first.writer()
-    writer.take_all(Found(tmp_path, first.pictures.names))
+    writer.take_all(Found(tmp_path, first.pictures.names), set())
     assert writer.missing == []
     writer.finish()
     plain = Run(tmp_path, {}, {})
     writer = plain.writer()
-    writer.take_all(Found(tmp_path))
+    writer.take_all(Found(tmp_path), set())
     assert writer.missing == []
     writer.finish()
     remove_progress(tmp_path, 3)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from common.errors import BadInputFileError, BadSettingError
 from common.files import artifacts
-from common.files.artifacts import Header
+from common.files.artifacts import MADE_BY, Header
 from common.files.kept_progress import Progress, remove_progress
 from common.files.report import read_report
 from common.files.rows_to_come import announce
@@ -42,9 +42,12 @@ class Stage2:
     def finish(self, image: int) -> None:
         """A group of one image is done."""
         fingerprints = [row.fingerprint for row in self.header.rows]
-        announce(self.progress, self.header.recipe, self.header.provenance, fingerprints)
+        where_from = {**self.header.provenance, MADE_BY: []}
+        announce(self.progress, self.header.recipe, where_from, fingerprints)
         own = {"latents": self.latents[image : image + 1]}
-        self.progress.save_group(fingerprints[image : image + 1], own, seconds=1.5)
+        self.progress.save_group(
+            fingerprints[image : image + 1], own, seconds=1.5, made_by=self.header.made_by(image)
+        )
 
     @contextmanager
     def running(self) -> Iterator[None]:

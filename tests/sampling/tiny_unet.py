@@ -121,7 +121,7 @@ def open_one(
 
 def start(denoiser: Denoiser, job: DenoisingJob) -> Denoiser:
     """Begin with all images of a job as one group."""
-    size = group_size(len(job.seeds), len(job.seeds), denoiser.devices_of_images)
+    size = group_size(len(job.seeds), denoiser.devices_of_images)
     assert size == len(job.seeds)
     denoiser.start(job, np.arange(size), make_tables(job.sampler))
     denoiser.compile()

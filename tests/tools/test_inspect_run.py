@@ -1,6 +1,7 @@
 """`inspect_run.py` beside numpy and the files themselves."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.files import artifacts
+from common.files.picture_files import read_pixels
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
-from tests.conftest import PROJECT_DIR, file_contents, run_script
+from tests.conftest import PROJECT_DIR, Run, file_contents, run_script
 from tests.printed import as_json, states
 from tests.refusals import expect
 
@@ -76,3 +78,54 @@ def test_missing_damaged_and_foreign_files_are_shown(run_copy: Path) -> None:
 
 def test_no_run_directory_is_one_sentence(tmp_path: Path) -> None:
     expect(run_script(INSPECT, tmp_path / "nothing"), 3, "nothing is no folder")
+
+
+def test_an_image_is_made_alone_by_the_commands_that_are_shown(
+    tmp_path: Path, stage: Run, quick_stage: Run
+) -> None:
+    """Of a run with all that a list may have; bits are those of the group that it was in."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    lines = [
+        {"prompt": "a {red|blue} star", "id": "star", "negative_prompt": None},
+        {
+            "prompt": "a green ring",
+            "seed": 9,
+            "prompt_2": "round",
+            "negative_prompt": "it's “dull”",
+        },
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = ("--num_inference_steps", 3, "--scheduler", "euler_a", "--height", 64)
+    named = ("--name_template", "{index:02d}_{seed}", "--prompt_syntax", "dynamic")
+    many = ("--prompts_file", tmp_path / "prompts.jsonl", "--num_images_per_prompt", 2)
+    options = ("--batch_size", 4, "--output_dir", run)
+    for number, own in (
+        (1, (*many, *settings, *named, "--output_dir", run)),
+        (2, ("--seed_offset", 3, "--guidance_scale", 4, *options)),
+        (3, ("--image_format", "webp", *options)),
+    ):
+        result = quick_stage(number, *own)
+        assert result.returncode == 0, result.stderr
+    content = as_json(INSPECT, run, "--image", 5)
+    assert content["settings"]["prompt"] == "a green ring" and content["settings"]["seed"] == 13
+    assert content["overrides"]["image_format"] == ["png", "webp"]
+    assert content["made_by"]["2"]["batch_size"] == 4 and not content["notes"]
+    for command, number in zip(content["commands"], (1, 2, 3), strict=True):
+        arguments = [part for part in shlex.split(command)[2:] if "output_dir" not in part]
+        result = stage(number, *arguments, "--output_dir", again)
+        assert result.returncode == 0, result.stderr
+    latents = [load_file(folder / LATENTS_FILE)["latents"] for folder in (run, again)]
+    assert latents[1].shape[0] == 1 and latents[1][0].equal(latents[0][5])
+    picture = Path(content["file"])
+    assert picture.name == "05_13.webp"
+    assert np.array_equal(read_pixels(again / "output_image.webp"), read_pixels(picture))
+    shown = run_script(INSPECT, picture).stdout
+    assert "alone again" in shown and all(command in shown for command in content["commands"])
+
+
+def test_images_that_cannot_be_shown(run_copy: Path, tmp_path: Path) -> None:
+    expect(run_script(INSPECT, run_copy, "--image", 2), 2, "has images 0 to 1")
+    expect(run_script(INSPECT, tmp_path, "--image", 0), 3, "has no list of its pictures")
+    expect(run_script(INSPECT, run_copy / LATENTS_FILE), 3, "damaged or no picture of ours")
+    shown = run_script(INSPECT, run_copy / "output_grid.png").stdout
+    assert "how it is made again is not known" in shown and "alone again" not in shown
