@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 \
     --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup test test-slow test-all parity faults fuzz bench check format clean
+.PHONY: setup test test-slow test-all parity faults faults-rows fuzz bench check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -29,6 +29,11 @@ parity: setup
 # Two hundred kills and a hundred other signals; takes some 40 minutes on two cores.
 faults: setup
 	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 200 --signals 100
+
+# The same sixty times where a changed list takes what is there.
+faults-rows: setup
+	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 60 --signals 0 --case "a changed list" \
+	    --case "a list, streamed"
 
 # Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup

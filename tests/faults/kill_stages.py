@@ -1,6 +1,7 @@
 """Kill stages at random moments, and see that nothing is lost and nothing is half written.
 
     python tests/faults/kill_stages.py --kills 200 --signals 100
+    python tests/faults/kill_stages.py --kills 60 --signals 0 --case "a changed list"
 
 After every kill each file must hold either what it held before or what an undisturbed run writes,
 and the same command must end with that run's own bits. A run that a signal ends, at any moment and
@@ -9,6 +10,7 @@ ended, and go on from the step that it said it kept.
 """
 
 import itertools
+import json
 import os
 import random
 import re
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +44,18 @@ RUN_ALL = ("tools/run_all.py", "--batch_size", "1", "--checkpoint_every", "1")
 NEW = ("--prompt", "a small green ring", "--num_inference_steps", "5", "--seed", "9")
 SIZES = ("--num_images_per_prompt", "3")
 OLD = ("--prompt", "a large red star", "--num_inference_steps", "2", "--seed", "1", *SIZES)
+# Of a list two prompts are gone, two are new, one has another negative prompt, one is moved.
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+OLD_LIST = [
+    {"prompt": f"a {colour} star", "negative_prompt": "dull", "seed": seed}
+    for seed, colour in enumerate(COLOURS)
+]
+NEW_LIST = [
+    *(OLD_LIST[5], {"prompt": "a large ring", "seed": 77}, OLD_LIST[0]),
+    *(OLD_LIST[1] | {"negative_prompt": "blurry"}, OLD_LIST[2], {"prompt": "a cross", "seed": 78}),
+]
+OF_LISTS = ("--num_inference_steps", "3", "--height", "64", "--width", "64")
+CHANGED, STREAMED = "a changed list", "a list, streamed"
 PICTURES = [f"picture{number}.png" for number in range(3)]  # in the folder of all runs
 # What is killed; the settings of the new run stand where the command takes them.
 CASES: dict[str, tuple[str, ...]] = {
@@ -50,6 +65,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "stage 3": STAGE_3,
     "run_all.sh": (*RUN_ALL, *NEW, *SIZES),
     "run_all.sh alone": (*RUN_ALL, *NEW, *SIZES, "--wait"),
+    CHANGED: (*RUN_ALL, "--prompts_file", "{folder}/new.jsonl", *OF_LISTS),
+    STREAMED: (*RUN_ALL, "--prompts_file", "{folder}/new.jsonl", *OF_LISTS, "--stream"),
 }
 STEPS_TO_STOP = 40
 # What users' tools send, and to whom: timeout and kill to the process, terminals and Slurm to its
@@ -122,35 +139,52 @@ def contents(run_dir: Path) -> dict[str, object]:
 class Faults:
     """Run directories to start from, and what undisturbed runs make of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """`names` are the cases' that are to be killed."""
         self.folder = folder
+        self.commands = {
+            name: tuple(part.format(folder=folder) for part in CASES[name]) for name in names
+        }
         self.old, self.new = folder / "old", folder / "new"
-        self._run(("tools/run_all.py", *OLD), self.old)
-        shutil.copytree(self.old, self.new)
-        new_seconds = self._run((*RUN_ALL, *NEW, *SIZES), self.new)
-        # Where each case starts: what the stages before it have written already.
-        self.starts = {name: folder / f"start of {name}" for name in CASES}
-        self._begin_with_pictures(self.starts["stage 0"])
-        for name, start_dir in self.starts.items():
-            if name == "stage 0":
-                continue
-            shutil.copytree(self.old, start_dir)
-            known = {"stage 2": ("generation_config.json", "stage1_embeddings.safetensors")}
-            known["stage 3"] = (*known["stage 2"], "stage2_latents.safetensors")
-            for file in known.get(name, ()):
-                shutil.copy(self.new / file, start_dir / file)
-        self.before = {name: contents(start_dir) for name, start_dir in self.starts.items()}
+        self.starts = {name: folder / f"start of {name}" for name in {*names, "stage 2"}}
         self.after: dict[str, dict[str, object]] = {}
         self.seconds: dict[str, float] = {}
-        for name, command in CASES.items():
-            if command[0] == RUN_ALL[0]:
-                self.seconds[name], self.after[name] = new_seconds, contents(self.new)
-                continue
+        if {*names} - {CHANGED, STREAMED}:
+            self._run(("tools/run_all.py", *OLD), self.old)
+            shutil.copytree(self.old, self.new)
+            seconds = self._run((*RUN_ALL, *NEW, *SIZES), self.new)
+            for name in names:
+                if name.startswith("run_all.sh"):
+                    self.seconds[name], self.after[name] = seconds, contents(self.new)
+        self._make_starts()
+        self.before = {name: contents(start_dir) for name, start_dir in self.starts.items()}
+        for name in self.commands.keys() - self.after.keys():
             run_dir = folder / f"undisturbed {name}"
             shutil.copytree(self.starts[name], run_dir)
-            self.seconds[name] = self._run(command, run_dir)
+            self.seconds[name] = self._run(self.commands[name], run_dir)
             self.after[name] = contents(run_dir)
-        assert self.after["stage 3"] == contents(self.new), "stages give other bits than run_all.sh"
+        if "stage 3" in names:
+            assert self.after["stage 3"] == contents(self.new), "stages give other bits"
+        if {CHANGED, STREAMED} <= {*names}:
+            assert self.after[CHANGED] == self.after[STREAMED], "streams give other bits"
+
+    def _make_starts(self) -> None:
+        """Where each case starts: what the stages before it have written already."""
+        known = {"stage 2": ("generation_config.json", "stage1_embeddings.safetensors")}
+        known["stage 3"] = (*known["stage 2"], "stage2_latents.safetensors")
+        for name, prompts in (("old", OLD_LIST), ("new", NEW_LIST)):
+            text = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+            (self.folder / f"{name}.jsonl").write_text(text)
+        for name, start_dir in self.starts.items():
+            if name == "stage 0":
+                self._begin_with_pictures(start_dir)
+            elif name in (CHANGED, STREAMED):
+                old = ("--prompts_file", str(self.folder / "old.jsonl"))
+                self._run((*RUN_ALL, *old, *OF_LISTS), start_dir)
+            elif self.old.exists():
+                shutil.copytree(self.old, start_dir)
+                for file in known.get(name, ()):
+                    shutil.copy(self.new / file, start_dir / file)
 
     def _begin_with_pictures(self, run_dir: Path) -> None:
         """A run whose pictures are encoded, and then are others."""
@@ -177,7 +211,7 @@ class Faults:
         run_dir = self.folder / f"kill {number}"
         for tries in itertools.count():
             shutil.copytree(self.starts[name], run_dir)
-            process = start(CASES[name], run_dir)
+            process = start(self.commands[name], run_dir)
             if number % 2 and not tries:
                 self._wait_for_progress(process, run_dir)
                 time.sleep(chance.uniform(0, SOON))
@@ -200,7 +234,7 @@ class Faults:
                 result.exceptions.append(f"kill {number} of {name}: {file} is neither old nor new")
         if lost := self.before[name].keys() - found.keys():
             result.exceptions.append(f"kill {number} of {name}: {sorted(lost)} were lost")
-        code, said = finish(CASES[name], run_dir)
+        code, said = finish(self.commands[name], run_dir)
         if code:
             result.exceptions.append(f"kill {number} of {name}: the next run ended {code}: {said}")
         elif contents(run_dir) != self.after[name]:
@@ -286,14 +320,15 @@ def main(
     signals: Annotated[int, typer.Option("--signals", help="SIGTERM, SIGINT or SIGHUP.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Of the moments.")] = 0,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at once.")] = 2,
+    case: Annotated[list[str] | None, typer.Option("--case", help="What is killed.")] = None,
 ) -> None:
     """Kill and signal stages, and print what was found; ends with 1 where anything was wrong."""
     result = Result()
     with tempfile.TemporaryDirectory() as folder:
-        faults = Faults(Path(folder))
+        names = case or list(CASES)
+        faults = Faults(Path(folder), names)
         if signals:
             faults.long_latents()
-        names = list(CASES)
         with ThreadPoolExecutor(jobs) as pool:
             tasks = [
                 pool.submit(faults.kill, names[number % len(names)], number, seed, result)

@@ -10,6 +10,16 @@ SCRIPT = Path(__file__).with_name("kill_stages.py")
 
 
 @pytest.mark.slow
+def test_nothing_is_lost_where_rows_are_reused() -> None:
+    """`make faults-rows` does sixty."""
+    cases = ("--case", "a changed list", "--case", "a list, streamed")
+    flags = ("--kills", "6", "--signals", "0", "--seed", "1", *cases)
+    result = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 kills, 0 signals" in result.stdout and ": 0 exceptions" in result.stdout
+
+
+@pytest.mark.slow
 def test_nothing_is_lost_or_half_written() -> None:
     flags = ("--kills", "4", "--signals", "2", "--seed", "1")
     result = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
