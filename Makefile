@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 \
     --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup test test-slow test-all parity faults faults-rows fuzz bench check format clean
+.PHONY: setup test test-slow test-all parity faults faults-rows lists fuzz bench check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -34,6 +34,11 @@ faults: setup
 faults-rows: setup
 	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 60 --signals 0 --case "a changed list" \
 	    --case "a list, streamed"
+
+# A changed list of five hundred prompts, and a run of ten thousand pictures; some 30 minutes.
+lists: setup
+	$(PYTHON_BIN) benchmarks/lists.py
+	$(PYTHON_BIN) benchmarks/large_run.py
 
 # Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup
