@@ -130,7 +130,7 @@ def decode_missing(
 
     # 5. Decode and write, group by group; a stopped run goes on from what it wrote
     latents, trajectory = Latents.of(inputs[0]), inputs[1]
-    into = PastedInto.of(inputs[2], latents.count)
+    into = PastedInto.of(inputs[2], writer.pictures.prompt_of)
     todo, size = writer.missing, decoder.runner.group_size(latents.count, run.options)
     writer.made_by = run.options.made_by(decoder.runner.facts(), size)
     with run.finishing_first(keeps=len(todo) > size and run.progress is not None) as stop:

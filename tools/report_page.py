@@ -256,10 +256,10 @@ def view_run(run_dir: Path, place: Place = INSIDE, sources: Sequence[Path] = ())
     """What the page shows of a run directory, whose inputs may be in others."""
     run = read_run(run_dir, sources)
     view = RunView(name=str(run_dir), files=run.files, reports=run.reports, error=run.problem)
-    images_of_each = 1
+    prompt_of = [0]
     if run.config is not None:
         view.settings = as_texts(json.loads(run.config.model_dump_json()))
-        images_of_each = run.config.num_images_per_prompt
+        prompt_of = run.config.prompt_of_images()
     view.groups = input_groups(run, [run_dir, *sources]) or [Group()]
     places = {line["file"]: line.get("index") for line in read_index(run_dir)}
     shown: dict[int, Picture] = {}
@@ -276,7 +276,8 @@ def view_run(run_dir: Path, place: Place = INSIDE, sources: Sequence[Path] = ())
             picture = load_picture(path, file, caption_of(file.settings), place)
             shown[at if isinstance(at, int) and at not in shown else len(shown)] = picture
     for index, picture in sorted(shown.items()):
-        group = view.groups[min(index // images_of_each, len(view.groups) - 1)]
+        prompt = prompt_of[min(index, len(prompt_of) - 1)]
+        group = view.groups[min(prompt, len(view.groups) - 1)]
         group.pictures.append(picture)
     return view
 

@@ -1,13 +1,8 @@
-"""Images of a run: which prompt each belongs to, and the groups in which they are computed."""
+"""The groups in which a run's images are computed."""
 
 from collections.abc import Iterator
 
 import numpy as np
-
-
-def prompt_indices(prompts: int, images_per_prompt: int) -> np.ndarray:
-    """The prompt of every image, [B], prompt-major."""
-    return np.repeat(np.arange(prompts), images_per_prompt)
 
 
 def group_size(images: int, data_devices: int) -> int:

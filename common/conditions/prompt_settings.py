@@ -1,7 +1,8 @@
 """Prompts, and how they are encoded."""
 
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +23,20 @@ from common.models.model_settings import TokenFile
 MOST_IMAGES_PER_PROMPT = 10_000  # so that a wrong number is refused before it takes memory
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _seeds_in(item: str) -> list[Any]:
+    """The seeds of `7` or `3-5`; what is neither is left to be refused."""
+    match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", item)
+    if match is None:
+        return [item.strip()]
+    first, last = int(match[1]), int(match[2])
+    if not 0 <= last - first < MOST_IMAGES_PER_PROMPT:
+        raise ValueError(f"the seeds {item.strip()} go backwards, or are too many")
+    return [*range(first, last + 1)]
+
+
 class PromptSettings(Settings):
     """One prompt of a run. `negative_prompt` None means what diffusers does with `None`.
 
@@ -34,8 +49,38 @@ class PromptSettings(Settings):
     negative_prompt: Text | None
     negative_prompt_2: Text | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seeds: tuple[Seed, ...] | None = Field(default=None, min_length=2)  # an image for each
+    num_images_per_prompt: int | None = Field(default=None, ge=1, le=MOST_IMAGES_PER_PROMPT)
     image: Place | None = None  # to begin with
     mask_image: Place | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_seed_may_be_several(cls, values: Any) -> Any:
+        """Read a list, "1,2,7" and "1-5"."""
+        seed = values.get("seed") if isinstance(values, dict) else None
+        if isinstance(seed, str):
+            seed = [each for item in seed.split(",") for each in _seeds_in(item)]
+        if not isinstance(seed, list | tuple):
+            return values
+        if not 1 <= len(seed) <= MOST_IMAGES_PER_PROMPT:
+            raise ValueError(f"seed lists {len(seed)}: give 1 to {MOST_IMAGES_PER_PROMPT}")
+        if len(seed) == 1:
+            return {**values, "seed": seed[0]}
+        return {**values, "seed": None, "seeds": seed}
+
+    @model_validator(mode="after")
+    def _seeds_are_as_many_as_images(self) -> Self:
+        if self.seeds is not None and (self.num_images_per_prompt or self.seed) is not None:
+            raise ValueError(
+                "seeds are an image each: leave seed and num_images_per_prompt out beside them"
+            )
+        return self
+
+    @property
+    def has_own_seed(self) -> bool:
+        """Whether it has a seed that is not the run's."""
+        return self.seed is not None or self.seeds is not None
 
     @model_validator(mode="after")
     def _second_negative_needs_the_first(self) -> Self:

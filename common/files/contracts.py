@@ -5,7 +5,7 @@ for, and the table in the documentation follow from it.
 """
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -189,10 +189,13 @@ class _Prompts(BaseModel):
     negative_prompts_2: list[str | None]
 
 
+Positive = Annotated[int, Field(ge=1)]
+
+
 class _Images(BaseModel):
     """The same of latents."""
 
-    num_images_per_prompt: int = Field(ge=1)
+    num_images_per_prompt: Positive | list[Positive]  # of all prompts, or of each
     seeds: list[int]
 
 
@@ -210,12 +213,13 @@ def header_misfit(latents: Artifact) -> str | None:
         texts = _Prompts.model_validate(recipe.settings_of(EMBEDDINGS))
         images = _Images.model_validate(recipe.settings_of(LATENTS))
     except ValidationError as error:
-        name = ".".join(map(str, error.errors()[0]["loc"]))
+        name = error.errors()[0]["loc"][0]
         return f"has no usable {name} in its header"
     for name in ("prompts_2", "negative_prompts", "negative_prompts_2"):
         if len(getattr(texts, name)) != len(texts.prompts):
             return f"has not as many {name} as prompts in its header"
-    wanted, seeds = len(texts.prompts) * images.num_images_per_prompt, len(images.seeds)
+    of_each, seeds = images.num_images_per_prompt, len(images.seeds)
+    wanted = sum(of_each) if isinstance(of_each, list) else len(texts.prompts) * of_each
     found = latents.tensors["latents"].shape[0]
     if not wanted == seeds == found:
         return f"holds latents of {found} images, its header names {seeds} seeds"

@@ -145,10 +145,17 @@ def _recipes_in(artifact: Artifact) -> list[Recipe]:
     """The recipes of a file's rows, but for what these were made from."""
     assert artifact.header is not None
     whole, count = artifact.header.recipe, len(artifact.header.rows)
-    images = whole.settings_of(LATENTS).get("num_images_per_prompt")
-    if images is None:
+    if LATENTS not in whole.settings:
         return [row_recipe(whole, row) for row in range(count)]
-    return [row_recipe(whole, row // images, row) for row in range(count)]
+    return [row_recipe(whole, p, row) for row, p in enumerate(prompts_of_images(whole, count))]
+
+
+def prompts_of_images(whole: Recipe, images: int) -> list[int]:
+    """The prompt of each image of a run, as a recipe of its latents or pictures tells them."""
+    of_each = whole.settings_of(LATENTS).get("num_images_per_prompt", 1)
+    if isinstance(of_each, int):
+        return [image // of_each for image in range(images)]
+    return [prompt for prompt, own in enumerate(of_each) for _ in range(own)]
 
 
 ITEM_NAMES = {

@@ -35,9 +35,9 @@ def known_names(file: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if not known or name in known]
 
 
-def row_of_picture(image: int, images: int, pictures: int) -> int:
-    """The row of stage 0's tensors that an image has: one for each prompt, or one for all."""
-    return image * pictures // images
+def row_of_picture(prompt: int, pictures: int) -> int:
+    """The row of stage 0's tensors that a prompt has: one for each, or one for all."""
+    return prompt if pictures > 1 else 0
 
 
 @dataclass(frozen=True)

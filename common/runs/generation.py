@@ -21,7 +21,7 @@ from common.files.run_files import GENERATION_CONFIG_FILE
 from common.models.model_settings import LoraSettings, ModelSettings
 from common.runs.inputs import refuse_odd_inputs, size_of_latents, size_of_pictures, with_inputs
 from common.runs.prompts_file import make_prompts, read_prompts_file
-from common.runs.seeds import MOST_SEED, seeds_of
+from common.runs.seeds import MOST_SEED, images_of, seeds_of
 from common.runs.setting_groups import ASKED, SHARED
 from common.sampling.sampling_settings import SamplingSettings, merge_settings
 from common.text_files import MOST_YAML_BYTES, parse_json, parse_yaml, read_text
@@ -97,14 +97,22 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
                 raise ValueError(f"an image would have the seed {seed}: seeds go from 0 to 2⁶³ - 1")
         return self
 
+    def images_of_prompts(self) -> list[int]:
+        """How many images each prompt has."""
+        return images_of(self.prompts, self.num_images_per_prompt)
+
+    def prompt_of_images(self) -> list[int]:
+        """The prompt of every image, prompt-major."""
+        return [prompt for prompt, own in enumerate(self.images_of_prompts()) for _ in range(own)]
+
     def image_seeds(self) -> list[int]:
         """The seed of every image, prompt-major."""
-        return seeds_of(self.prompts, self.num_images_per_prompt, self)
+        return seeds_of(self.prompts, self.images_of_prompts(), self)
 
     @property
     def seeds_count_places(self) -> bool:
         """Whether an image has another seed where its prompt moves."""
-        by_place = any(prompt.seed is None and prompt.id is None for prompt in self.prompts)
+        by_place = any(not prompt.has_own_seed and prompt.id is None for prompt in self.prompts)
         return by_place and not self.same_seed
 
     def override(self, changes: Mapping[str, Any]) -> tuple[Self, dict[str, list[Any]]]:

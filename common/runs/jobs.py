@@ -92,12 +92,13 @@ def denoising_job(
         embeddings: stage 1's tensors, a row for each prompt.
         begin: stage 0's tensors, or those of `--init_latents`.
     """
-    from common.compute.groups import prompt_indices
+    import numpy as np
+
     from common.sampling.guidance import guidance_of
     from common.sampling.job import DenoisingJob
 
     unet_config = checkpoint.config("unet")
-    prompt_of = prompt_indices(len(config.prompts), config.num_images_per_prompt)
+    prompt_of = np.array(config.prompt_of_images())
     return DenoisingJob(
         embeddings=embeddings,
         prompt_of=prompt_of,

@@ -33,6 +33,7 @@ from common.runs.generation import (
 from common.runs.image_latents import find_image_latents, read_inputs
 from common.runs.in_turn import plan, run_in_turn
 from common.runs.overrides import overrides_of, values_of
+from common.runs.picture_names import ids_of
 from common.runs.recipes import (
     embeddings_recipe,
     embeddings_rows,
@@ -87,14 +88,17 @@ def picked_config(run_dir: Path, images: str) -> tuple[GenerationConfig, list[in
             f"{run_dir} begins with latents of {config.init_latents}, an image each: pick from "
             "that run, and give the new one by --init_latents"
         )
-    seeds, of_each = config.image_seeds(), config.num_images_per_prompt
+    seeds, ids = config.image_seeds(), ids_of(config, len(config.image_seeds()))
+    prompt_of = config.prompt_of_images()
     chosen = parse_images(images, len(seeds), "N,…")
     prompts = []
     for image in chosen:
-        prompt = config.prompts[image // of_each].model_dump()
-        if prompt["id"] is not None and of_each > 1:
-            prompt["id"] = f"{prompt['id']}_{image % of_each}"
-        prompts.append(prompt | {"seed": seeds[image]})
+        prompt, (id, number) = config.prompts[prompt_of[image]].model_dump(), ids[image]
+        if id is not None and number is not None:
+            prompt["id"] = f"{id}_{number}"
+        prompts.append(
+            prompt | {"seed": seeds[image], "seeds": None, "num_images_per_prompt": None}
+        )
     own = {"num_images_per_prompt": 1, "same_seed": False, "seed_offset": 0}
     values = config.model_dump() | own | {"prompts": prompts}
     return validate(GenerationConfig, values, str(run_dir)), chosen

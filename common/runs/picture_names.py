@@ -5,9 +5,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.conditions.prompt_settings import PromptSettings
 from common.errors import BadSettingError, listed
 from common.files.picture_files import OUR_NAME, ImageFormat, numbered
 from common.runs.generation import GenerationConfig
@@ -25,9 +24,16 @@ _UNSAFE = re.compile(r"[^\w .,()+=@-]+")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
+class ImageId(NamedTuple):
+    """What an image is called by its prompt."""
+
+    id: str | None  # its prompt's
+    number: int | None  # among the prompt's images; None where it is the only one
+
+
 def names_of(
     settings: Sequence[Mapping[str, Any]],
-    prompts: Sequence[PromptSettings],
+    ids: Sequence[ImageId],
     template: str | None,
     image_format: ImageFormat,
 ) -> list[str]:
@@ -35,21 +41,20 @@ def names_of(
 
     Args:
         settings: of each image; for a template.
-        prompts: whose ids name their images; each has as many of these.
+        ids: of each image, as `ids_of` gives them.
         template: as of `--name_template`.
 
     Raises:
         BadSettingError: the template cannot be read, or two images have the same name.
     """
-    count, plain = len(settings), numbered("output_image", len(settings), image_format)
-    of_each = max(1, count // len(prompts))
+    plain = numbered("output_image", len(settings), image_format)
     names = []
-    for index, (own, id) in enumerate(zip(settings, ids_of(prompts, count), strict=True)):
+    for index, (own, (id, place)) in enumerate(zip(settings, ids, strict=True)):
         if template is not None:
             values = {**own, "index": index, "id": id}
             names.append(f"{safe_name(_fill(template, values))}.{image_format}")
         elif id is not None:
-            number = f"_{index % of_each:04d}" if of_each > 1 else ""
+            number = "" if place is None else f"_{place:04d}"
             names.append(f"{safe_name(id)}{number}.{image_format}")
         else:
             names.append(plain[index])
@@ -58,12 +63,16 @@ def names_of(
     return names
 
 
-def ids_of(prompts: Sequence[PromptSettings], images: int) -> list[str | None]:
-    """The id of every image's prompt; none where the images are not those of the prompts."""
-    of_each, rest = divmod(images, len(prompts))
-    if rest:  # latents from elsewhere
-        return [None] * images
-    return [prompt.id for prompt in prompts for _ in range(of_each)]
+def ids_of(config: GenerationConfig, images: int) -> list[ImageId]:
+    """The ids of all images; none where the images are not those of the prompts."""
+    counts = config.images_of_prompts()
+    if sum(counts) != images:  # latents from elsewhere
+        return [ImageId(None, None)] * images
+    return [
+        ImageId(prompt.id, number if count > 1 else None)
+        for prompt, count in zip(config.prompts, counts, strict=True)
+        for number in range(count)
+    ]
 
 
 def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:
@@ -78,11 +87,12 @@ def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:
     shared = config.model_dump(exclude={"prompts"})
     own = [
         shared | {"prompt": prompt.prompt, "negative_prompt": prompt.negative_prompt}
-        for prompt in config.prompts
-        for _ in range(config.num_images_per_prompt)
+        for prompt, count in zip(config.prompts, config.images_of_prompts(), strict=True)
+        for _ in range(count)
     ]
     settings = [each | {"seed": seed} for each, seed in zip(own, config.image_seeds(), strict=True)]
-    names = names_of(settings, config.prompts, config.name_template, config.image_format)
+    ids = ids_of(config, len(settings))
+    names = names_of(settings, ids, config.name_template, config.image_format)
     refuse_foreign(run_dir, names)
     begun = {place for prompt in config.prompts for place in (prompt.image, prompt.mask_image)}
     taken = {Path(place).resolve() for place in begun if place is not None}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.compute.options import MadeBy
-from common.conditions.prompt_settings import PromptSettings
 from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
 from common.errors import BadInputFileError
 from common.files import picture_files
@@ -15,14 +14,14 @@ from common.files.artifacts import Artifact, Header
 from common.files.kept_progress import progress_paths
 from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
-from common.files.rows import Told, row_hashes, row_recipe
+from common.files.rows import Told, prompts_of_images, row_hashes, row_recipe
 from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, LATENTS_FILE
 from common.files.tensor_rows import row_of_picture
 from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.overrides import Overrides, checked, values_of
-from common.runs.picture_names import ids_of, names_of
+from common.runs.picture_names import ImageId, ids_of, names_of
 from common.runs.recipes import difference_from_report, trajectory_pictures_recipe
 from common.runs.redo import Redo
 from common.runs.run_index import (
@@ -50,6 +49,7 @@ class Pictures:
     recipe: Recipe  # of all of them
     rows: list[Recipe]  # of each
     fingerprints: list[str]  # of these
+    prompt_of: list[int]  # each one's prompt
     names: list[str]
     grids: list[str]
     grid_images: int  # of a whole grid
@@ -69,16 +69,16 @@ class Pictures:
         """
         images = row_hashes(latents)
         pasted = [] if begun is None else [(begun.path.name, own) for own in row_hashes(begun)]
-        of_each = recipe.settings_of(LATENTS).get("num_images_per_prompt", 1)
-        rows = []
-        for image, data_sha256 in enumerate(images):
+        prompt_of, rows = prompts_of_images(recipe, len(images)), []
+        for image, (data_sha256, prompt) in enumerate(zip(images, prompt_of, strict=True)):
             inputs = {latents.path.name: data_sha256}
             if pasted:
-                inputs |= [pasted[row_of_picture(image, len(images), len(pasted))]]
-            rows.append(row_recipe(recipe, image // of_each, image, inputs))
+                inputs |= [pasted[row_of_picture(prompt, len(pasted))]]
+            rows.append(row_recipe(recipe, prompt, image, inputs))
         fingerprints = [row.fingerprint() for row in rows]
         settings = [picture_settings(row, latents.header) for row in rows]
-        names = names_of(settings, config.prompts, config.name_template, config.image_format)
+        ids = ids_of(config, len(rows))
+        names = names_of(settings, ids, config.name_template, config.image_format)
         size = config.grid_images
         of_grid = recipe.settings[PICTURES] | {"grid_images": size}
         with_grids = recipe.settings | {PICTURES: of_grid}
@@ -90,7 +90,8 @@ class Pictures:
             grids=picture_files.grid_names(len(rows), size, config.image_format),
             grid_images=size,
             grid_recipe=recipe.model_copy(update={"settings": with_grids}),
-            lines=_index_lines(names, fingerprints, settings, config.prompts),
+            prompt_of=prompt_of,
+            lines=_index_lines(names, fingerprints, settings, ids),
             index=config.index,
         )
 
@@ -119,15 +120,15 @@ def _index_lines(
     names: Sequence[str],
     fingerprints: Sequence[str],
     settings: Sequence[Mapping[str, Any]],
-    prompts: Sequence[PromptSettings],
+    ids: Sequence[ImageId],
 ) -> list[Line]:
     """What the index says of each picture: its file, and what it does not share with all."""
     shown = ["prompt", "seed", *sorted(differing(settings) - {"prompt", "seed"})]
-    ids, lines = ids_of(prompts, len(names)), []
+    lines = []
     for index, (name, fingerprint, own) in enumerate(
         zip(names, fingerprints, settings, strict=True)
     ):
-        id = ids[index]
+        id = ids[index].id
         line: Line = {"file": name, "index": index} | ({} if id is None else {"id": id})
         line |= {setting: own[setting] for setting in shown if setting in own}
         lines.append(line | {"fingerprint": fingerprint})

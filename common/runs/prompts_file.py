@@ -45,8 +45,8 @@ def make_prompts(settings: AskedPrompts) -> tuple[PromptSettings, ...]:
 def read_prompts_file(path: Path, settings: AskedPrompts) -> tuple[PromptSettings, ...]:
     """Read the prompts of a file, by its name's ending in any letter case.
 
-    - `.jsonl`, `.ndjson`: a JSON object a line, with `prompt` and where wanted `prompt_2`,
-      `negative_prompt` (null: none), `negative_prompt_2`, `seed` and `id`;
+    - `.jsonl`, `.ndjson`: a JSON object a line, with `prompt` and where wanted other fields of
+      `PromptSettings`;
     - `.json`: a list of such objects, or of texts;
     - `.csv`: the same names in a header, a prompt a row; an empty cell says nothing;
     - any other: a prompt a line, or JSON objects if each line is one.

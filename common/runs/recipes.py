@@ -7,7 +7,6 @@ content, the seeds of all images, a scheduler's class) are settled here.
 from pathlib import Path
 from typing import Any
 
-from common.compute.groups import prompt_indices
 from common.compute.options import RunOptions
 from common.conditions.sizes import recorded_sizes
 from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS, PICTURES, declarations
@@ -134,6 +133,7 @@ def latents_recipe(
     loras = lora_settings(config.loras, ("unet",))
     own = {
         **recorded(config, LATENTS),
+        "num_images_per_prompt": images_of_each(config),
         "unet_loras": loras,
         "vae_scale_factor": checkpoint.vae_scale_factor,
         **recorded_sizes(config, checkpoint.config("unet"), config.model_id),
@@ -155,6 +155,12 @@ def latents_recipe(
     )
 
 
+def images_of_each(config: GenerationConfig) -> int | list[int]:
+    """How many images all prompts have, or each of them."""
+    counts = config.images_of_prompts()
+    return counts if len({*counts}) > 1 else counts[0]
+
+
 def image_latents_rows(recipe: Recipe, pictures: int) -> list[Recipe]:
     """The recipe of each picture's latents."""
     return [row_recipe(recipe, row) for row in range(pictures)]
@@ -171,12 +177,11 @@ def latents_rows(
     """
     texts = row_hashes(embeddings)
     pictures = row_hashes(begin) if begin is not None and config.has_pictures else []
-    prompts = prompt_indices(len(config.prompts), config.num_images_per_prompt).tolist()
     found = []
-    for image, prompt in enumerate(prompts):
+    for image, prompt in enumerate(config.prompt_of_images()):
         inputs = {EMBEDDINGS_FILE: texts[prompt]}
         if begin is not None and pictures:
-            row = row_of_picture(image, len(prompts), len(pictures))
+            row = row_of_picture(prompt, len(pictures))
             inputs[begin.path.name] = pictures[row]
         found.append(row_recipe(recipe, prompt, image, inputs))
     return found

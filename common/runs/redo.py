@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.compute.groups import prompt_indices
 from common.compute.options import MadeBy
 from common.declared import Declared, declarations
 from common.files.stage_table import FIRST, STAGES
@@ -45,8 +44,7 @@ class Redo:
 
     @cached_property
     def _prompt_of(self) -> list[int]:
-        config = self._config
-        return list(prompt_indices(len(config.prompts), config.num_images_per_prompt))
+        return self._config.prompt_of_images()
 
     def flags(self, image: int) -> Flags:
         """Those of an image, by its index."""

@@ -15,19 +15,34 @@ MOVED = (
 SEEDS_OF_IDS = 2**32  # as many as an id chooses among
 
 
+def images_of(prompts: Sequence[PromptSettings], images: int) -> list[int]:
+    """How many images each prompt has: one for each of its seeds, or its own number.
+
+    Args:
+        images: of a prompt that says nothing of it.
+    """
+    return [
+        len(prompt.seeds) if prompt.seeds else prompt.num_images_per_prompt or images
+        for prompt in prompts
+    ]
+
+
 def seeds_of(
-    prompts: Sequence[PromptSettings], images: int, settings: SamplingSettings
+    prompts: Sequence[PromptSettings], images: Sequence[int], settings: SamplingSettings
 ) -> list[int]:
     """The seeds of all images, prompt-major; those of one prompt follow each other.
 
-    The first of a prompt is its own; else the run's, with `same_seed`; else the run's and what the
-    prompt's id gives; else the run's and the number of images before it.
+    A prompt's are those that it lists. Else the first is its own; else the run's, with `same_seed`;
+    else the run's and what the prompt's id gives; else the run's and the number of images before.
 
     Args:
         images: of each prompt.
     """
     seeds: list[int] = []
-    for prompt in prompts:
+    for prompt, count in zip(prompts, images, strict=True):
+        if prompt.seeds is not None:
+            seeds += [seed + settings.seed_offset for seed in prompt.seeds]
+            continue
         first = settings.seed + len(seeds)
         if prompt.id is not None:
             first = settings.seed + seed_of_id(prompt.id)
@@ -35,7 +50,7 @@ def seeds_of(
             first = settings.seed
         if prompt.seed is not None:
             first = prompt.seed
-        seeds += [first + settings.seed_offset + k for k in range(images)]
+        seeds += [first + settings.seed_offset + k for k in range(count)]
     return seeds
 
 
@@ -50,7 +65,7 @@ def warn_of_seeds(prompts: Sequence[PromptSettings], given: Collection[str]) -> 
     Args:
         given: the settings that flags gave.
     """
-    own = sum(prompt.seed is not None for prompt in prompts)
+    own = sum(prompt.has_own_seed for prompt in prompts)
     for name in ("seed", "same_seed"):
         if name in given and own:
             whose = "all prompts have" if own == len(prompts) else f"{own} of {len(prompts)} have"

@@ -181,7 +181,8 @@ class StageRun:
         """
         asked = self.asked_for(len(config.image_seeds()))
         if self.stage is FIRST:
-            asked = {image // config.num_images_per_prompt for image in asked}
+            prompt_of = config.prompt_of_images()
+            asked = {prompt_of[image] for image in asked}
         if not self.takes_rows or self.options.save_trajectory:
             return Rows.all_missing(recipes)
         rows = find_rows(path, recipes, verify=self.options.verify)

@@ -135,7 +135,7 @@ class _Beside:
         self._decoder = open_decoder(
             run.kept, self._backend.name, vae, layout.shape, run.options, run.report
         )
-        self._into = PastedInto.of(begun, count)
+        self._into = PastedInto.of(begun, pictures.prompt_of)
         size = self._decoder.runner.group_size(count, run.options)
         facts = PictureFacts(config=config, header=latents.header, overrides=run.overrides)
         self._writer = PictureWriter(run.run_dir, pictures, facts, run.report)

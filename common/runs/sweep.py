@@ -125,7 +125,7 @@ def refuse_idle_seeds(axes: Collection[str], given: Mapping[str, Any]) -> None:
     if settings.prompts_file is None:
         return
     prompts = read_prompts_file(Path(settings.prompts_file), settings)
-    if all(prompt.seed is not None for prompt in prompts):
+    if all(prompt.has_own_seed for prompt in prompts):
         raise BadSettingError(
             f"--sweep: the seed changes nothing, as all prompts of {settings.prompts_file} have "
             "seeds of their own: sweep seed_offset"

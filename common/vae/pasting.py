@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 class PastedInto:
     """What a run's pictures are pasted into, if they are: a row for each prompt, or one for all."""
 
-    def __init__(self, rows: RowReader | None, images: int) -> None:
-        self._rows, self._images = rows, images
+    def __init__(self, rows: RowReader | None, prompt_of: Sequence[int]) -> None:
+        self._rows, self._prompt_of = rows, prompt_of
 
     @classmethod
-    def of(cls, begun: Artifact | None, images: int) -> Self:
+    def of(cls, begun: Artifact | None, prompt_of: Sequence[int]) -> Self:
         """Stage 0's file, or none.
 
         Args:
-            images: of the run.
+            prompt_of: each image's prompt.
         """
-        return cls(None if begun is None else RowReader(begun, warn), images)
+        return cls(None if begun is None else RowReader(begun, warn), prompt_of)
 
     def paste(self, images: Sequence[int], pixels: np.ndarray) -> np.ndarray:
         """Some images' pictures [N, H, W, 3] uint8, pasted."""
         if self._rows is None:
             return pixels
-        places = [row_of_picture(image, self._images, self._rows.count) for image in images]
+        places = [row_of_picture(self._prompt_of[k], self._rows.count) for k in images]
         return paste(pixels, self._rows.read(places))
 
 

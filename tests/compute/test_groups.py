@@ -1,11 +1,10 @@
 """Images are computed in groups of one shape."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.compute.groups import group_size, groups, prompt_indices
+from common.compute.groups import group_size, groups
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 8))
@@ -22,10 +21,6 @@ def test_groups_cover_every_image_once_and_in_order(images: int, batch: int, dev
     assert covered == list(range(images))
 
 
-def test_images_belong_to_prompts() -> None:
-    np.testing.assert_array_equal(prompt_indices(3, 2), [0, 0, 1, 1, 2, 2])
-
-
 @pytest.mark.parametrize(
     ("images", "batch", "devices"), [(1, 8, 1), (7, 3, 1), (8, 8, 2), (3, 8, 4)]
 )
@@ -37,7 +32,3 @@ def test_groups_cover_every_image_once(images: int, batch: int, devices: int) ->
         assert len(chosen) == size
         seen += chosen[:real].tolist()
     assert seen == list(range(images))
-
-
-def test_images_are_prompt_major() -> None:
-    assert prompt_indices(2, 3).tolist() == [0, 0, 0, 1, 1, 1]

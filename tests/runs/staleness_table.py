@@ -285,6 +285,8 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
             case(7, LATENTS, "seeds"),
             case(42, NOTHING),  # the run's own
         ],
+        "seeds": [case((7, 8), LATENTS, "seeds")],
+        "num_images_per_prompt": [case(2, LATENTS), case(1, NOTHING)],
         "id": [
             case("star", LATENTS, "seeds"),
             case("star", NOTHING, seed=7),

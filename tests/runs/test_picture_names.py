@@ -7,10 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.conditions.prompt_settings import PromptSettings
 from common.errors import BadSettingError
 from common.runs import picture_names
-from common.runs.picture_names import MOST_BYTES, names_of, refuse_bad_names, safe_name
+from common.runs.picture_names import (
+    MOST_BYTES,
+    ImageId,
+    ids_of,
+    names_of,
+    refuse_bad_names,
+    safe_name,
+)
 from tests.configs import make_config
 from tests.conftest import DEMO
 from tests.refusals import refusal
@@ -21,8 +27,11 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def prompts(*ids: str | None) -> list[PromptSettings]:
-    return [PromptSettings(prompt="a", negative_prompt=None, id=id) for id in ids]
+def called(*ids: str | None, images: int | None = None, **settings: Any) -> list[ImageId]:
+    """The ids of the images of prompts, one for each or as many as settings say."""
+    own = [{"prompt": "a", "negative_prompt": None, "id": id} for id in ids]
+    config = make_config(DEMO, prompts=own, **settings)
+    return ids_of(config, len(ids) if images is None else images)
 
 
 @pytest.mark.parametrize(
@@ -36,16 +45,17 @@ def prompts(*ids: str | None) -> list[PromptSettings]:
     ],
 )
 def test_a_template_names_each(template: str | None, names: list[str]) -> None:
-    assert names_of(SETTINGS, prompts(None, None), template, "png") == names
+    assert names_of(SETTINGS, called(None, None), template, "png") == names
 
 
 def test_an_id_is_the_name() -> None:
-    both = prompts("star one", None)
+    both = called("star one", None)
     assert names_of(SETTINGS, both, None, "jpg") == ["star one.jpg", "output_image_0001.jpg"]
-    assert names_of(SETTINGS, prompts("Ring"), None, "png") == ["Ring_0000.png", "Ring_0001.png"]
-    assert names_of(SETTINGS[:1], prompts("x"), None, "png") == ["x.png"]
+    two = called("Ring", images=2, num_images_per_prompt=2)
+    assert names_of(SETTINGS, two, None, "png") == ["Ring_0000.png", "Ring_0001.png"]
+    assert names_of(SETTINGS[:1], called("x"), None, "png") == ["x.png"]
     # Latents from elsewhere, whose prompts are not those of the run.
-    elsewhere = names_of(SETTINGS, prompts("a", "b", "c"), None, "png")
+    elsewhere = names_of(SETTINGS, called("a", "b", "c", images=2), None, "png")
     assert elsewhere == ["output_image_0000.png", "output_image_0001.png"]
 
 
@@ -70,7 +80,7 @@ def test_what_cannot_be_a_name_is_refused(
     template: str | None, ids: tuple[str | None, ...], said: str
 ) -> None:
     with refusal(BadSettingError, said):
-        names_of(SETTINGS, prompts(*ids), template, "png")
+        names_of(SETTINGS, called(*ids), template, "png")
 
 
 @given(st.text())

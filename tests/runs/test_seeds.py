@@ -40,6 +40,27 @@ def test_every_image_has_its_seed(
     assert rest.image_seeds() == seeds[2:] and not rest.seeds_count_places
 
 
+def test_a_prompt_lists_its_seeds_or_says_how_many_images_it_has() -> None:
+    config = make({"seed": [5, 3]}, {"num_images_per_prompt": 3}, {"seed": "7-8, 1"}, {"seed": "9"})
+    assert config.images_of_prompts() == [2, 3, 3, 1]
+    assert config.prompt_of_images() == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert config.image_seeds() == [5, 3, 42, 43, 44, 7, 8, 1, 9]
+    moved = make({"seed": [5, 3]}, {"seed": 1}, num_images_per_prompt=2, seed_offset=10)
+    assert moved.image_seeds() == [15, 13, 11, 12]
+    for seed, said in (
+        ("8-7", "go backwards"),
+        ([], "seed lists 0: give 1 to"),
+        ("a", "valid integer"),
+        ([1, -1], "or equal to 0"),
+    ):
+        with refusal(BadSettingError, said):
+            make({"seed": seed})
+    with refusal(
+        BadSettingError, "seeds are an image each: leave seed and num_images_per_prompt out"
+    ):
+        make({"seed": [1, 2], "num_images_per_prompt": 2})
+
+
 def test_seeds_out_of_range_are_refused() -> None:
     with refusal(BadSettingError, "an image would have the seed -2: seeds go from 0"):
         make({"seed": 1}, seed_offset=-3)

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from common.compute.clock import StageReport
-from common.compute.groups import group_size, prompt_indices
+from common.compute.groups import group_size
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.conditions.prompt_condition import PromptCondition
@@ -94,7 +94,7 @@ def make_job(
             for name, shape_of in shapes.items()
             for sign in ("", "negative_")
         },
-        prompt_of=prompt_indices(prompts, images_per_prompt),
+        prompt_of=np.repeat(np.arange(prompts), images_per_prompt),
         seeds=[seed + index for index in range(prompts * images_per_prompt)],
         latent_shape=shape,
         sampler=Sampler(

@@ -47,8 +47,8 @@ def test_each_image_is_pasted_into_its_own(tmp_path: Path, begun: int, rows: lis
     pictures = torch.arange(begun, dtype=torch.uint8)[:, None, None, None].repeat(1, 4, 4, 3)
     masks = torch.zeros(begun, 4, 4, dtype=torch.uint8)
     artifacts.save_whole(path, {"pictures": pictures, "masks": masks}, {})
-    into = PastedInto.of(artifacts.inspect(path), 6)
+    into = PastedInto.of(artifacts.inspect(path), [0, 0, 1, 1, 2, 2])
     found = into.paste([0, 3, 5], np.full((3, 4, 4, 3), 200, np.uint8))
     assert found[:, 0, 0, 0].tolist() == rows
     kept = np.full((1, 4, 4, 3), 200, np.uint8)
-    np.testing.assert_array_equal(PastedInto.of(None, 6).paste([2], kept), kept)
+    np.testing.assert_array_equal(PastedInto.of(None, [0] * 6).paste([2], kept), kept)
