@@ -290,7 +290,9 @@ class Ours(Peer):
 
         job = self.job()
         made = MadeRows.numbered(len(job.seeds))
-        return denoise_images(self.denoiser, job, self.options, made, profile_folder=profile_folder)
+        return denoise_images(
+            self.denoiser, [job], self.options, made, profile_folder=profile_folder
+        )
 
     def flops(self) -> float | None:
         return self.denoiser.flops(self.denoiser.plan.fullest()) * self.workload.steps or None

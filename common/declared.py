@@ -85,6 +85,7 @@ class Declared:
     web_ui: str | None  # its name in the text that web UIs read from a picture
     shown: str | None  # in brackets in place of the default; "" for nothing
     swept: bool  # `run_all.sh --sweep` takes it
+    of_prompts: bool  # a prompt may have its own, in place of the run's
     alone: bool  # of a stage that is run alone, not of `run_all.sh`
 
 
@@ -172,6 +173,7 @@ def _declare(
         shown=None,
         swept=True,
         alone=False,
+        of_prompts=False,
     )
     declared = Declared(
         text=text,

@@ -36,7 +36,7 @@ from common.runs.generation import GenerationConfig, check_size
 from common.runs.image_latents import find_image_latents
 from common.runs.init_latents import find_init_latents
 from common.runs.jobs import (
-    denoising_job,
+    denoising_jobs,
     make_sampler,
     packages_to_spare,
     refuse_unfit_inputs,
@@ -44,6 +44,7 @@ from common.runs.jobs import (
     warn_of_settings,
 )
 from common.runs.outputs import provenance_of_latents, write_latents
+from common.runs.parts import Part, parts_of, refuse_several
 from common.runs.recipes import (
     expected_unet_dtype,
     latents_recipe,
@@ -74,7 +75,10 @@ def main(run: StageRun) -> None:
     if run.is_fresh(why_latents_stale(run.run_dir, recipe, run.options), path):
         return None
     run.begin(f"denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
-    warn_of_settings(config, checkpoint)
+    parts = parts_of(config)  # images with the same settings
+    if run.options.save_trajectory is not None:
+        refuse_several(parts, "--save_trajectory")
+    warn_of_settings([part.config for part in parts], checkpoint)
 
     # 3. Start the backend: jax, or PyTorch
     in_16_bits = config.unet_dtype not in ("auto", "float32")  # for which XLA is slow on CPUs
@@ -82,12 +86,12 @@ def main(run: StageRun) -> None:
     run.import_libraries(*packages_to_spare(config, checkpoint))
     backend.import_denoiser()
     run.report.phase("other")
-    return denoise(run, config, checkpoint, (embeddings, begin), backend)
+    return denoise(run, (config, parts), checkpoint, (embeddings, begin), backend)
 
 
 def denoise(
     run: StageRun,
-    config: GenerationConfig,
+    settings: tuple[GenerationConfig, list[Part]],
     checkpoint: Checkpoint,
     inputs: tuple[Artifact, Artifact | None],
     backend: Backend,
@@ -97,11 +101,11 @@ def denoise(
     from common.sampling.loading import UNetToLoad, open_denoiser
 
     # 4. What is to be denoised; what the steps refuse is said before weights are read
-    embeddings, begin = inputs
+    (config, parts), (embeddings, begin) = settings, inputs
     with run.report.part("scheduler_tables"):
-        sampler = make_sampler(config, checkpoint)
-    run.refuse_steps_to_profile(len(sampler.restart()))
-    say_steps(sampler)
+        samplers = [make_sampler(part.config, checkpoint) for part in parts]
+    run.refuse_steps_to_profile(len(samplers[0].restart()))
+    say_steps(samplers)
     dtype = backend.choose_dtype(config.unet_dtype)
     recipe = latents_recipe(config, checkpoint, embeddings, dtype, begin)
     recipes, path = latents_rows(config, recipe, *inputs), run.run_dir / LATENTS_FILE
@@ -114,9 +118,10 @@ def denoise(
 
     # 5. Denoise, group by group; a stopped run goes on from what it kept
     given = None if begin is None else run.load_input(begin)
-    job = denoising_job(config, checkpoint, RowReader(embeddings, warn).tensors(), sampler, given)
+    texts = RowReader(embeddings, warn).tensors()
+    jobs = denoising_jobs(config, checkpoint, texts, [*zip(parts, samplers, strict=True)], given)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
-    denoiser = open_denoiser(run.kept, backend.name, unet, job, run.options, run.report)
+    denoiser = open_denoiser(run.kept, backend.name, unet, jobs[0], run.options, run.report)
     facts = denoiser.facts()
     run.keep_progress(recipe, facts, rows, loops_on_device=denoiser.loops_on_device)
     if run.progress is None and run.options.checkpoint_every is not None:
@@ -126,7 +131,7 @@ def denoise(
         announced = provenance_of_latents(run, config, begin)  # to a stage 3 that runs beside
         made = MadeRows(path, rows, run.progress, (recipe, announced))
         denoised = denoise_images(
-            denoiser, job, run.options, made, profile_folder=folder, stop=stop
+            denoiser, jobs, run.options, made, profile_folder=folder, stop=stop
         )
         if not backend.is_first_process:
             say("  the first process writes")

@@ -100,7 +100,7 @@ class Ours:
         unet = UNetToLoad(checkpoint=self.checkpoint, loras=self.config.loras, dtype=self.dtype)
         self.denoiser: Any = open_denoiser(self.kept, self.backend, unet, job, options, self.report)
         made = MadeRows.numbered(len(job.seeds), progress)
-        return denoise_images(self.denoiser, job, options, made, stop=stop)
+        return denoise_images(self.denoiser, [job], options, made, stop=stop)
 
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""

@@ -20,6 +20,7 @@ class EditSettings(Settings):
         metavar="X",
         group=INPUT,
         shapes=(LATENTS,),
+        of_prompts=True,
         web_ui="Image CFG scale",
         ge=0,
     )

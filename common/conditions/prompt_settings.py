@@ -53,6 +53,8 @@ class PromptSettings(Settings):
     num_images_per_prompt: int | None = Field(default=None, ge=1, le=MOST_IMAGES_PER_PROMPT)
     image: Place | None = None  # to begin with
     mask_image: Place | None = None
+    # Settings of the run that it has its own of, by their names; see `own_settings`.
+    settings: dict[str, Any] = Field(default={})
 
     @model_validator(mode="before")
     @classmethod

@@ -33,6 +33,7 @@ OF_PROMPTS = {
     IMAGE_LATENTS: {"pictures": "image", "masks": "mask_image"},
 }
 OF_IMAGES = {LATENTS: {"seeds": "seed", "init_latents": "init_latents"}}
+OWN = "own"  # in a recipe's settings of an artifact: what of them each row has in another way
 ALONE = {LATENTS: {"num_images_per_prompt": 1}}  # what else a run of one image has
 
 
@@ -46,7 +47,11 @@ def row_recipe(
         image: the row's, of the run's images; None where rows are prompts.
         inputs: file → sha256 of the row that this one is made from.
     """
-    settings = dict(whole.settings)
+    settings = {artifact: without_own(own) for artifact, own in whole.settings.items()}
+    for artifact, of_all in whole.settings.items():
+        if OWN in of_all:
+            place = prompt if artifact in OF_PROMPTS else image
+            settings[artifact] |= {} if place is None else of_all[OWN][place]
     for lists, place in ((OF_PROMPTS, prompt), (OF_IMAGES, image)):
         for artifact in lists.keys() & settings.keys():
             own = settings[artifact]
@@ -58,6 +63,11 @@ def row_recipe(
     for artifact in ALONE.keys() & settings.keys():
         settings[artifact] = settings[artifact] | ALONE[artifact]
     return whole.model_copy(update={"settings": settings, "inputs": dict(inputs or {})})
+
+
+def without_own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An artifact's settings without those that single rows have."""
+    return {name: value for name, value in settings.items() if name != OWN}
 
 
 @dataclass(frozen=True, kw_only=True)

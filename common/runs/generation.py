@@ -22,7 +22,7 @@ from common.models.model_settings import LoraSettings, ModelSettings
 from common.runs.inputs import refuse_odd_inputs, size_of_latents, size_of_pictures, with_inputs
 from common.runs.prompts_file import make_prompts, read_prompts_file
 from common.runs.seeds import MOST_SEED, images_of, seeds_of
-from common.runs.setting_groups import ASKED, SHARED
+from common.runs.setting_groups import ASKED, SHARED, own_settings
 from common.sampling.sampling_settings import SamplingSettings, merge_settings
 from common.text_files import MOST_YAML_BYTES, parse_json, parse_yaml, read_text
 from common.vae.input_settings import AskedInputs, InputSettings
@@ -95,6 +95,14 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
         for seed in (min(seeds), max(seeds)):
             if not 0 <= seed < MOST_SEED:
                 raise ValueError(f"an image would have the seed {seed}: seeds go from 0 to 2⁶³ - 1")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_have_what_they_may(self) -> Self:
+        known = own_settings()
+        for name in {name for prompt in self.prompts for name in prompt.settings}:
+            if name not in known:
+                raise ValueError(f"a prompt cannot have {name} of its own")
         return self
 
     def images_of_prompts(self) -> list[int]:

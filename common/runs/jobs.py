@@ -1,6 +1,7 @@
 """What a run asks stage 2 to compute: its sampler, its images, what the UNet is told of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from common.conditions.edited_picture import EditSettings
@@ -13,6 +14,7 @@ from common.models.checkpoint import Checkpoint
 from common.models.component_table import SD, SDXL
 from common.runs.generation import GenerationConfig
 from common.runs.image_latents import cells_of
+from common.runs.parts import Part
 from common.runs.recipes import scheduler_of
 from common.sampling.sampler import Sampler, as_pipeline_reads_it, make_scheduler
 from common.sampling.step_range import StepRange, first_timesteps, is_plms
@@ -66,17 +68,21 @@ def strength_of(config: GenerationConfig, checkpoint: Checkpoint) -> float | Non
     return 0.3 if is_sdxl else 0.8
 
 
-def say_steps(sampler: Sampler) -> None:
-    """Say how many of its steps a run takes where these are not all."""
-    step_range = sampler.step_range
-    if step_range == StepRange():
-        return
-    timesteps = sampler.restart()
-    steps = len(first_timesteps(sampler.scheduler))
-    own = len(timesteps) if sampler.scheduler.order == 1 else -(-len(timesteps) // 2)
-    own -= is_plms(sampler.scheduler) and own > 1
-    said = f"{own} of {steps} steps, from timestep {float(timesteps[0]):g}"
-    say(f"  {said} ({step_range.in_words()})")
+def say_steps(samplers: Sequence[Sampler]) -> None:
+    """Say how many of their steps a run's images take where these are not all."""
+    lines = []
+    for sampler in samplers:
+        step_range = sampler.step_range
+        if step_range == StepRange():
+            continue
+        timesteps = sampler.restart()
+        steps = len(first_timesteps(sampler.scheduler))
+        own = len(timesteps) if sampler.scheduler.order == 1 else -(-len(timesteps) // 2)
+        own -= is_plms(sampler.scheduler) and own > 1
+        said = f"{own} of {steps} steps, from timestep {float(timesteps[0]):g}"
+        lines.append(f"  {said} ({step_range.in_words()})")
+    for line in dict.fromkeys(lines):
+        say(line)
 
 
 def denoising_job(
@@ -110,6 +116,35 @@ def denoising_job(
         prompts=[prompt.prompt for prompt in config.prompts],
         begin=beginning_of(config, checkpoint, prompt_of.tolist(), begin),
     )
+
+
+def denoising_jobs(
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    embeddings: "Mapping[str, HasRows]",
+    parts: Sequence[tuple[Part, Sampler]],
+    begin: "dict[str, torch.Tensor] | None" = None,
+) -> "list[DenoisingJob]":
+    """All images of a run, a job for those with the same settings; else as `denoising_job`."""
+    whole = denoising_job(config, checkpoint, embeddings, parts[0][1], begin)
+    if len(parts) == 1 and parts[0][0].config is config:
+        return [whole]
+    from common.sampling.guidance import guidance_of
+
+    unet_config, jobs = checkpoint.config("unet"), []
+    for part, sampler in parts:
+        own = part.config
+        scale = own.image_guidance_scale
+        jobs.append(
+            replace(
+                whole,
+                sampler=sampler,
+                guidance=guidance_of(own, unet_config, scale),
+                conditions=conditions_of(own, unet_config),
+                chosen=part.images,
+            )
+        )
+    return jobs
 
 
 def beginning_of(
@@ -211,33 +246,39 @@ def latent_shape(config: GenerationConfig, checkpoint: Checkpoint) -> tuple[int,
     return checkpoint.unet_channels[1], *cells_of(config, checkpoint)
 
 
-def warn_of_settings(config: GenerationConfig, checkpoint: Checkpoint) -> None:
-    """Say which settings change nothing, as diffusers leaves them without a word."""
+def warn_of_settings(configs: Sequence[GenerationConfig], checkpoint: Checkpoint) -> None:
+    """Say which settings of a run's images change nothing, as diffusers leaves without a word."""
+    lines = [line for config in configs for line in _without_effect(config, checkpoint)]
+    for line in dict.fromkeys(lines):
+        warn(line)
+
+
+def _without_effect(config: GenerationConfig, checkpoint: Checkpoint) -> Iterator[str]:
     for line in checkpoint.said_by_file():
-        warn(f"{checkpoint.source('unet').file} says {line}")
+        yield f"{checkpoint.source('unet').file} says {line}"
     is_sdxl = checkpoint.pipeline_class == SDXL
     if is_sdxl and checkpoint.inpaints_by_channels and strength_of(config, checkpoint) == 1.0:
-        warn("--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99")
+        yield ("--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99")
     default_scores = all(
         getattr(config, name) == SizeSettings.model_fields[name].default
         for name in ("aesthetic_score", "negative_aesthetic_score")
     )
     if not default_scores and not is_told_scores(checkpoint.config("unet")):
-        warn("--aesthetic_score has no effect: this UNet is told none, as SDXL's refiner is")
+        yield ("--aesthetic_score has no effect: this UNet is told none, as SDXL's refiner is")
     default = EditSettings.model_fields["image_guidance_scale"].default
     if config.image_guidance_scale != default and not checkpoint.edits_pictures:
-        warn("--image_guidance_scale has no effect: this UNet edits no pictures by instruction")
+        yield ("--image_guidance_scale has no effect: this UNet edits no pictures by instruction")
     partial = (config.negative_original_size is None) != (config.negative_target_size is None)
     if partial or (
         config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)
     ):
-        warn(
+        yield (
             "the negative size conditions have no effect: they need both --negative_original_size "
             "and --negative_target_size"
         )
     interval = (config.guidance_rescale, config.guidance_start, config.guidance_end)
     if is_told_guidance(checkpoint.config("unet")) and interval != (0, 0, 1):
-        warn(
+        yield (
             "--guidance_rescale, --guidance_start and --guidance_end have no effect: this UNet is "
             "told the guidance scale and computes no unconditional half"
         )

@@ -184,7 +184,14 @@ class Passes:
         config = read_generation_config(self.before(name, run_dir))
         settings = self.settings_of(name, config)
         prompts = [prompt.model_dump(exclude={"image", "mask_image"}) for prompt in config.prompts]
-        lines = [to_json({k: v for k, v in each.items() if _says(k, v)}) for each in prompts]
+        own = [each.pop("settings") for each in prompts]
+        lines = [
+            to_json(
+                {k: v for k, v in each.items() if _says(k, v)}
+                | {k: v for k, v in more.items() if k not in _OF_THE_FIRST}
+            )
+            for each, more in zip(prompts, own, strict=True)
+        ]
         (run_dir / name).mkdir(exist_ok=True)
         write_text_whole(run_dir / name / SETTINGS_FILE, to_json(settings) + "\n")
         write_text_whole(run_dir / name / PROMPTS_FILE, "\n".join(lines) + "\n")

@@ -14,7 +14,7 @@ from common.files.artifacts import Artifact, Header
 from common.files.kept_progress import progress_paths
 from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
-from common.files.rows import Told, prompts_of_images, row_hashes, row_recipe
+from common.files.rows import Told, prompts_of_images, row_hashes, row_recipe, without_own
 from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, LATENTS_FILE
 from common.files.tensor_rows import row_of_picture
 from common.models.component_table import loaded_for
@@ -302,7 +302,8 @@ def picture_settings(recipe: Recipe, header: Header | None) -> dict[str, Any]:
     """
     if header is None:
         return {}
-    settings = {**recipe.settings_of(EMBEDDINGS), **recipe.settings_of(LATENTS)}
+    of_latents = without_own(recipe.settings_of(LATENTS))
+    settings = {**recipe.settings_of(EMBEDDINGS), **of_latents}
     prompts, negatives = settings.pop("prompts", []), settings.pop("negative_prompts", [])
     seconds = settings.pop("prompts_2", prompts)
     negative_seconds = settings.pop("negative_prompts_2", negatives)

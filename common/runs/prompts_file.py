@@ -10,6 +10,8 @@ from typing import Any
 from common.conditions.prompt_settings import AskedPrompts, PromptSettings
 from common.declared import validate
 from common.errors import BadInputFileError, BadSettingError
+from common.runs.setting_groups import ASKED, SHARED, own_settings
+from common.sampling.sampling_settings import merge_settings, parse_scheduler_options
 from common.text_files import parse_json, parse_json_at, read_text
 
 _BLANKS = re.compile(r"[ \t\r\n]*")  # JSON's
@@ -74,10 +76,36 @@ def read_prompts_file(path: Path, settings: AskedPrompts) -> tuple[PromptSetting
         if "negative_prompt" not in values:
             values["negative_prompt"] = settings.negative_prompt
             values.setdefault("negative_prompt_2", settings.negative_prompt_2)
-        prompts.append(validate(PromptSettings, values, f"{path}, line {number}"))
+        prompts.append(_prompt_of(values, f"{path}, line {number}"))
     if not prompts:
         raise BadSettingError(f"--prompts_file {path} holds no prompt: write one a line")
     return tuple(prompts)
+
+
+class _OwnSettings(*reversed(SHARED)):  # type: ignore[misc]
+    """Settings of a run, of which a prompt may have some."""
+
+
+_OF_RUNS = {name for group in (*ASKED, *SHARED) for name in group.model_fields}
+
+
+def _prompt_of(values: dict[str, Any], where: str) -> PromptSettings:
+    """A prompt, and the settings of the run that it has its own of.
+
+    Raises:
+        BadSettingError: a name or value that is wrong, or a setting that is the whole run's.
+    """
+    own = {name: values.pop(name) for name in own_settings() if name in values}
+    if isinstance(options := own.get("scheduler_options"), str):  # a table's cell
+        own["scheduler_options"] = parse_scheduler_options(options.split())
+    for name in values:
+        if name in _OF_RUNS and name not in PromptSettings.model_fields:
+            raise BadSettingError(
+                f"{where}: {name} is a setting of the whole run: give it as a flag, or in --config"
+            )
+    merged = merge_settings({}, own, where)
+    checked = validate(_OwnSettings, merged, where).model_dump(mode="json", include={*own})
+    return validate(PromptSettings, {**values, "settings": checked}, where)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

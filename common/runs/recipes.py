@@ -22,7 +22,7 @@ from common.files.recipe import (
     recipe_of_trajectory,
 )
 from common.files.report import read_report
-from common.files.rows import row_hashes, row_recipe
+from common.files.rows import OWN, row_hashes, row_recipe
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.files.stage_table import (
     DECODE,
@@ -41,6 +41,7 @@ from common.models.lora import lora_settings
 from common.models.textual_inversion import embedding_settings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.image_latents import ReadInputs, cells_of
+from common.runs.parts import parts_of
 from common.sampling.schedulers import scheduler_choice
 from common.vae.vae_settings import in_tiles
 
@@ -129,17 +130,13 @@ def latents_recipe(
         inputs[begin.path.name] = begin.data_sha256
         if begin.header is not None:
             upstream = {**upstream, **begin.header.recipe.settings}
-    scheduler, scheduler_options = scheduler_of(config, checkpoint)
-    loras = lora_settings(config.loras, ("unet",))
     own = {
-        **recorded(config, LATENTS),
+        **_sampling_of(config, checkpoint),
+        **_own_of_images(config, checkpoint),
         "num_images_per_prompt": images_of_each(config),
-        "unet_loras": loras,
+        "unet_loras": lora_settings(config.loras, ("unet",)),
         "vae_scale_factor": checkpoint.vae_scale_factor,
-        **recorded_sizes(config, checkpoint.config("unet"), config.model_id),
         "seeds": config.image_seeds(),
-        "scheduler": scheduler,
-        "scheduler_options": scheduler_options,
         "unet_dtype": unet_dtype,
         "init_latents": init_latents,
         **(_scales_of_pictures(checkpoint) if config.has_pictures else {}),
@@ -153,6 +150,29 @@ def latents_recipe(
             *("torch", "torchax", "jax", "jaxlib", "diffusers", "scipy", "torchsde"),
         ),
     )
+
+
+def _sampling_of(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What of the latents' settings a prompt may have of its own, as recipes have it."""
+    scheduler, scheduler_options = scheduler_of(config, checkpoint)
+    return {
+        **recorded(config, LATENTS),
+        **recorded_sizes(config, checkpoint.config("unet"), config.model_id),
+        "scheduler": scheduler,
+        "scheduler_options": scheduler_options,
+    }
+
+
+def _own_of_images(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """For each image what of these is not as the run has it; nothing where all are alike."""
+    of_run, parts = _sampling_of(config, checkpoint), parts_of(config)
+    found: list[dict[str, Any]] = [{}] * sum(len(part.images) for part in parts)
+    for part in parts:
+        of_part = _sampling_of(part.config, checkpoint) if part.config is not config else of_run
+        others = {name: value for name, value in of_part.items() if value != of_run[name]}
+        for image in part.images:
+            found[image] = others
+    return {OWN: found} if any(found) else {}
 
 
 def images_of_each(config: GenerationConfig) -> int | list[int]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from common.compute.options import MadeBy
+from common.conditions.prompt_settings import PromptSettings
 from common.declared import Declared, declarations
+from common.files.recipe import to_json
 from common.files.stage_table import FIRST, STAGES
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.in_turn import arguments_for
+from common.runs.parts import settled_for
 
 # Flag → its value, its values where it may be given again, or True for a switch.
 Flags = dict[str, Any]
@@ -33,10 +36,15 @@ class Redo:
             settled: settings that `auto` has come to since.
         """
         self._config, self._settled = config, settled
+        self._known: dict[str, dict[str, Any]] = {}
 
-    @cached_property
-    def _shared(self) -> dict[str, Any]:
-        return {**self._config.model_dump(exclude={"prompts"}), **self._settled}
+    def _shared(self, prompt: PromptSettings) -> dict[str, Any]:
+        """All settings but the prompts', as the images of one have them."""
+        key = to_json(prompt.settings)
+        if key not in self._known:
+            own = settled_for(self._config, prompt)
+            self._known[key] = {**own.model_dump(exclude={"prompts"}), **self._settled}
+        return self._known[key]
 
     @cached_property
     def _seeds(self) -> list[int]:
@@ -50,7 +58,7 @@ class Redo:
         """Those of an image, by its index."""
         prompt = self._config.prompts[self._prompt_of[image]]
         own = {name: getattr(prompt, name) for name in OF_PROMPTS} | {"seed": self._seeds[image]}
-        settings, found = {**self._shared, **own}, Flags()
+        settings, found = {**self._shared(prompt), **own}, Flags()
         for name, declared in declarations(RunSettings):
             default = RunSettings.model_fields[name].default
             if name in OF_SEVERAL or name not in settings or settings[name] == default:

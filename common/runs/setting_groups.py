@@ -6,7 +6,7 @@ Each is declared in the package whose settings they are; this is the one list of
 from common.conditions.prompt_settings import AskedPrompts
 from common.conditions.sizes import AskedSize
 from common.conditions.table import CONDITIONS
-from common.declared import Settings
+from common.declared import Settings, declarations
 from common.models.model_settings import LoraSettings, ModelSettings
 from common.sampling.sampling_settings import SamplingSettings
 from common.vae.input_settings import AskedInputs, InputSettings
@@ -23,3 +23,8 @@ SHARED: list[type[Settings]] = [
     LoraSettings,
     VaeSettings,
 ]
+
+
+def own_settings() -> list[str]:
+    """The settings that a prompt may have of its own."""
+    return [name for g in SHARED for name, declared in declarations(g) if declared.of_prompts]

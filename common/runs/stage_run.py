@@ -45,6 +45,7 @@ from common.runs.generation import (
     write_generation_config,
 )
 from common.runs.overrides import Overrides, overrides_of, values_of
+from common.runs.parts import parts_of, warn_of_own_settings
 from common.runs.picture_names import refuse_bad_names
 from common.runs.seeds import MOVED, warn_of_seeds
 from common.runs.words import say_times, say_why
@@ -110,6 +111,8 @@ class StageRun:
             size_factor=checkpoint.vae_scale_factor,
         )
         warn_of_seeds(config.prompts, self.given.settings())
+        warn_of_own_settings(config, self.given.settings())
+        parts_of(config)  # whose settings go together
         refuse_bad_names(config, self.run_dir)
         return config, checkpoint
 
@@ -127,6 +130,7 @@ class StageRun:
         now = config.model_dump(mode="json")
         self._dropped = {name: pair for name, pair in made.items() if now.get(name) != pair[1]}
         warn_of_seeds(config.prompts, self.given.settings())
+        warn_of_own_settings(config, self.given.settings())
         return config, open_checkpoint(config, loaded_for(self.stage.makes))
 
     # --- 2. input and freshness ---

@@ -1,6 +1,6 @@
 """All images of a run, denoised in groups of one shape."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.compute.groups import group_size, groups
+from common.compute.groups import group_size
 from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
 from common.files.kept_progress import Making
@@ -49,7 +49,7 @@ class Denoised:
 
 def denoise_images(
     denoiser: Denoiser,
-    job: DenoisingJob,
+    jobs: Sequence[DenoisingJob],
     options: RunOptions,
     made: MadeRows,
     *,
@@ -59,6 +59,7 @@ def denoise_images(
     """Denoise all images that are missing, in groups of one shape.
 
     Args:
+        jobs: one, or several of which each has some of the images.
         made: the run's images; what is denoised goes there.
         profile_folder: for a profile of the first group.
         stop: asked after each range of steps.
@@ -66,32 +67,34 @@ def denoise_images(
     Raises:
         StoppedError: a stop was asked for; what is done is kept.
     """
-    tables = tables_of(denoiser, job, options)
-    run = _Run(denoiser, job, options, tables, profile_folder)
-    todo = np.array(made.missing, int)
+    missing = {*made.missing}
+    images = made.kept + len(missing)
     if made.kept:
-        say(f"  goes on after {made.kept} of {made.kept + len(todo)} images, which are kept")
-    images = made.kept + len(todo)
-    with progress_bar(run.bar_steps(images), "denoise", "step", images=images, leave=True) as bar:
-        bar.skip(run.bar_steps(images) - run.bar_steps(len(todo)))
-        several = images > run.group_size
-        for places, real in groups(len(todo), run.group_size):
-            chosen = todo[places]
-            own = chosen[:real].tolist()
-            group = GroupProgress(
-                made.progress, stop, options.checkpoint_every, made.group(own), bar
-            )
-            if job.prompts:
-                bar.note(job.prompts[int(job.prompt_of[own[0]])])
-            seconds = run.denoise_group(chosen, group) / real
-            making = Making(round(seconds, 4), run.made_by)
-            made.put(own, run.tensors_of(real), making, keep=several)
-            run.measure_first()
+        say(f"  goes on after {made.kept} of {images} images, which are kept")
+    runs: list[_Run] = []
+    for job in jobs:
+        if not runs or not missing.isdisjoint(job.own):
+            tables = tables_of(denoiser, job, options)
+            runs.append(_Run(denoiser, job, options, tables, None if runs else profile_folder))
+    waiting = sum(run.steps_for(missing) for run in runs)
+    keep = len(runs) > 1 or images > runs[0].group_size  # there are several groups
+    with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
+        for number, run in enumerate(runs):
+            run.is_first = number == 0
+            for own in run.groups_of(missing):
+                group = GroupProgress(
+                    made.progress, stop, options.checkpoint_every, made.group(own), bar
+                )
+                if run.job.prompts:
+                    bar.note(run.job.prompts[int(run.job.prompt_of[own[0]])])
+                making = Making(run.denoise_group(own, group), run.made_by)
+                made.put(own, run.tensors_of(len(own)), making, keep=keep)
+                run.measure_first()
     return Denoised(
         made=made,
-        kept_after=run.kept_after,
+        kept_after=runs[0].kept_after,
         trajectory_every=options.save_trajectory,
-        profile=run.profile,
+        profile=runs[0].profile,
     )
 
 
@@ -125,7 +128,7 @@ class _Run:
         profile_folder: Path | None,
     ) -> None:
         self.denoiser, self.job, self.options, self.tables = denoiser, job, options, tables
-        count = len(job.seeds)
+        count = len(job.own)
         self.group_size = group_size(options.at_once(count), denoiser.devices_of_images)
         self.made_by = options.made_by(denoiser.facts(), self.group_size)
         self.evaluations = len(job.sampler.restart())
@@ -137,9 +140,15 @@ class _Run:
             steps = options.profiled_steps(self.evaluations)
             self.profiler = denoiser.profiler(profile_folder, steps)
 
-    def bar_steps(self, images: int) -> int:
-        """The steps of all groups of so many images."""
-        return -(-images // self.group_size) * self.evaluations
+    def groups_of(self, missing: Container[int]) -> Iterator[list[int]]:
+        """Those of the job's images that are missing, in groups."""
+        todo = [image for image in self.job.own if image in missing]
+        for first in range(0, len(todo), self.group_size):
+            yield todo[first : first + self.group_size]
+
+    def steps_for(self, missing: Container[int]) -> int:
+        """The steps of all these groups."""
+        return sum(1 for _ in self.groups_of(missing)) * self.evaluations
 
     def tensors_of(self, images: int) -> dict[str, torch.Tensor]:
         """What the group that was denoised gave, of its first so many images."""
@@ -148,11 +157,13 @@ class _Run:
         arrays = {LATENTS: latents, **({TRAJECTORY: kept} if self.kept_after else {})}
         return {name: torch.from_numpy(array[:images].copy()) for name, array in arrays.items()}
 
-    def denoise_group(self, chosen: np.ndarray, group: GroupProgress) -> float:
+    def denoise_group(self, own: list[int], group: GroupProgress) -> float:
         """All steps of some images, or those that an earlier run has not kept.
 
-        Returns the seconds that the devices took for all steps.
+        Returns the seconds that the devices took for all steps of one of them. A group that is not
+        full repeats its last image, since another shape would be compiled anew.
         """
+        chosen = np.array(own + [own[-1]] * (self.group_size - len(own)))
         self.denoiser.start(self.job, chosen, self.tables)
         if self.is_first and (said := self.denoiser.unguided_in_words()):
             say(f"  steps without guidance: {said}")
@@ -165,7 +176,8 @@ class _Run:
         for _ in self._steps(group):
             group.after_a_range(self.denoiser)
         made = self.evaluations - kept
-        return (report.parts().get("run", 0.0) - before) * self.evaluations / max(made, 1)
+        seconds = (report.parts().get("run", 0.0) - before) * self.evaluations / max(made, 1)
+        return round(seconds / len(own), 4)
 
     def _steps(self, group: GroupProgress) -> Iterator[Any]:
         return self.denoiser.run(

@@ -34,6 +34,13 @@ class DenoisingJob:
     conditions: tuple[Condition, ...]
     prompts: list[str] = field(default_factory=list)  # to say what is at work [P]
     begin: Beginning = field(default_factory=FromNoise)
+    # Those of the images that have these settings; None: all.
+    chosen: list[int] | None = None
+
+    @property
+    def own(self) -> list[int]:
+        """The images that have these settings."""
+        return [*range(len(self.seeds))] if self.chosen is None else self.chosen
 
     def images(
         self, chosen: "np.ndarray", dtype: "torch.dtype", first: First | None = None

@@ -26,6 +26,7 @@ class SamplingSettings(Settings):
         metavar="N",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         web_ui="Steps",
         ge=1,
         le=MOST_STEPS,
@@ -36,6 +37,7 @@ class SamplingSettings(Settings):
         metavar="N,…",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         kind=str,
         shown="",
         min_length=1,
@@ -47,6 +49,7 @@ class SamplingSettings(Settings):
         metavar="X,…",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         kind=str,
         shown="",
         min_length=1,
@@ -79,6 +82,7 @@ class SamplingSettings(Settings):
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         shown="diffusers'",
         web_ui="Denoising strength",
         ge=0,
@@ -110,6 +114,7 @@ class SamplingSettings(Settings):
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         web_ui="CFG scale",
         ge=0,
     )
@@ -119,6 +124,7 @@ class SamplingSettings(Settings):
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         ge=0,
         le=1,
     )
@@ -129,6 +135,7 @@ class SamplingSettings(Settings):
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         ge=0,
         le=1,
     )
@@ -138,6 +145,7 @@ class SamplingSettings(Settings):
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         ge=0,
         le=1,
     )
@@ -177,6 +185,7 @@ class SamplingSettings(Settings):
         metavar="NAME",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         recorded=False,
         web_ui="Sampler",
         shown="checkpoint's own",
@@ -187,6 +196,7 @@ class SamplingSettings(Settings):
         metavar="K=V",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         recorded=False,
         many=True,
         flag="scheduler_option",
@@ -198,6 +208,7 @@ class SamplingSettings(Settings):
         metavar="X",
         group=SAMPLING,
         shapes=(LATENTS,),
+        of_prompts=True,
         ge=0,
     )
     unet_dtype: DeviceDtype = setting(  # bfloat16 on TPU and GPU, float32 on CPU

@@ -285,6 +285,12 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
             case(7, LATENTS, "seeds"),
             case(42, NOTHING),  # the run's own
         ],
+        "settings": [
+            case({"guidance_scale": 3.0}, LATENTS, "own"),
+            case({"scheduler": "ddim", "eta": 0.5}, LATENTS, "own"),
+            case({"original_size": [64, 64]}, LATENTS, "own"),
+            case({"guidance_scale": 7.5}, NOTHING),  # the run's own
+        ],
         "seeds": [case((7, 8), LATENTS, "seeds")],
         "num_images_per_prompt": [case(2, LATENTS), case(1, NOTHING)],
         "id": [

@@ -84,7 +84,7 @@ def test_a_job_has_a_row_for_each_image(demo: Checkpoint) -> None:
 def test_settings_without_effect_are_said(
     demo: Checkpoint, settings: dict, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warn_of_settings(make_config(DEMO, **settings), demo)
+    warn_of_settings([make_config(DEMO, **settings)], demo)
     heard = capsys.readouterr().err
     assert said in heard and bool(said) == bool(heard)
 
@@ -101,7 +101,7 @@ def test_nine_channels_are_for_masks_and_less_than_full_strength(
     for strength, said in ((None, False), (0.99, False), (1.0, True)):
         config = make_config(model, prompts=[begins], strength=strength)
         refuse_unfit_inputs(config, checkpoint)
-        warn_of_settings(config, checkpoint)
+        warn_of_settings([config], checkpoint)
         assert ("gives noise with public SDXL UNets" in capsys.readouterr().err) == said
 
 
@@ -111,9 +111,9 @@ def test_a_unet_that_is_told_the_scale_has_no_interval(
     model = save_sd(tmp_path / "lcm", time_cond_proj_dim=16)
     checkpoint = open_checkpoint(make_config(model), loaded_for(LATENTS))
     capsys.readouterr()  # what saving it said
-    warn_of_settings(make_config(model), checkpoint)
+    warn_of_settings([make_config(model)], checkpoint)
     assert capsys.readouterr().err == ""
-    warn_of_settings(make_config(model, guidance_end=0.5), checkpoint)
+    warn_of_settings([make_config(model, guidance_end=0.5)], checkpoint)
     assert "--guidance_end have no effect: this UNet is told" in capsys.readouterr().err
 
 
@@ -136,5 +136,5 @@ def test_a_unet_that_sees_pictures_is_told_zeros_where_there_are_none(
     job = replace(ours.job(config), begin=empty_beginning(ours.checkpoint, 1, (8, 4)))
     unet = UNetToLoad(checkpoint=ours.checkpoint, loras=(), dtype="float32")
     denoiser = open_denoiser(ours.kept, "jax", unet, job, ours.options, ours.report)
-    found = denoise_images(denoiser, job, ours.options, MadeRows.numbered(1)).latents
+    found = denoise_images(denoiser, [job], ours.options, MadeRows.numbered(1)).latents
     assert found.shape == (1, 4, 8, 4) and np.isfinite(found.numpy()).all()

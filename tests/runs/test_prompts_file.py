@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from common.conditions.prompt_settings import AskedPrompts
 from common.declared import EMBEDDINGS, LATENTS
 from common.errors import BadSettingError
 from common.files.stage_table import LATENTS_FILE
@@ -178,3 +179,34 @@ def test_prompts_from_a_file_with_their_own_seeds(tmp_path: Path) -> None:
     embeddings = load_file(run_dir / "stage1_embeddings.safetensors")
     assert not embeddings["negative_prompt_embeds"][1].any()
     assert embeddings["negative_prompt_embeds"][0].any()
+
+
+def test_a_prompt_has_settings_of_its_own(tmp_path: Path) -> None:
+    """As the run's are called in a config file, in every form of file."""
+    jsonl, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
+    jsonl.write_text('{"prompt": "a", "guidance_scale": 3, "scheduler_options": {"shift": 2}}')
+    table.write_text("prompt,guidance_scale,scheduler_options\na,3,shift=2\nb,,\n")
+    own = {"guidance_scale": 3.0, "scheduler_options": {"shift": 2}}
+    for path in (jsonl, table):
+        assert read_prompts_file(path, AskedPrompts())[0].settings == own
+    assert read_prompts_file(table, AskedPrompts())[1].settings == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"guidance_scale": -1}, "guidance_scale -1"),
+        ({"scheduler": "eulr"}, "did you mean 'euler'"),
+        ({"vae_dtype": "float32"}, "vae_dtype is a setting of the whole run"),
+        ({"model_id": "x"}, "model_id is a setting of the whole run"),
+        ({"timesteps": [9, 5], "num_inference_steps": 2}, "give either"),
+        ({"guidance": 3}, "unknown setting 'guidance'"),
+    ],
+)
+def test_settings_that_a_prompt_cannot_have(
+    tmp_path: Path, line: dict[str, object], said: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a"} | line))
+    with refusal(BadSettingError, f"{path}, line 1", said):
+        read_prompts_file(path, AskedPrompts())

@@ -1,0 +1,74 @@
+"""The images of a run that have the same settings, where prompts have some of their own."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from common.conditions.prompt_settings import PromptSettings
+from common.declared import flag_of, validate
+from common.errors import BadSettingError, listed
+from common.files.recipe import to_json
+from common.messages import warn
+from common.runs.generation import GenerationConfig
+from common.sampling.sampling_settings import merge_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Images with the same settings."""
+
+    config: GenerationConfig  # these; of the prompts the first that has them, or the run's
+    images: list[int]
+
+
+def parts_of(config: GenerationConfig) -> list[Part]:
+    """A run's images by their settings, in the order in which these are met.
+
+    Raises:
+        BadSettingError: a prompt's own settings do not go together with the run's.
+    """
+    images: dict[str, list[int]] = {}
+    first: dict[str, PromptSettings] = {}
+    for image, prompt in enumerate(config.prompt_of_images()):
+        own = config.prompts[prompt]
+        key = to_json(own.settings)
+        images.setdefault(key, []).append(image)
+        first.setdefault(key, own)
+    return [
+        Part(config=settled_for(config, prompt), images=images[key])
+        for key, prompt in first.items()
+    ]
+
+
+def settled_for(config: GenerationConfig, prompt: PromptSettings) -> GenerationConfig:
+    """A run's settings with those of one of its prompts in their place.
+
+    Raises:
+        BadSettingError: they do not go together.
+    """
+    if not prompt.settings:
+        return config
+    where = f"the prompt {prompt.prompt[:40]!r}"
+    merged = merge_settings(config.model_dump(exclude={"prompts"}), prompt.settings, where)
+    alone = prompt.model_copy(update={"settings": {}, "seeds": None})
+    return validate(GenerationConfig, merged | {"prompts": [alone.model_dump()]}, where)
+
+
+def warn_of_own_settings(config: GenerationConfig, given: Collection[str]) -> None:
+    """Say which flags change nothing since all prompts have the setting themselves.
+
+    Args:
+        given: the settings that flags gave.
+    """
+    names = {*given}.intersection(*(prompt.settings for prompt in config.prompts))
+    if names:
+        flags = listed([f"--{flag_of(GenerationConfig, name)}" for name in sorted(names)])
+        warn(f"{flags} has no effect: all prompts have settings of their own in its place")
+
+
+def refuse_several(parts: Sequence[Part], flag: str) -> None:
+    """Raise `BadSettingError` for what needs that all images have the same settings."""
+    if len(parts) > 1:
+        raise BadSettingError(
+            f"{flag} is for runs whose images have the same settings: leave it out, or the "
+            "prompts' own settings"
+        )
