@@ -35,7 +35,7 @@ faults-rows: setup
 	$(PYTHON_BIN) tests/faults/kill_stages.py --kills 60 --signals 0 --case "a changed list" \
 	    --case "a list, streamed"
 
-# A changed list of five hundred prompts, and a run of ten thousand pictures; some 30 minutes.
+# A changed list of five hundred prompts, and a run of ten thousand pictures; some 15 minutes.
 lists: setup
 	$(PYTHON_BIN) benchmarks/lists.py
 	$(PYTHON_BIN) benchmarks/large_run.py

@@ -78,12 +78,13 @@ def main(run: StageRun) -> None:
     parts = parts_of(config)  # images with the same settings
     if run.options.save_trajectory is not None:
         refuse_several(parts, "--save_trajectory")
-    warn_of_settings([part.config for part in parts], checkpoint)
+    configs = [part.config for part in parts]
+    warn_of_settings(configs, checkpoint)
 
     # 3. Start the backend: jax, or PyTorch
     in_16_bits = config.unet_dtype not in ("auto", "float32")  # for which XLA is slow on CPUs
     backend = run.start_backend(torch_on_cpus=in_16_bits)
-    run.import_libraries(*packages_to_spare(config, checkpoint))
+    run.import_libraries(*packages_to_spare(configs, checkpoint))
     backend.import_denoiser()
     run.report.phase("other")
     return denoise(run, (config, parts), checkpoint, (embeddings, begin), backend)

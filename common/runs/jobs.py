@@ -284,9 +284,11 @@ def _without_effect(config: GenerationConfig, checkpoint: Checkpoint) -> Iterato
         )
 
 
-def packages_to_spare(config: GenerationConfig, checkpoint: Checkpoint) -> list[str]:
-    """What diffusers need not import to denoise with these settings."""
-    class_name, options = scheduler_of(config, checkpoint)
-    settings: dict[str, Any] = {**checkpoint.config("scheduler"), **options}
-    needs_scipy = class_name == "LMSDiscreteScheduler" or settings.get("use_beta_sigmas")
+def packages_to_spare(configs: Sequence[GenerationConfig], checkpoint: Checkpoint) -> list[str]:
+    """What diffusers need not import to denoise with the settings of a run's images."""
+    needs_scipy = False
+    for config in configs:
+        class_name, options = scheduler_of(config, checkpoint)
+        settings: dict[str, Any] = {**checkpoint.config("scheduler"), **options}
+        needs_scipy |= class_name == "LMSDiscreteScheduler" or bool(settings.get("use_beta_sigmas"))
     return ["peft", "transformers", *([] if needs_scipy else ["scipy"])]

@@ -95,6 +95,8 @@ def _prompt_of(values: dict[str, Any], where: str) -> PromptSettings:
     Raises:
         BadSettingError: a name or value that is wrong, or a setting that is the whole run's.
     """
+    if "settings" in values:
+        raise BadSettingError(f"{where}: settings stand beside the prompt, each by its name")
     own = {name: values.pop(name) for name in own_settings() if name in values}
     if isinstance(options := own.get("scheduler_options"), str):  # a table's cell
         own["scheduler_options"] = parse_scheduler_options(options.split())

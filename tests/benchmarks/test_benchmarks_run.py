@@ -96,3 +96,25 @@ def test_report_overhead() -> None:
     shares = re.findall(r"^(stage \d) +report ([\d.]+)% of the wall time", result.stdout, re.M)
     assert [stage for stage, _ in shares] == [stage.name for stage in OF_EVERY_RUN]
     assert all(0 < float(share) < 100 for _, share in shares)
+
+
+@pytest.mark.slow
+def test_a_run_of_many_pictures() -> None:
+    """`make lists` makes ten thousand."""
+    small = ["--pictures", "300", "--beside", "60"]
+    command = [sys.executable, BENCHMARKS / "large_run.py", *small]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.findall(r"^stage (\d): ([\d.]+) of the memory of 60", result.stdout, re.M)
+    assert [number for number, _ in found] == ["2", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_changed_list() -> None:
+    """Rows, bits and differences; how long it takes beside the first is for five hundred."""
+    small = ["--prompts", "24", "--num_inference_steps", "2", "--batch_size", "4"]
+    command = [sys.executable, BENCHMARKS / "lists.py", *small]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "rows made by stage: {1: 12, 2: 12, 3: 12}; 19 kept to the bit" in result.stdout

@@ -118,10 +118,11 @@ def test_a_unet_that_is_told_the_scale_has_no_interval(
 
 
 def test_only_what_nobody_needs_is_spared(demo: Checkpoint) -> None:
-    assert packages_to_spare(make_config(DEMO), demo) == ["peft", "transformers", "scipy"]
-    assert "scipy" not in packages_to_spare(make_config(DEMO, scheduler="lms"), demo)
+    assert packages_to_spare([make_config(DEMO)], demo) == ["peft", "transformers", "scipy"]
+    assert "scipy" not in packages_to_spare([make_config(DEMO, scheduler="lms")], demo)
     beta = make_config(DEMO, scheduler_options={"use_beta_sigmas": True})
-    assert "scipy" not in packages_to_spare(beta, demo)
+    assert "scipy" not in packages_to_spare([beta], demo)
+    assert "scipy" not in packages_to_spare([make_config(DEMO), beta], demo)
 
 
 @pytest.mark.parametrize("channels", [4, 8, 9])

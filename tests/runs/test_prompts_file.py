@@ -201,6 +201,7 @@ def test_a_prompt_has_settings_of_its_own(tmp_path: Path) -> None:
         ({"model_id": "x"}, "model_id is a setting of the whole run"),
         ({"timesteps": [9, 5], "num_inference_steps": 2}, "give either"),
         ({"guidance": 3}, "unknown setting 'guidance'"),
+        ({"settings": {"eta": 1}}, "settings stand beside the prompt, each by its name"),
     ],
 )
 def test_settings_that_a_prompt_cannot_have(
