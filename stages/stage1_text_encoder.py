@@ -24,6 +24,7 @@ from common.files import artifacts
 from common.files.artifacts import Row
 from common.files.stage_table import EMBEDDINGS_FILE, ENCODE
 from common.messages import warn
+from common.runs.parts import bytes_of_own
 from common.runs.recipes import embeddings_recipe, embeddings_rows
 from common.runs.stage_run import StageRun, run_script
 
@@ -38,7 +39,7 @@ def main(run: StageRun) -> None:
 
     check_prompt_options(config, checkpoint)
     recipe = embeddings_recipe(config, checkpoint)
-    artifacts.refuse_long_prompts(recipe, len(config.image_seeds()))
+    artifacts.refuse_long_prompts(recipe, len(config.image_seeds()), bytes_of_own(config))
 
     # 2. Fresh already?
     run.lock.acquire()

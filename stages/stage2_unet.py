@@ -61,7 +61,11 @@ def main(run: StageRun) -> None:
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
     check_size(config, checkpoint.vae_scale_factor)
-    refuse_unfit_inputs(config, checkpoint)
+    parts = parts_of(config)  # images with the same settings
+    for part in parts:
+        refuse_unfit_inputs(part.config, checkpoint)
+    if run.options.save_trajectory is not None:
+        refuse_several(parts, "--save_trajectory")
 
     # 2. The input, whole and fitting; and are the latents fresh already?
     embeddings = run.inspect_input()  # [P, L, D], pooled [P, E]
@@ -75,9 +79,6 @@ def main(run: StageRun) -> None:
     if run.is_fresh(why_latents_stale(run.run_dir, recipe, run.options), path):
         return None
     run.begin(f"denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
-    parts = parts_of(config)  # images with the same settings
-    if run.options.save_trajectory is not None:
-        refuse_several(parts, "--save_trajectory")
     configs = [part.config for part in parts]
     warn_of_settings(configs, checkpoint)
 
@@ -122,7 +123,8 @@ def denoise(
     texts = RowReader(embeddings, warn).tensors()
     jobs = denoising_jobs(config, checkpoint, texts, [*zip(parts, samplers, strict=True)], given)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
-    denoiser = open_denoiser(run.kept, backend.name, unet, jobs[0], run.options, run.report)
+    fullest = max(jobs, key=lambda job: len(job.guidance.most_predictions()))  # by which meshes go
+    denoiser = open_denoiser(run.kept, backend.name, unet, fullest, run.options, run.report)
     facts = denoiser.facts()
     run.keep_progress(recipe, facts, rows, loops_on_device=denoiser.loops_on_device)
     if run.progress is None and run.options.checkpoint_every is not None:

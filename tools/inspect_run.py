@@ -185,6 +185,8 @@ def notes_on(flags: dict[str, Any]) -> Iterator[str]:
     if "init_latents" in flags:
         begun = flags["init_latents"]
         yield f"it begins with its own of the latents of {begun}: tools/pick.py copies that image"
+    if flags.get("prompt_weighting") == "compel":
+        yield "compel encodes all prompts of a run at once: alone the last bits may be others"
     if flags.get("long_prompts") == "chunk":
         yield "a run's prompts are as long as its longest: alone its embeddings may be shorter"
 

@@ -32,10 +32,12 @@ def main(
     images: Annotated[str, typer.Argument(metavar="N,…", help="Indices and ranges of them.")],
     output_dir: Annotated[Path, flag("output_dir", "DIR", PICK, "The new run directory.")],
     debug: Debug = False,
-) -> None:
+) -> int:
     """Copy some pictures of a run, as 137,140-150, to a run of their own."""
-    picked = pick(run_dir, images, output_dir)
-    say(f"{len(picked)} picture(s): {output_dir}")
+    picked, code = pick(run_dir, images, output_dir)
+    if code == 0:
+        say(f"{len(picked)} picture(s): {output_dir}")
+    return code
 
 
 if __name__ == "__main__":

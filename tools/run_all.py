@@ -101,6 +101,8 @@ def main(
     asked = [name for name in ("from_stage", "to_stage", "stream") if was_given(context, name)]
     if stream:
         refuse_unfit_streams(given)
+        if from_stage == str(LAST.number) or to_stage != LAST.number:
+            raise BadSettingError("--stream is for runs of stages 2 and 3: leave it out")
     if sweep is None:
         runs = Turns(
             *(passes, run_dir, given),
@@ -132,6 +134,11 @@ def refuse_unfit_streams(given: Mapping[str, Any]) -> None:
         raise BadSettingError(
             f"--stream does not go with --{name}, which would measure two stages at once: leave "
             "one of both out"
+        )
+    if "input_dir" in given:
+        raise BadSettingError(
+            "--stream reads the run directory's own settings while stage 2 runs: leave --input_dir "
+            "out"
         )
     if given.get("backend") != TorchBackend.name and may_have_tpu():
         raise BadSettingError(

@@ -29,7 +29,7 @@ def has_only_cpus() -> bool:
 
 def may_have_tpu() -> bool:
     """Whether jax may find a TPU here, whose chips one process holds."""
-    if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
+    if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return False
     return find_spec("libtpu") is not None and has_tpu_files(Path("/dev"))
 

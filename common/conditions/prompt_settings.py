@@ -67,6 +67,8 @@ class PromptSettings(Settings):
             return values
         if not 1 <= len(seed) <= MOST_IMAGES_PER_PROMPT:
             raise ValueError(f"seed lists {len(seed)}: give 1 to {MOST_IMAGES_PER_PROMPT}")
+        if values.get("seeds") is not None:
+            raise ValueError("give either seed or seeds, not both")
         if len(seed) == 1:
             return {**values, "seed": seed[0]}
         return {**values, "seed": None, "seeds": seed}

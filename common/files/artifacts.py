@@ -190,15 +190,16 @@ def make_header(
     )
 
 
-def refuse_long_prompts(recipe: Recipe, images: int) -> None:
+def refuse_long_prompts(recipe: Recipe, images: int, own: int = 0) -> None:
     """Raise `BadSettingError` where files could not be read for all the prompts in their headers.
 
     Args:
         recipe: of the embeddings.
         images: of the run, each with its row.
+        own: bytes of the settings that images have of their own.
     """
     length = len(json.dumps(to_json(recipe.model_dump()), ensure_ascii=False).encode())
-    length += BYTES_OF_A_ROW * images
+    length += BYTES_OF_A_ROW * images + own
     if length > MOST_PROMPTS_BYTES:
         raise BadSettingError(
             f"the prompts and images take {length / 1e6:.0f} MB of each file's header, which holds "

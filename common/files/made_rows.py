@@ -141,7 +141,7 @@ class MadeRows:
                 known.append(made_by)
             index = known.index(made_by) if made_by else None
             rows.append(Row(fingerprint, NO_HASH, seconds, index))
-        provenance = {**provenance, MADE_BY: known}
+        provenance = {**provenance, MADE_BY: known} if known else provenance
         with written_in_parts(self.path, recipe, provenance, rows) as written:
             for first in range(0, self.count, ROWS_AT_ONCE):
                 some = range(first, min(first + ROWS_AT_ONCE, self.count))

@@ -77,6 +77,19 @@ class RowsToCome:
         self.header = header
         return True
 
+    def known_rows(self) -> dict[int, str]:
+        """The rows that an earlier file has, each with its checksum."""
+        try:
+            earlier = artifacts.inspect(self.path, verify=False).header
+        except BadInputFileError:
+            return {}
+        rows = [] if earlier is None else earlier.rows
+        return {
+            row: known.data_sha256
+            for known in rows
+            for row in self._rows.get(known.fingerprint, ())
+        }
+
     def new_groups(self, name: str) -> Iterator[ComingRows]:
         """The groups that were finished since the last time.
 

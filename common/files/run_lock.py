@@ -60,11 +60,10 @@ class RunLock:
         """
         by_parent = os.environ.get(HELD_BY_PARENT) == os.fspath(run_dir.resolve())
         names = (STAGE_LOCK,) if by_parent else (RUN_LOCK, STAGE_LOCK)
-        if of_pictures:
-            names = (PICTURES_LOCK, *names)
-        lock = cls(run_dir, wait=wait, names=names if writes else ())
-        if beside:
-            lock.names, lock._later = names[:1], names[1:]
+        own = (PICTURES_LOCK,) if of_pictures else ()
+        lock = cls(run_dir, wait=wait, names=(*names, *own) if writes else ())
+        if beside and writes:
+            lock.names, lock._later = own, names
         return lock
 
     def is_alone(self) -> bool:
@@ -73,8 +72,8 @@ class RunLock:
         Raises:
             UnfitEnvironmentError: another process has taken one of them meanwhile.
         """
-        if self._later:
-            lock = FileLock(self.run_dir / STAGE_LOCK, timeout=0)
+        for name in self._later:
+            lock = FileLock(self.run_dir / name, timeout=0)
             try:
                 lock.acquire()
             except Timeout:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 NO_HASH = "0" * 64  # stands for one that is not known yet, as long
-_NAME_OF_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of what stages write
+_NAME_OF_DTYPE = {  # of what stages write
+    **{"float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"uint8": "U8", "int32": "I32", "int64": "I64", "bool": "BOOL"},
+}
 
 
 class TensorWriter:

@@ -9,7 +9,9 @@ from common.errors import BadSettingError, listed
 from common.files.recipe import to_json
 from common.messages import warn
 from common.runs.generation import GenerationConfig
-from common.sampling.sampling_settings import merge_settings
+from common.sampling.sampling_settings import STEP_SETTINGS, merge_settings
+
+BYTES_OF_SOME = 150  # of names and of what goes with a setting: the other ways to give steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,9 @@ def settled_for(config: GenerationConfig, prompt: PromptSettings) -> GenerationC
         return config
     where = f"the prompt {prompt.prompt[:40]!r}"
     merged = merge_settings(config.model_dump(exclude={"prompts"}), prompt.settings, where)
-    alone = prompt.model_copy(update={"settings": {}, "seeds": None})
-    return validate(GenerationConfig, merged | {"prompts": [alone.model_dump()]}, where)
+    alone = prompt.model_copy(update={"settings": {}})
+    own = {"prompts": [alone.model_dump()], "seed_offset": 0}  # of seeds the run's are checked
+    return validate(GenerationConfig, merged | own, where)
 
 
 def warn_of_own_settings(config: GenerationConfig, given: Collection[str]) -> None:
@@ -59,10 +62,31 @@ def warn_of_own_settings(config: GenerationConfig, given: Collection[str]) -> No
     Args:
         given: the settings that flags gave.
     """
-    names = {*given}.intersection(*(prompt.settings for prompt in config.prompts))
+    names = {*given}.intersection(*(_replaced_by(prompt) for prompt in config.prompts))
     if names:
         flags = listed([f"--{flag_of(GenerationConfig, name)}" for name in sorted(names)])
         warn(f"{flags} has no effect: all prompts have settings of their own in its place")
+
+
+def bytes_of_own(config: GenerationConfig) -> int:
+    """About what images' own settings, as recipes have them, take in a file's header."""
+    counts = config.images_of_prompts()
+    return sum(
+        count * (len(to_json(prompt.settings)) + BYTES_OF_SOME * bool(prompt.settings))
+        for prompt, count in zip(config.prompts, counts, strict=True)
+    )
+
+
+def _replaced_by(prompt: PromptSettings) -> set[str]:
+    """The settings of the run that a prompt's own stand in place of."""
+    found = {name for name, value in prompt.settings.items() if value is not None}
+    if found & {*STEP_SETTINGS}:
+        found |= {*STEP_SETTINGS}
+    if "scheduler" in found:
+        found.add("scheduler_options")
+    if prompt.seeds is not None or prompt.num_images_per_prompt is not None:
+        found.add("num_images_per_prompt")
+    return found
 
 
 def refuse_several(parts: Sequence[Part], flag: str) -> None:

@@ -13,7 +13,6 @@ from common.files.artifacts import Artifact
 from common.files.made_rows import MadeRows
 from common.files.recipe import Recipe
 from common.files.rows import find_rows
-from common.files.run_files import GENERATION_CONFIG_FILE
 from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
 from common.files.stage_table import (
     DECODE,
@@ -47,20 +46,22 @@ from common.runs.run_index import INDEX_FILE, read_index
 from common.whole_files import copy_whole, write_text_whole
 
 
-def pick(run_dir: Path, images: str, output_dir: Path) -> list[int]:
-    """Make a run of some images of another one, of what is there. Returns their indices.
+def pick(run_dir: Path, images: str, output_dir: Path) -> tuple[list[int], int]:
+    """Make a run of some images of another one, of what is there.
+
+    Returns their indices, and the exit code of stage 3, which puts the pictures in their places.
 
     Args:
         images: indices and ranges, as 137,140-150.
         output_dir: the new run's.
 
     Raises:
-        BadSettingError: there are no such images, or the new folder has a run.
+        BadSettingError: there are no such images, or the new folder has files.
         BadInputFileError: what is to be copied is not there, stale or damaged.
     """
     made, chosen = picked_config(run_dir, images)
-    if (output_dir / GENERATION_CONFIG_FILE).exists():
-        raise BadSettingError(f"--output_dir {output_dir} has a run: choose another one")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise BadSettingError(f"--output_dir {output_dir} has files: choose a new folder")
     locks = [RunLock(each, wait=False, names=(RUN_LOCK,)) for each in (run_dir, output_dir)]
     for lock in locks:
         lock.acquire()
@@ -70,12 +71,10 @@ def pick(run_dir: Path, images: str, output_dir: Path) -> list[int]:
         write_generation_config(output_dir, made)
         os.environ[HELD_BY_PARENT] = os.fspath(output_dir.resolve())
         commands = plan({"output_dir": output_dir}, from_stage=DECODE.number)
-        if run_in_turn(commands, None) != 0:
-            raise BadInputFileError(f"stage 3 could not go on in {output_dir}: see above")
+        return chosen, run_in_turn(commands, None)
     finally:
         for lock in locks:
             lock.release()
-    return chosen
 
 
 def picked_config(run_dir: Path, images: str) -> tuple[GenerationConfig, list[int]]:
@@ -83,6 +82,8 @@ def picked_config(run_dir: Path, images: str) -> tuple[GenerationConfig, list[in
     config = read_generation_config(run_dir)
     for stage in (DENOISE, DECODE):
         config, _ = config.override(values_of(overrides_of(run_dir, stage)))
+    if config.has_pictures and config.vae_dtype == "auto":  # which stage 0's report settles
+        config, _ = config.override({"vae_dtype": _dtype_of_pictures(run_dir)})
     if config.init_latents is not None:
         raise BadSettingError(
             f"{run_dir} begins with latents of {config.init_latents}, an image each: pick from "
@@ -122,9 +123,7 @@ def _copy_artifacts(run_dir: Path, output_dir: Path, config: GenerationConfig) -
     embeddings = copy(EMBEDDINGS_FILE, recipe, embeddings_rows(config, recipe))
     begin = None
     if config.has_pictures:
-        header = artifacts.inspect(run_dir / IMAGE_LATENTS_FILE).header
-        own = {} if header is None else header.recipe.settings_of(IMAGE_LATENTS)
-        vae_dtype = str(own.get("vae_dtype", config.vae_dtype))
+        vae_dtype = _dtype_of_pictures(run_dir)
         inputs = read_inputs(config)
         recipe = image_latents_recipe(config, checkpoint, inputs, vae_dtype)
         copy(IMAGE_LATENTS_FILE, recipe, image_latents_rows(recipe, len(inputs.pictures)))
@@ -132,6 +131,13 @@ def _copy_artifacts(run_dir: Path, output_dir: Path, config: GenerationConfig) -
     dtype = expected_unet_dtype(config.unet_dtype, run_dir / LATENTS_FILE)
     recipe = latents_recipe(config, checkpoint, embeddings, dtype, begin)
     copy(LATENTS_FILE, recipe, latents_rows(config, recipe, embeddings, begin))
+
+
+def _dtype_of_pictures(run_dir: Path) -> str:
+    """The dtype in which a run's pictures were encoded."""
+    header = artifacts.inspect(run_dir / IMAGE_LATENTS_FILE).header
+    own = {} if header is None else header.recipe.settings_of(IMAGE_LATENTS)
+    return str(own.get("vae_dtype", "auto"))
 
 
 def _copy_rows(

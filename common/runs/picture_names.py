@@ -86,7 +86,8 @@ def refuse_bad_names(config: GenerationConfig, run_dir: Path) -> None:
         require_parquet()
     shared = config.model_dump(exclude={"prompts"})
     own = [
-        shared | {"prompt": prompt.prompt, "negative_prompt": prompt.negative_prompt}
+        {**shared, **prompt.settings, "prompt": prompt.prompt}
+        | {"negative_prompt": prompt.negative_prompt}
         for prompt, count in zip(config.prompts, config.images_of_prompts(), strict=True)
         for _ in range(count)
     ]

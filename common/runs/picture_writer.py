@@ -59,7 +59,7 @@ class PictureWriter:
         places, rows = found.places(self.pictures), self.pictures.rows
         gone = found.told(places.values())
         asked = asked & places.keys() - self._made_beside(found)
-        self._take({row: path for row, path in places.items() if row not in asked})
+        self.take({row: path for row, path in places.items() if row not in asked})
         self.made_beside = len(self._made_beside(found))
         if len(rows) > 1 and (gone or places):
             missing = [rows[row] for row in self.missing if row not in asked]
@@ -79,14 +79,14 @@ class PictureWriter:
             if done:
                 say(f"  goes on after {len(done)} of {len(self.pictures.rows)} images")
             beside |= done
-        self._take({row: path for row, path in places.items() if row in beside})
+        self.take({row: path for row, path in places.items() if row in beside})
 
     def _made_beside(self, found: Found) -> set[int]:
         """The rows that were made while stage 2 ran."""
         made = set() if found.beside is None else found.beside.fingerprints
         return {row for row, own in enumerate(self.pictures.fingerprints) if own in made}
 
-    def _take(self, places: Mapping[int, Path]) -> None:
+    def take(self, places: Mapping[int, Path]) -> None:
         """Let pictures stand under the names that they have in this run."""
         names = self.pictures.names
         moved = {row: path for row, path in places.items() if path != self.run_dir / names[row]}

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from common.compute.options import MadeBy
 from common.declared import EMBEDDINGS, LATENTS, PICTURES, declarations
-from common.errors import BadInputFileError
+from common.errors import BadInputFileError, BadSettingError
 from common.files import picture_files
 from common.files.artifacts import Artifact, Header
 from common.files.kept_progress import progress_paths
 from common.files.picture_files import TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
-from common.files.recipe import Recipe
-from common.files.rows import Told, prompts_of_images, row_hashes, row_recipe, without_own
+from common.files.recipe import Recipe, to_json
+from common.files.rows import OWN, Told, prompts_of_images, row_hashes, row_recipe, without_own
 from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, LATENTS_FILE
 from common.files.tensor_rows import row_of_picture
 from common.models.component_table import loaded_for
@@ -22,7 +22,7 @@ from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.overrides import Overrides, checked, values_of
 from common.runs.picture_names import ImageId, ids_of, names_of
-from common.runs.recipes import difference_from_report, trajectory_pictures_recipe
+from common.runs.recipes import difference_from_report, recorded, trajectory_pictures_recipe
 from common.runs.redo import Redo
 from common.runs.run_index import (
     Format,
@@ -70,6 +70,8 @@ class Pictures:
         images = row_hashes(latents)
         pasted = [] if begun is None else [(begun.path.name, own) for own in row_hashes(begun)]
         prompt_of, rows = prompts_of_images(recipe, len(images)), []
+        if latents.header is None and len(config.prompt_of_images()) == len(images):
+            prompt_of = config.prompt_of_images()
         for image, (data_sha256, prompt) in enumerate(zip(images, prompt_of, strict=True)):
             inputs = {latents.path.name: data_sha256}
             if pasted:
@@ -225,7 +227,8 @@ def why_pictures_stale(found: Found, pictures: Pictures, trajectory: Artifact | 
     stale = found.why_stale(dict(of_pictures) | of_grids)
     if stale is not None and stale.endswith(OTHER_SETTINGS):
         return difference_from_report(found.run_dir, pictures.recipe) or stale
-    return stale or why_index_stale(found.run_dir, pictures.lines, pictures.index)
+    stale = stale or why_index_stale(found.run_dir, pictures.lines, pictures.index)
+    return stale or (None if found.beside is None else "its report is not written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +245,17 @@ class PictureFacts:
         if self.header is None or len(self.header.rows) != len(self.config.image_seeds()):
             return None
         of_latents = checked(self.header.provenance.get("overrides"))
-        as_made, _ = self.config.override({**values_of(of_latents), **values_of(self.overrides)})
-        dtype = self.header.recipe.settings_of(LATENTS).get("unet_dtype")
+        own = {**values_of(of_latents), **values_of(self.overrides)}
+        try:
+            as_made, _ = self.config.override(own)
+        except BadSettingError:
+            return None
+        made = self.header.recipe.settings_of(LATENTS)
+        wanted = {**recorded(as_made, LATENTS), "seeds": as_made.image_seeds()}
+        del wanted["num_images_per_prompt"]  # of which each prompt may have its own
+        if any(to_json(made.get(name)) != to_json(value) for name, value in wanted.items()):
+            return None
+        dtype = made.get("unet_dtype")
         return Redo(as_made, {} if dtype is None else {"unet_dtype": dtype})
 
     def alone(self, row: int, recipe: Recipe, made_by: MadeBy) -> Record:
@@ -303,6 +315,8 @@ def picture_settings(recipe: Recipe, header: Header | None) -> dict[str, Any]:
     if header is None:
         return {}
     of_latents = without_own(recipe.settings_of(LATENTS))
+    for own in recipe.settings_of(LATENTS).get(OWN, ()):  # which are not those of all
+        of_latents = {name: value for name, value in of_latents.items() if name not in own}
     settings = {**recipe.settings_of(EMBEDDINGS), **of_latents}
     prompts, negatives = settings.pop("prompts", []), settings.pop("negative_prompts", [])
     seconds = settings.pop("prompts_2", prompts)

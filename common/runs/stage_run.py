@@ -188,6 +188,8 @@ class StageRun:
             prompt_of = config.prompt_of_images()
             asked = {prompt_of[image] for image in asked}
         if not self.takes_rows or self.options.save_trajectory:
+            if self.given.flags.only is not None:
+                warn("--only has no effect where a run is measured, distributed or a trajectory")
             return Rows.all_missing(recipes)
         rows = find_rows(path, recipes, verify=self.options.verify)
         if rows.earlier is not None and len(recipes) > 1:

@@ -128,9 +128,6 @@ class _Beside:
         dtype = self._backend.choose_dtype(config.vae_dtype, force_float32=checkpoint.upcasts_vae)
         recipe = pictures_recipe(config, checkpoint, latents, dtype, begun)
         pictures = Pictures.of(config, recipe, latents, begun)
-        if run.takes_rows:
-            records = Found(run.run_dir, pictures.names).records.values()
-            self._there = {str(record.get("fingerprint")) for record in records}
         vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
         self._decoder = open_decoder(
             run.kept, self._backend.name, vae, layout.shape, run.options, run.report
@@ -139,8 +136,21 @@ class _Beside:
         size = self._decoder.runner.group_size(count, run.options)
         facts = PictureFacts(config=config, header=latents.header, overrides=run.overrides)
         self._writer = PictureWriter(run.run_dir, pictures, facts, run.report)
+        if run.takes_rows:
+            self._take_known(to_come, pictures)
         self._writer.made_by = run.options.made_by(self._decoder.runner.facts(), size)
         return self._writer
+
+    def _take_known(self, to_come: RowsToCome, pictures: Pictures) -> None:
+        """Let pictures stand in their places whose latents an earlier file has, before others take
+        these places.
+        """
+        assert self._writer is not None and to_come.header is not None
+        for row, known in to_come.known_rows().items():
+            pictures.settle(row, known)
+        found = Found(self._run.run_dir, pictures.names)
+        self._there = {str(record.get("fingerprint")) for record in found.records.values()}
+        self._writer.take(found.places(pictures))
 
     def end(self) -> None:
         """Stage 2 has ended: list what is there."""

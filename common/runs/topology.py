@@ -191,7 +191,7 @@ def refuse_flags_of_a_run(given: Given) -> None:
     if backend not in ("auto", JaxBackend.name):
         raise BadSettingError(f"--topology compiles by jax: leave it or --backend {backend} out")
     asked = [name for name in given.options.given() if name not in COMPILED_BY]
-    asked += [name for name in ("wait", "skip_fresh") if getattr(given.flags, name)]
+    asked += [n for n in ("wait", "skip_fresh", "only", "stream") if getattr(given.flags, n)]
     if asked:
         # The last: --profile_dir asks for --profile as well.
         raise BadSettingError(

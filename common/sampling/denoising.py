@@ -71,20 +71,25 @@ def denoise_images(
     images = made.kept + len(missing)
     if made.kept:
         say(f"  goes on after {made.kept} of {images} images, which are kept")
+    # All groups have one shape, so that a program serves all jobs.
+    most = max(len(job.own) for job in jobs)
+    size = group_size(options.at_once(most), denoiser.devices_of_images)
     runs: list[_Run] = []
     for job in jobs:
         if not runs or not missing.isdisjoint(job.own):
-            tables = tables_of(denoiser, job, options)
-            runs.append(_Run(denoiser, job, options, tables, None if runs else profile_folder))
+            run = _Run(denoiser, job, options, size)
+            if not runs and profile_folder is not None:
+                run.profile_to(profile_folder)
+            runs.append(run)
     waiting = sum(run.steps_for(missing) for run in runs)
     keep = len(runs) > 1 or images > runs[0].group_size  # there are several groups
     with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
         for number, run in enumerate(runs):
             run.is_first = number == 0
             for own in run.groups_of(missing):
-                group = GroupProgress(
-                    made.progress, stop, options.checkpoint_every, made.group(own), bar
-                )
+                # Steps go on in a group of the same shape alone.
+                key = [*made.group(own), f"{run.group_size} at once"]
+                group = GroupProgress(made.progress, stop, options.checkpoint_every, key, bar)
                 if run.job.prompts:
                     bar.note(run.job.prompts[int(run.job.prompt_of[own[0]])])
                 making = Making(run.denoise_group(own, group), run.made_by)
@@ -124,21 +129,21 @@ class _Run:
         denoiser: Denoiser,
         job: DenoisingJob,
         options: RunOptions,
-        tables: SchedulerTables | None,
-        profile_folder: Path | None,
+        group_size: int,
     ) -> None:
-        self.denoiser, self.job, self.options, self.tables = denoiser, job, options, tables
-        count = len(job.own)
-        self.group_size = group_size(options.at_once(count), denoiser.devices_of_images)
+        self.denoiser, self.job, self.options = denoiser, job, options
+        self.tables, self.group_size = tables_of(denoiser, job, options), group_size
         self.made_by = options.made_by(denoiser.facts(), self.group_size)
         self.evaluations = len(job.sampler.restart())
         self.kept_after = steps_to_keep(self.evaluations, options.save_trajectory)
         self.is_first = True
         self.profile: Profile | None = None
         self.profiler: Profiler | None = None
-        if profile_folder is not None:
-            steps = options.profiled_steps(self.evaluations)
-            self.profiler = denoiser.profiler(profile_folder, steps)
+
+    def profile_to(self, folder: Path) -> None:
+        """Profile some steps of the first group."""
+        steps = self.options.profiled_steps(self.evaluations)
+        self.profiler = self.denoiser.profiler(folder, steps)
 
     def groups_of(self, missing: Container[int]) -> Iterator[list[int]]:
         """Those of the job's images that are missing, in groups."""

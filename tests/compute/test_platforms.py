@@ -39,7 +39,7 @@ def test_jax_has_what_its_platforms_say(monkeypatch: pytest.MonkeyPatch) -> None
         assert has_only_cpus() == expected
     monkeypatch.setattr(platforms, "find_spec", lambda name: True)
     monkeypatch.setattr(platforms, "has_tpu_files", lambda folder: True)
-    for named, expected in (("cpu", False), ("cuda", False), ("tpu,cpu", True)):
+    for named, expected in (("cpu", False), ("cuda", False), ("tpu,cpu", True), ("", True)):
         monkeypatch.setenv("JAX_PLATFORMS", named)
         assert may_have_tpu() == expected
 

@@ -203,4 +203,7 @@ def test_pictures_are_written_beside_the_stage_before(tmp_path: Path) -> None:
     with pytest.raises(UnfitEnvironmentError, match="is in use by"):
         before.acquire()
     beside.release()
+    # By itself stage 3 takes it last, so that it waits for a run without keeping it from others.
+    alone = RunLock.of_stage(tmp_path, wait=False, of_pictures=True)
+    assert alone.names == (RUN_LOCK, STAGE_LOCK, run_lock.PICTURES_LOCK)
     assert not list(tmp_path.iterdir())

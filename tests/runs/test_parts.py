@@ -46,6 +46,12 @@ def test_a_way_of_giving_steps_takes_the_place_of_the_runs() -> None:
     assert own.timesteps == (900, 400) and own.num_inference_steps is None
 
 
+def test_the_seeds_are_checked_with_those_of_the_run() -> None:
+    prompt = A | {"settings": EULER_10, "seeds": [200, 300]}
+    config = make_config(DEMO, prompts=[prompt], seed_offset=-100)
+    assert parts_of(config)[0].images == [0, 1] and config.image_seeds() == [100, 200]
+
+
 def test_settings_that_do_not_go_together_are_refused_before_anything_runs(
     tmp_path: Path, quick_stage: Run
 ) -> None:
@@ -64,6 +70,14 @@ def test_what_changes_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> Non
     every = make_config(DEMO, prompts=[A | {"settings": EULER_10}])
     warn_of_own_settings(every, ["num_inference_steps", "seed"])
     assert "--num_inference_steps has no effect: all prompts have" in capsys.readouterr().err
+    others = [
+        A | {"settings": {"timesteps": [9, 5], "scheduler": "ddim"}, "seeds": [1, 2]},
+        A | {"settings": {"sigmas": [2.0, 0.0], "scheduler": "lms"}, "num_images_per_prompt": 2},
+    ]
+    given = ["num_inference_steps", "scheduler_options", "num_images_per_prompt"]
+    warn_of_own_settings(make_config(DEMO, prompts=others), given)
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--num_inference_steps", "--scheduler_option", "images"))
 
 
 LINES: list[dict[str, Any]] = [

@@ -114,3 +114,12 @@ def test_a_run_is_refused_before_it_computes(
     monkeypatch.setattr(picture_names, "require_parquet", lambda: asked.append(1))
     refuse_bad_names(config.model_copy(update={"index": "parquet"}), tmp_path)
     assert asked == [1]
+
+
+def test_names_are_of_the_settings_that_each_prompt_has(tmp_path: Path) -> None:
+    prompts = [
+        {"prompt": "a", "negative_prompt": None, "settings": {"num_inference_steps": steps}}
+        for steps in (2, 3)
+    ]
+    config = make_config(DEMO, prompts=prompts, name_template="{prompt}_{num_inference_steps}")
+    refuse_bad_names(config, tmp_path)

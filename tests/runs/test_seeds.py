@@ -55,6 +55,8 @@ def test_a_prompt_lists_its_seeds_or_says_how_many_images_it_has() -> None:
     ):
         with refusal(BadSettingError, said):
             make({"seed": seed})
+    with refusal(BadSettingError, "give either seed or seeds, not both"):
+        make({"seed": [1, 2], "seeds": [3, 4]})
     with refusal(
         BadSettingError, "seeds are an image each: leave seed and num_images_per_prompt out"
     ):

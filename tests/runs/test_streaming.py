@@ -119,6 +119,38 @@ def test_pictures_that_are_there_stay(run_copy: Path, capsys: pytest.CaptureFixt
     assert report is not None and report.rows_taken == 1
 
 
+def test_pictures_that_stand_elsewhere_are_moved_before_others_take_their_places(
+    run_copy: Path, finished_run: Path
+) -> None:
+    first, second = (run_copy / name for name in PICTURES)
+    inodes = {path.stat().st_ino for path in (first, second)}
+    first.rename(run_copy / "aside")
+    second.rename(first)
+    (run_copy / "aside").rename(second)
+    stage_2 = Stage2(run_copy)
+    with stage_2.running():
+        thread, errors = begin_stage_3(run_copy, "--skip_fresh")
+        stage_2.finish(0)
+        wait_for(run_copy / "stage3_progress", thread)
+    thread.join()
+    assert not errors and {path.stat().st_ino for path in (first, second)} == inodes
+    for name in PICTURES:
+        assert (run_copy / name).read_bytes() == (finished_run / name).read_bytes()
+
+
+def test_without_grids_its_report_is_written_all_the_same(run_copy: Path) -> None:
+    stage_2 = Stage2(run_copy)
+    (run_copy / PICTURES[0]).unlink()
+    (run_copy / "stage3_report.json").unlink()
+    flags = ("--skip_fresh", "--grid_images", "0")
+    with stage_2.running():
+        thread, errors = begin_stage_3(run_copy, *flags)
+        stage_2.finish(0)
+        wait_for(run_copy / PICTURES[0], thread)
+    thread.join()
+    assert not errors and (run_copy / "stage3_report.json").exists()
+
+
 def test_where_stage_2_ends_early_it_is_said_and_pictures_stay(run_copy: Path) -> None:
     (run_copy / PICTURES[0]).unlink()
     stage_2 = Stage2(run_copy)
@@ -149,6 +181,9 @@ def test_what_does_not_go_with_it(run_copy: Path, tmp_path: Path, run_all: Run) 
         call(3, "--output_dir", tmp_path / "other", "--input_dir", run_copy, "--stream")
     result = run_all("--output_dir", run_copy, "--stream", "--repeat", 2)
     assert result.returncode == 2 and "--stream does not go with --repeat" in result.stderr
+    for flags in (("--input_dir", run_copy), ("--from_stage", 3), ("--to_stage", 2)):
+        result = run_all("--output_dir", run_copy, "--stream", *flags)
+        assert result.returncode == 2 and "--stream" in result.stderr and "leave" in result.stderr
     result = run_all("--output_dir", run_copy, "--stream", "--sweep", "seed=1,2")
     assert result.returncode == 2 and "--stream does not go with --sweep" in result.stderr
 

@@ -123,6 +123,20 @@ def test_a_run_that_is_stopped_again_and_again_gives_the_bits_of_one(
     assert found.trajectory.equal(expected.trajectory)
 
 
+def test_steps_go_on_in_a_group_of_the_same_shape_alone(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    job = make_job(images_per_prompt=1, steps=STEPS)
+    options: dict[str, Any] = {"batch_size": 2, "checkpoint_every": 2}
+    with pytest.raises(StoppedError):
+        denoise(
+            "torch", checkpoint, job, progress=progress_in(tmp_path), stop=stopping(), **options
+        )
+    options["fill_groups"] = True
+    found, steps = denoise("torch", checkpoint, job, progress=progress_in(tmp_path), **options)
+    assert steps == STEPS and found.latents.shape[0] == 1
+
+
 def test_a_run_goes_on_from_its_own_progress_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
     job = make_job(images_per_prompt=2, steps=STEPS)
     options: dict[str, Any] = {"batch_size": 1, "checkpoint_every": 2}

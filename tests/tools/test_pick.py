@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from common.files import artifacts
 from common.files.picture_files import read_pixels
 from common.files.report import read_report
-from common.files.stage_table import LATENTS_FILE
+from common.files.stage_table import IMAGE_LATENTS_FILE, LATENTS_FILE
 from tests.conftest import PROJECT_DIR, Run, run_script
 from tests.printed import as_json, states
 from tests.refusals import expect
@@ -58,7 +59,9 @@ def test_a_picked_run_is_fresh_and_nothing_is_computed(run: Path, tmp_path: Path
 
 def test_what_cannot_be_picked(run: Path, run_copy: Path, tmp_path: Path) -> None:
     expect(run_script(PICK, run, "4", "--output_dir", tmp_path / "a"), 2, "images 0 to 3")
-    expect(run_script(PICK, run, "1", "--output_dir", run_copy), 2, "has a run: choose another")
+    expect(
+        run_script(PICK, run, "1", "--output_dir", run_copy), 2, "has files: choose a new folder"
+    )
     expect(run_script(PICK, tmp_path, "1", "--output_dir", tmp_path / "a"), 3, "is missing")
     (run_copy / LATENTS_FILE).unlink()
     result = run_script(PICK, run_copy, "1", "--output_dir", tmp_path / "b")
@@ -74,3 +77,22 @@ def test_what_was_not_made_with_these_settings_is_not_picked(
     path.write_text(json.dumps(config | {"guidance_scale": 3.0}))
     result = run_script(PICK, run_copy, "0", "--output_dir", tmp_path / "picked")
     expect(result, 3, LATENTS_FILE, "has not all of these images", "./run_all.sh --output_dir")
+
+
+def test_a_run_that_begins_with_pictures(run_copy: Path, tmp_path: Path, quick_stage: Run) -> None:
+    """Stage 0's file has pictures and masks as they are, of other dtypes than latents."""
+    run, picked = tmp_path / "begun", tmp_path / "picked"
+    pictures = [f"--image={run_copy / f'output_image_000{k}.png'}" for k in (0, 1)]
+    flags = ("--num_inference_steps", 2, "--height", 64, "--width", 64)
+    for number, own in ((1, (*pictures, *flags)), (0, ()), (2, ("--strength", 0.6)), (3, ())):
+        result = quick_stage(number, "--output_dir", run, *own)
+        assert result.returncode == 0, result.stderr
+    result = run_script(PICK, run, "1", "--output_dir", picked)
+    assert result.returncode == 0, result.stderr
+    assert {state for state, _ in states(as_json(INSPECT, picked)).values()} == {"fresh"}
+    before, after = (load_file(folder / IMAGE_LATENTS_FILE) for folder in (run, picked))
+    assert before.keys() == after.keys()
+    assert all(after[name][0].equal(tensor[1]) for name, tensor in before.items())
+    headers = [artifacts.inspect(folder / IMAGE_LATENTS_FILE).header for folder in (run, picked)]
+    assert headers[0] is not None and headers[1] is not None
+    assert headers[0].provenance["made_by"] == headers[1].provenance["made_by"] != []
