@@ -74,13 +74,10 @@ def denoise_images(
     # All groups have one shape, so that a program serves all jobs.
     most = max(len(job.own) for job in jobs)
     size = group_size(options.at_once(most), denoiser.devices_of_images)
-    runs: list[_Run] = []
-    for job in jobs:
-        if not runs or not missing.isdisjoint(job.own):
-            run = _Run(denoiser, job, options, size)
-            if not runs and profile_folder is not None:
-                run.profile_to(profile_folder)
-            runs.append(run)
+    todo = [job for job in jobs if not missing.isdisjoint(job.own)] or jobs[:1]
+    runs = [_Run(denoiser, job, options, size) for job in todo]
+    if profile_folder is not None:
+        runs[0].profile_to(profile_folder)
     waiting = sum(run.steps_for(missing) for run in runs)
     keep = len(runs) > 1 or images > runs[0].group_size  # there are several groups
     with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
