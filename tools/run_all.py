@@ -30,11 +30,11 @@ from common.compute.platforms import may_have_tpu
 from common.errors import BadSettingError, StageError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
-from common.files.stage_table import ENCODE_PICTURES, FIRST, LAST, STAGES
+from common.files.stage_table import DENOISE, ENCODE_PICTURES, FIRST, LAST, STAGES
 from common.messages import say, warn
 from common.models.hub import OFFLINE
 from common.process import run_command
-from common.runs.flags import add_flags
+from common.runs.flags import add_flags, all_flags
 from common.runs.in_turn import (
     begins_with_pictures,
     flags_of_a_run,
@@ -99,6 +99,9 @@ def main(
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
     asked = [name for name in ("from_stage", "to_stage", "stream") if was_given(context, name)]
+    if "only" in given and "from_stage" not in asked and goes_on(given):
+        from_stage = str(DENOISE.number)  # of the run that is there
+        say("--only: by the settings of the run that is there, from stage 2")
     if stream:
         refuse_unfit_streams(given)
         if from_stage == str(LAST.number) or to_stage != LAST.number:
@@ -125,6 +128,12 @@ def main(
     if code == 0 and picture is not None:
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return code
+
+
+def goes_on(given: Mapping[str, Any]) -> bool:
+    """Whether flags ask for nothing that the first stage settles alone, such as prompts."""
+    later = [flag for flag in all_flags() for stage in (DENOISE, LAST) if flag.is_of(stage)]
+    return given.keys() <= {each.name for flag in later for each in flag.parameters()}
 
 
 def refuse_unfit_streams(given: Mapping[str, Any]) -> None:
@@ -160,7 +169,7 @@ def run_all_cells(
     Args:
         asked: the flags among those for a part of the stages that were given.
     """
-    for name in (*asked, *(["input_dir"] if "input_dir" in given else [])):
+    for name in (*asked, *(name for name in ("input_dir", "only") if name in given)):
         raise BadSettingError(f"--{name} does not go with --sweep, which runs what is needed")
     swept = parse_sweep(text, given)
     refuse_idle_seeds(swept.axes, given)

@@ -14,7 +14,7 @@ from common.files.picture_files import read_picture_record
 from common.files.stage_table import LATENTS_FILE
 from tests.conftest import DEMO, Run
 from tests.refusals import expect, refusal
-from tools import run_all
+from tools import run_all as main_module
 
 
 def test_a_run_writes_what_the_contract_says(finished_run: Path) -> None:
@@ -95,9 +95,27 @@ def test_run_all_ends_with_the_first_failing_stages_code(tmp_path: Path, run_all
     expect(result, 3, "generation_config.json")
 
 
+def test_some_images_are_made_anew_of_the_run_that_is_there(run_copy: Path, run_all: Run) -> None:
+    before = {path.name: path.stat().st_ino for path in run_copy.iterdir()}
+    result = run_all("--output_dir", run_copy, "--only", 1)
+    assert result.returncode == 0, result.stderr
+    assert "by the settings of the run that is there" in result.stdout
+    assert result.stdout.count("1 of 2 to make: 1 asked for") == 2
+    after = {path.name: path.stat().st_ino for path in run_copy.iterdir()}
+    for name in (
+        "output_image_0000.png",
+        "generation_config.json",
+        "stage1_embeddings.safetensors",
+    ):
+        assert after[name] == before[name]
+    assert after["output_image_0001.png"] != before["output_image_0001.png"]
+    assert main_module.goes_on({"only": "1", "guidance_scale": 3.0, "output_dir": "x"})
+    assert not main_module.goes_on({"only": "1", "prompt": ["a"]})
+
+
 def test_a_tpu_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_all.refuse_unfit_streams({})
-    monkeypatch.setattr(run_all, "may_have_tpu", lambda: True)
-    run_all.refuse_unfit_streams({"backend": "torch"})
+    main_module.refuse_unfit_streams({})
+    monkeypatch.setattr(main_module, "may_have_tpu", lambda: True)
+    main_module.refuse_unfit_streams({"backend": "torch"})
     with refusal(BadSettingError, "--stream: one process holds a TPU's chips", "leave it out"):
-        run_all.refuse_unfit_streams({"backend": "auto"})
+        main_module.refuse_unfit_streams({"backend": "auto"})
