@@ -90,7 +90,7 @@ def test_a_unet_that_is_told_the_guidance_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=LONG), "jax"])
 def test_bfloat16_is_as_near_to_float32_as_diffusers_own(backend: str, in_jax: Ours) -> None:
     """On CPUs jax computes 16-bit products in float32, PyTorch with attention of its own kind."""
     config = make_config(DEMO, batch=3, num_inference_steps=10)

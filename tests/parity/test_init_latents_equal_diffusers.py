@@ -15,6 +15,7 @@ from common.runs.jobs import make_sampler
 from common.sampling.sampler import REFUSALS
 from common.sampling.scheduler_tables import make_tables
 from common.sampling.schedulers import SCHEDULERS
+from tests.conftest import LONG
 from tests.in_process import (
     Ours,
     generators_of,
@@ -140,7 +141,7 @@ def test_enlarged_latents_equal_diffusers(family: tuple[str, Family]) -> None:
     assert relative_difference(models.ours.denoise(config), expected) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=LONG)])
 def test_two_runs_are_the_run_in_one(family: tuple[str, Family], backend: str) -> None:
     """Heun's and KDPM2's steps are two evaluations, which diffusers tears apart."""
     _, models = family

@@ -104,7 +104,7 @@ class Comparison:
     scope="module",
     params=[
         "SDXL",
-        pytest.param("SD 2 epsilon", marks=pytest.mark.slow),
+        pytest.param("SD 2 epsilon", marks=LONG),
         pytest.param("SD 2 v_prediction", marks=pytest.mark.slow),
     ],
 )
