@@ -135,7 +135,7 @@ class Progress:
             seen.add(path)
             if said is None or not isinstance(said["group"], list):
                 continue
-            tensors = self._read(path, {"group": said["group"]})
+            tensors = _tensors_in(path)
             if tensors is not None:
                 yield KeptRows(said["group"], _making(said)), tensors
 
@@ -181,16 +181,10 @@ class Progress:
 
     def _read(self, path: Path, facts: dict[str, Any]) -> "dict[str, torch.Tensor] | None":
         """Tensors that are whole and of this key; None else."""
-        from safetensors import SafetensorError, safe_open
-
         said = self._said_of(path)
         if said is None or {name: said.get(name) for name in facts} != _as_read_back(facts):
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None
+        return _tensors_in(path)
 
     def _said_of(self, path: Path) -> dict[str, Any] | None:
         """What a file says of itself, if it is whole and of this key; None else."""
@@ -204,6 +198,17 @@ class Progress:
             return said if "group" in said and said == own else None
         except (BadInputFileError, SafetensorError, OSError, ValueError, LookupError, TypeError):
             return None
+
+
+def _tensors_in(path: Path) -> "dict[str, torch.Tensor] | None":
+    """All tensors of a file; None where it cannot be read any more."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
 
 
 def _making(said: dict[str, Any]) -> Making:

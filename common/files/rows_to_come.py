@@ -1,5 +1,6 @@
 """A file's rows that another process makes, read as groups of them are kept."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,8 +33,6 @@ def announce(
         recipe: of the file, and where it comes from.
         fingerprints: of its rows.
     """
-    import json
-
     rows = [Row(fingerprint, NO_HASH) for fingerprint in fingerprints]
     header = make_header(recipe, dict(provenance), NO_HASH, rows).to_json()
     content = {PROCESS: os.getpid(), FACTS: progress.facts, HEADER: header}

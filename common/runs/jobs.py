@@ -258,16 +258,16 @@ def _without_effect(config: GenerationConfig, checkpoint: Checkpoint) -> Iterato
         yield f"{checkpoint.source('unet').file} says {line}"
     is_sdxl = checkpoint.pipeline_class == SDXL
     if is_sdxl and checkpoint.inpaints_by_channels and strength_of(config, checkpoint) == 1.0:
-        yield ("--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99")
+        yield "--strength 1.0 gives noise with public SDXL UNets for inpainting: use 0.99"
     default_scores = all(
         getattr(config, name) == SizeSettings.model_fields[name].default
         for name in ("aesthetic_score", "negative_aesthetic_score")
     )
     if not default_scores and not is_told_scores(checkpoint.config("unet")):
-        yield ("--aesthetic_score has no effect: this UNet is told none, as SDXL's refiner is")
+        yield "--aesthetic_score has no effect: this UNet is told none, as SDXL's refiner is"
     default = EditSettings.model_fields["image_guidance_scale"].default
     if config.image_guidance_scale != default and not checkpoint.edits_pictures:
-        yield ("--image_guidance_scale has no effect: this UNet edits no pictures by instruction")
+        yield "--image_guidance_scale has no effect: this UNet edits no pictures by instruction"
     partial = (config.negative_original_size is None) != (config.negative_target_size is None)
     if partial or (
         config.negative_crops_coords_top_left != (0, 0) and not has_own_negative(config)

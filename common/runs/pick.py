@@ -1,6 +1,5 @@
 """Some pictures of a run as a run of their own, its files made of what is there."""
 
-import json
 import os
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -42,8 +41,8 @@ from common.runs.recipes import (
     latents_recipe,
     latents_rows,
 )
-from common.runs.run_index import INDEX_FILE, read_index
-from common.whole_files import copy_whole, write_text_whole
+from common.runs.run_index import read_index, write_index
+from common.whole_files import copy_whole
 
 
 def pick(run_dir: Path, images: str, output_dir: Path) -> tuple[list[int], int]:
@@ -111,8 +110,7 @@ def _copy_pictures(run_dir: Path, output_dir: Path, chosen: Collection[int]) -> 
     for line in lines:
         if (path := run_dir / line["file"]).exists():
             copy_whole(path, output_dir / path.name)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text_whole(output_dir / INDEX_FILE, text)
+    write_index(output_dir, lines)
 
 
 def _copy_artifacts(run_dir: Path, output_dir: Path, config: GenerationConfig) -> None:

@@ -58,9 +58,10 @@ class PictureWriter:
         """
         places, rows = found.places(self.pictures), self.pictures.rows
         gone = found.told(places.values())
-        asked = asked & places.keys() - self._made_beside(found)
+        beside = self._made_beside(found)
+        self.made_beside = len(beside)
+        asked = asked & places.keys() - beside
         self.take({row: path for row, path in places.items() if row not in asked})
-        self.made_beside = len(self._made_beside(found))
         if len(rows) > 1 and (gone or places):
             missing = [rows[row] for row in self.missing if row not in asked]
             told = [Told(self.facts.settings(row), row.weights, row.versions) for row in missing]
@@ -68,10 +69,8 @@ class PictureWriter:
 
     def take_done(self, found: Found, progress: Progress | None) -> None:
         """Take the pictures that a stopped run made, or this one while stage 2 ran."""
-        kept, places = (
-            None if progress is None else progress.read_steps(0),
-            found.places(self.pictures),
-        )
+        kept = None if progress is None else progress.read_steps(0)
+        places = found.places(self.pictures)
         beside = self._made_beside(found)
         self.made_beside = len(beside)
         if kept is not None and len(kept["done"]) == len(self.pictures.rows):

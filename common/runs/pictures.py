@@ -54,7 +54,7 @@ class Pictures:
     grids: list[str]
     grid_images: int  # of a whole grid
     grid_recipe: Recipe
-    lines: list[Line]  # of the index, without fingerprints
+    lines: list[Line]  # of the index
     index: Format | None  # in which that is written besides
 
     @classmethod

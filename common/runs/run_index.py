@@ -38,6 +38,12 @@ def read_index(run_dir: Path) -> list[Line]:
     return named if len(named) == len(lines) else []
 
 
+def write_index(run_dir: Path, lines: Iterable[Line]) -> None:
+    """Write a run's index, whole or not at all."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text_whole(run_dir / INDEX_FILE, text)
+
+
 def find_ours(run_dir: Path) -> list[Path]:
     """The pictures of a run directory that have names of ours, or those of its index, in order."""
     listed = {line["file"] for line in read_index(run_dir)}
@@ -119,8 +125,7 @@ class RunIndex:
         """Write it as far as it is."""
         earlier = [line | {"earlier": True} for line in self._earlier.values()]
         lines = [*self._finished(), *earlier]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text_whole(self._run_dir / INDEX_FILE, text)
+        write_index(self._run_dir, lines)
         self._written_at = time.monotonic()
 
     def _finished(self) -> list[Line]:
