@@ -80,9 +80,11 @@ def main(
             for way, config in configs.items():
                 sampler = make_sampler(config, checkpoint)
                 job = denoising_job(config, checkpoint, embeddings, sampler)
-                denoiser = open_denoiser(kept, "jax", unet, job, options, report)
+                denoiser = open_denoiser(kept, "jax", unet, [job], options, report)
                 before = report.parts().get("run", 0.0)
-                denoise_images(denoiser, [job], options, MadeRows.numbered(len(job.seeds)))
+                denoise_images(
+                    lambda _, own=denoiser: own, [job], options, MadeRows.numbered(len(job.seeds))
+                )
                 if round_number:  # the first round compiles and warms up
                     taken = report.parts()["run"] - before
                     seconds.setdefault((mesh_name, way), []).append(taken)

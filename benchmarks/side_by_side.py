@@ -262,11 +262,11 @@ class Ours(Peer):
         unet = UNetToLoad(checkpoint=self.checkpoint, loras=(), dtype=workload.dtype)
         vae, kept = VaeToLoad(checkpoint=self.checkpoint, dtype="float32", tile=False), Kept()
         job, report = self.job(), StageReport(2)
-        self.denoiser = open_denoiser(kept, self.backend, unet, job, self.options, report)
+        self.denoiser = open_denoiser(kept, self.backend, unet, [job], self.options, report)
         self.run_untimed = self.denoiser.run
         self.denoiser.run = self.run  # type: ignore[method-assign]
         shape = (workload.batch, *job.latent_shape)
-        self.decoder = open_decoder(kept, self.backend, vae, shape, self.options, StageReport(3))
+        self.decoder = open_decoder(kept, self.backend, vae, [shape], self.options, StageReport(3))
 
     def job(self) -> Any:
         """What stage 2 is asked for, its scheduler made anew."""
@@ -291,7 +291,7 @@ class Ours(Peer):
         job = self.job()
         made = MadeRows.numbered(len(job.seeds))
         return denoise_images(
-            self.denoiser, [job], self.options, made, profile_folder=profile_folder
+            lambda _: self.denoiser, [job], self.options, made, profile_folder=profile_folder
         )
 
     def flops(self) -> float | None:

@@ -12,6 +12,7 @@ Takes   some seconds for the demo checkpoint, under a minute for SDXL; no jax, n
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,10 +22,11 @@ if __name__ == "__main__":  # the other imports take a second
     stop_at_once_on_signals()
 
 from common.files import artifacts
-from common.files.artifacts import Row
+from common.files.made_rows import MadeRows
 from common.files.stage_table import EMBEDDINGS_FILE, ENCODE
 from common.messages import warn
-from common.runs.parts import bytes_of_own
+from common.models.model_settings import LoraFile
+from common.runs.parts import bytes_of_own, loras_of_prompts
 from common.runs.recipes import embeddings_recipe, embeddings_rows
 from common.runs.stage_run import StageRun, run_script
 
@@ -37,7 +39,8 @@ def main(run: StageRun) -> None:
     config, checkpoint = run.settle_settings()
     from common.conditions.encoding import check_prompt_options
 
-    check_prompt_options(config, checkpoint)
+    loras = loras_of_prompts(config)
+    check_prompt_options(config, checkpoint, loras, run.options)
     recipe = embeddings_recipe(config, checkpoint)
     artifacts.refuse_long_prompts(recipe, len(config.image_seeds()), bytes_of_own(config))
 
@@ -53,36 +56,44 @@ def main(run: StageRun) -> None:
     run.import_libraries("peft", "scipy")
     from common.compute.backends import TORCH_FACTS
     from common.conditions.encoding import measure_encoding
-    from common.conditions.prompts import encode_into, unread
-    from common.files.tensor_writer import NO_HASH, written_in_parts
-    from common.models.text_pipeline import import_text_classes, open_text_pipeline
+    from common.conditions.prompts import encode_into, length_of, rows_as_long, unread
+    from common.models.text_pipeline import (
+        embeddings_names,
+        import_text_classes,
+        open_text_pipeline,
+    )
 
     import_text_classes(checkpoint)
     run.report.phase("other")
-    with run.report.part("checkpoint_read"):
-        pipeline = open_text_pipeline(
-            run.kept, checkpoint, config.text_encoder_dtype, config.loras, config.embeddings
-        )
+
+    def open_pipeline(added: tuple[LoraFile, ...]) -> Any:
+        dtype = config.text_encoder_dtype
+        with run.report.part("checkpoint_read"):
+            return open_text_pipeline(run.kept, checkpoint, dtype, added, config.embeddings)
+
+    pipeline = open_pipeline(loras[rows.missing[0] if rows.missing else 0])
 
     # 4. Encode, prompt by prompt; a stopped run goes on from what it kept
     for line in unread(pipeline, config):
         warn(line)
-    run.keep_progress(recipe, TORCH_FACTS)
-    keeps = len(config.prompts) > 1 and run.progress is not None
-    provenance = {**config.model_settings(), "device": "cpu"}
-    unwritten = [Row(fingerprint, NO_HASH) for fingerprint in rows.fingerprints]
-    with written_in_parts(path, recipe, provenance, unwritten) as written:
-        with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
-            taken = encode_into(written, pipeline, config, rows, run.progress, stop)
-        profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
+    length = length_of(pipeline, config)
+    rows = rows_as_long(rows, length)
+    run.keep_progress(recipe, TORCH_FACTS, rows, tokens=length)
+    made = MadeRows(path, rows, run.progress)
+    keeps = len(made.missing) > 1 and run.progress is not None
+    with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
+        encode_into(made, open_pipeline, config, length, stop, loras)
+    profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
 
     # 5. Written: the settings stand beside
     with run.report.part("writing"):
+        provenance = {**config.model_settings(), "device": "cpu"}
+        shapes = made.write(embeddings_names(pipeline), recipe, provenance)
         run.settings_written(config)
     run.finish(
         path,
-        shapes=written.shapes,
-        rows_taken=taken,
+        shapes=shapes,
+        rows_taken=len(rows.places),
         dtype=config.text_encoder_dtype,
         dtype_asked=config.text_encoder_dtype,
         **TORCH_FACTS,

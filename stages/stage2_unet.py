@@ -24,6 +24,7 @@ if __name__ == "__main__":  # the other imports take a second
     stop_at_once_on_signals()
 
 from common.compute.backends import TORCH_FACTS, Backend
+from common.errors import listed
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import embeddings_misfit
@@ -78,7 +79,8 @@ def main(run: StageRun) -> None:
     recipe = latents_recipe(config, checkpoint, embeddings, expected, begin)
     if run.is_fresh(why_latents_stale(run.run_dir, recipe, run.options), path):
         return None
-    run.begin(f"denoise {len(config.image_seeds())} image(s), {config.width}×{config.height}")
+    sizes = dict.fromkeys(f"{part.config.width}×{part.config.height}" for part in parts)
+    run.begin(f"denoise {len(config.image_seeds())} image(s), {listed([*sizes])}")
     configs = [part.config for part in parts]
     warn_of_settings(configs, checkpoint)
 
@@ -100,7 +102,7 @@ def denoise(
 ) -> None:
     """The part of the story that takes time; `inputs` are embeddings, and what is begun with."""
     from common.sampling.denoising import denoise_images, taken_images
-    from common.sampling.loading import UNetToLoad, open_denoiser
+    from common.sampling.loading import UNets, UNetToLoad
 
     # 4. What is to be denoised; what the steps refuse is said before weights are read
     (config, parts), (embeddings, begin) = settings, inputs
@@ -122,11 +124,12 @@ def denoise(
     given = None if begin is None else run.load_input(begin)
     texts = RowReader(embeddings, warn).tensors()
     jobs = denoising_jobs(config, checkpoint, texts, [*zip(parts, samplers, strict=True)], given)
-    unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
-    fullest = max(jobs, key=lambda job: len(job.guidance.most_predictions()))  # by which meshes go
-    denoiser = open_denoiser(run.kept, backend.name, unet, fullest, run.options, run.report)
-    facts = denoiser.facts()
-    run.keep_progress(recipe, facts, rows, loops_on_device=denoiser.loops_on_device)
+    base = UNetToLoad(checkpoint=checkpoint, loras=(), dtype=dtype)
+    unets = UNets(run.kept, backend.name, base, jobs, run.options, run.report)
+    first = next(job for job in jobs if not {*rows.missing}.isdisjoint(job.own))
+    facts = unets.denoiser(first).facts()
+    loops_on_device = unets.denoiser(first).loops_on_device
+    run.keep_progress(recipe, facts, rows, loops_on_device=loops_on_device)
     if run.progress is None and run.options.checkpoint_every is not None:
         warn("--checkpoint_every has no effect with --profile, --repeat or --distributed")
     folder = run.profile_folder if run.options.profile else None
@@ -134,7 +137,7 @@ def denoise(
         announced = provenance_of_latents(run, config, begin)  # to a stage 3 that runs beside
         made = MadeRows(path, rows, run.progress, (recipe, announced))
         denoised = denoise_images(
-            denoiser, jobs, run.options, made, profile_folder=folder, stop=stop
+            unets.denoiser, jobs, run.options, made, profile_folder=folder, stop=stop
         )
         if not backend.is_first_process:
             say("  the first process writes")

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # the other imports take a second
 from common.compute.backends import TORCH_FACTS, Backend
 from common.files import artifacts
 from common.files.artifacts import Artifact
-from common.files.contracts import header_misfit, latents_misfit
+from common.files.contracts import header_misfit, latents_misfit, latents_shapes
 from common.files.stage_table import DECODE
 from common.messages import say
 from common.models.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ def main(run: StageRun) -> None:
 
     # 2. The input, whole and fitting; and are the pictures fresh already?
     latents = run.inspect_input()  # [B, C, h, w]
-    misfit = latents_misfit(latents.tensors, checkpoint.config("vae")) or header_misfit(latents)
+    misfit = latents_misfit(latents, checkpoint.config("vae")) or header_misfit(latents)
     artifacts.refuse_misfit(latents, misfit or artifacts.inputs_misfit(latents))
     expected = beside.dtype if beside else expected_vae_dtype(config.vae_dtype, run.run_dir)
     begun = find_pasted_into(config, checkpoint, run.source_dir, verify=run.options.verify)
@@ -96,8 +96,8 @@ def decode(
         from common.vae.loading import VaeToLoad, open_decoder
 
         vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
-        shape = latents.tensors["latents"].shape  # [B, C, h, w]
-        decoder = open_decoder(run.kept, backend.name, vae, shape, run.options, run.report)
+        shapes = latents_shapes(latents)  # [B, C, h, w] of each size
+        decoder = open_decoder(run.kept, backend.name, vae, shapes, run.options, run.report)
         run.keep_progress(recipe, decoder.runner.facts())
         if not run.takes_rows:
             writer.take_done(found, run.progress)
@@ -111,7 +111,7 @@ def decode(
     run.settings_written(config)
     run.finish(
         main_picture,
-        shapes={"images": [len(pictures.rows), *writer.picture_shape]},
+        shapes=writer.shapes,
         rows_taken=len(writer.taken) - writer.made_beside,
         dtype=dtype,
         dtype_asked=config.vae_dtype,
@@ -131,7 +131,7 @@ def decode_missing(
     # 5. Decode and write, group by group; a stopped run goes on from what it wrote
     latents, trajectory = Latents.of(inputs[0]), inputs[1]
     into = PastedInto.of(inputs[2], writer.pictures.prompt_of)
-    todo, size = writer.missing, decoder.runner.group_size(latents.count, run.options)
+    todo, size = writer.missing, decoder.group_size(run.options)
     writer.made_by = run.options.made_by(decoder.runner.facts(), size)
     with run.finishing_first(keeps=len(todo) > size and run.progress is not None) as stop:
         for images, pixels in decode_groups(decoder, latents, todo, size, run.options):

@@ -98,9 +98,11 @@ class Ours:
         """Stages 1 and 2; `changes` are those of the options."""
         options, job = self.options.model_copy(update=changes), self.job(config)
         unet = UNetToLoad(checkpoint=self.checkpoint, loras=self.config.loras, dtype=self.dtype)
-        self.denoiser: Any = open_denoiser(self.kept, self.backend, unet, job, options, self.report)
+        self.denoiser: Any = open_denoiser(
+            self.kept, self.backend, unet, [job], options, self.report
+        )
         made = MadeRows.numbered(len(job.seeds), progress)
-        return denoise_images(self.denoiser, [job], options, made, stop=stop)
+        return denoise_images(lambda _: self.denoiser, [job], options, made, stop=stop)
 
     def denoise(self, config: GenerationConfig) -> np.ndarray:
         """Stages 1 and 2. Returns latents [B, C, h, w]."""
@@ -109,7 +111,7 @@ class Ours:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Stage 3. Returns pictures [B, H, W, 3] uint8."""
         decoder = open_decoder(
-            self.kept, self.backend, self.vae(), latents.shape, self.options, self.report
+            self.kept, self.backend, self.vae(), [latents.shape], self.options, self.report
         )
         return decode_all(decoder, latents, self.options)
 

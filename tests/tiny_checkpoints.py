@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,6 +15,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import safe_open
+from safetensors.numpy import save_file as save_numpy
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -151,3 +154,26 @@ def _vae() -> AutoencoderKL:
     """The demo checkpoint's VAE, but narrower, and with what is diffusers' own default."""
     own = dict(block_out_channels=(8, 16, 16, 16), sample_size=32, force_upcast=True)
     return AutoencoderKL(**VAE_CONFIG | own)
+
+
+def save_demo_lora(file: Path, *, seed: int = 0, size: float = 1.0) -> Path:
+    """A LoRA of rank 2 for the demo checkpoint's UNet and first text encoder.
+
+    Args:
+        size: of its numbers' spread.
+    """
+    random, tensors = np.random.default_rng(seed), {}
+    for part, weights, layer in (
+        ("unet", "diffusion_pytorch_model", "to_q"),
+        ("text_encoder", "model", "q_proj"),
+    ):
+        with safe_open(DEMO / part / f"{weights}.safetensors", "np") as model:
+            for name in model.keys():  # noqa: SIM118
+                if name.endswith(f".{layer}.weight"):
+                    rows, columns = model.get_slice(name).get_shape()
+                    key = f"{part}.{name.removesuffix('.weight')}"
+                    tensors[f"{key}.lora_A.weight"] = random.normal(size=(2, columns)) * size
+                    tensors[f"{key}.lora_B.weight"] = random.normal(size=(rows, 2)) * size
+    assert tensors
+    save_numpy({name: tensor.astype("float32") for name, tensor in tensors.items()}, file)
+    return file

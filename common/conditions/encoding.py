@@ -1,6 +1,7 @@
 """What stage 1 checks before prompts are encoded, and measures when they are."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,32 @@ from common.errors import BadSettingError
 from common.files.report import Profile
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import SDXL, text_encoders
+from common.models.model_settings import LoraFile
 
 
-def check_prompt_options(config: ResolvedPrompts, checkpoint: Checkpoint) -> None:
-    """Raise `BadSettingError` where an option asks for what the text encoders do not have."""
+def check_prompt_options(
+    config: ResolvedPrompts,
+    checkpoint: Checkpoint,
+    loras: Sequence[tuple[LoraFile, ...]],
+    options: RunOptions,
+) -> None:
+    """Raise `BadSettingError` where an option asks for what the text encoders do not have.
+
+    Args:
+        loras: of each prompt.
+    """
+    if len({*loras}) > 1:
+        measured = next((name for name in ("profile", "repeat") if getattr(options, name)), None)
+        if measured is not None:
+            raise BadSettingError(
+                f"--{measured} is for runs whose prompts have the same LoRAs: leave it out, or "
+                "theirs"
+            )
+        if config.prompt_weighting == "compel" and config.long_prompts == "chunk":
+            raise BadSettingError(
+                "--prompt_weighting compel --long_prompts chunk is for runs whose prompts have the "
+                "same LoRAs, since compel fills all of them up to one length: leave one out"
+            )
     encoders = checkpoint.listed(text_encoders())
     is_sdxl = checkpoint.pipeline_class == SDXL
     for name in ("prompt_2", "negative_prompt_2"):

@@ -1,18 +1,20 @@
 """Prompts to embeddings, by diffusers' own `encode_prompt` or by compel."""
 
 import re
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from common.conditions.a1111_syntax import calls_of_loras, looks_weighted
 from common.conditions.compel_prompts import encode_with_compel
 from common.conditions.prompt_settings import PromptSettings, ResolvedPrompts
 from common.conditions.weighted_prompts import WeightedTexts
 from common.errors import shorten
-from common.files.kept_progress import Progress
+from common.files.kept_progress import Making
+from common.files.made_rows import MadeRows
 from common.files.rows import Rows
 from common.files.tensor_rows import TOKENS
 from common.messages import say
+from common.models.model_settings import LoraFile
 from common.models.text_pipeline import embeddings_names, first_tokenizer, has_two_encoders, room_of
 from common.models.textual_inversion import unused_words
 from common.progress import progress_bar
@@ -32,48 +34,92 @@ TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 Chunks = dict[str, list[Any] | None]  # text → its chunks, as they are read
 
 
-class TakesRows(Protocol):
-    """Where embeddings go as they are made, as `TensorWriter` takes them."""
-
-    def put(self, rows: "Tensors") -> None: ...
+UNKNOWN = Making(None, {})  # of embeddings neither seconds nor options are told
 
 
 def encode_prompts(pipeline: Any, config: ResolvedPrompts) -> "Tensors":
     """All prompts of a run, held in memory; as `encode_into` gives them."""
-    made = InMemory()
-    encode_into(made, pipeline, config)
-    return made.take()
+    made = MadeRows.numbered(len(config.prompts))
+    encode_into(made, lambda _: pipeline, config, length_of(pipeline, config))
+    return {name: made.read(range(made.count), name) for name in embeddings_names(pipeline)}
+
+
+def length_of(pipeline: Any, config: ResolvedPrompts) -> int | None:
+    """How many tokens the embeddings of a run's prompts have, as many as the longest needs.
+
+    None where compel says it when it encodes them.
+    """
+    if config.prompt_weighting == "compel":
+        return TOKENS if config.long_prompts == "cut" else None
+    reader = _reader(pipeline, config)
+    chunked = map(reader.chunks_of, config.prompts)
+    return TOKENS * max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
+
+
+def rows_as_long(rows: Rows, length: int | None) -> Rows:
+    """The rows to write; an earlier file's are not taken where they have another length.
+
+    Args:
+        length: of the run's embeddings, as `length_of` tells it.
+    """
+    if rows.earlier is None or not rows.places:
+        return rows
+    if rows.earlier.tensors["prompt_embeds"].shape[1] == length:
+        return rows
+    say("  all are encoded anew: they are as long as the longest, which may be another one now")
+    return rows.without(rows.places)
 
 
 def encode_into(
-    made: TakesRows,
-    pipeline: Any,
+    made: MadeRows,
+    pipeline_of: Callable[[tuple[LoraFile, ...]], Any],
     config: ResolvedPrompts,
-    rows: Rows | None = None,
-    progress: Progress | None = None,
+    length: int | None,
     stop: StopRequest | None = None,
-) -> int:
-    """Encode all prompts of a run. Returns how many were taken from an earlier file.
+    loras: Sequence[tuple[LoraFile, ...]] = (),
+) -> None:
+    """Encode the prompts of a run that are missing.
 
     `made` is given prompt_embeds, negative_prompt_embeds [N, L, D], and for SDXL
-    pooled_prompt_embeds, negative_pooled_prompt_embeds [N, E] of N prompts after N prompts, all in
-    the text encoders' dtype. L is 77, or a multiple of it where prompts are encoded in chunks.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds [N, E], all in the text encoders' dtype. L
+    is 77, or a multiple of it where prompts are encoded in chunks. What is done is kept there until
+    all are, unless compel encodes them at once.
 
     Args:
-        rows: those that an earlier file has are taken from there.
-        progress: where prompts are kept until all are done, unless compel encodes them at once.
+        pipeline_of: opens the text pipeline with some LoRAs, after which another one has served.
+        length: L, as `length_of` tells it.
         stop: asked after each prompt.
+        loras: of each prompt; none: of no prompt.
 
     Raises:
         StoppedError: a stop was asked for; what is done is kept.
     """
     import torch
 
-    with torch.no_grad():
-        if config.prompt_weighting == "compel":
-            return _encode_at_once(made, pipeline, config, rows)
-        kind = WeightedTexts if config.prompt_weighting == "a1111" else PlainTexts
-        return _encode_one_by_one(made, kind(pipeline, config), config, rows, (progress, stop))
+    missing, of_loras = made.missing, dict[tuple[LoraFile, ...], list[int]]()
+    if made.kept:
+        say(f"  goes on after {made.kept} of {made.kept + len(missing)} prompts, which are kept")
+    for row in missing:
+        of_loras.setdefault(loras[row] if loras else (), []).append(row)
+    bar = progress_bar(len(missing), "encode", "prompt")
+    with torch.no_grad(), bar:
+        for added, rows in of_loras.items():
+            if config.prompt_weighting == "compel":
+                own = config.model_copy(
+                    update={"prompts": tuple(config.prompts[row] for row in rows)}
+                )
+                made.put(rows, encode_with_compel(pipeline_of(added), own), UNKNOWN, keep=False)
+                bar.update(len(rows))
+                continue
+            assert length is not None
+            reader = _reader(pipeline_of(added), config)
+            _encode_one_by_one(made, rows, reader, length // TOKENS, stop, bar)
+            del reader  # the next one's encoders may need its memory
+
+
+def _reader(pipeline: Any, config: ResolvedPrompts) -> "PlainTexts | WeightedTexts":
+    kind = WeightedTexts if config.prompt_weighting == "a1111" else PlainTexts
+    return kind(pipeline, config)
 
 
 class PlainTexts:
@@ -112,105 +158,31 @@ class PlainTexts:
         return ""
 
 
-def _encode_at_once(
-    made: TakesRows, pipeline: Any, config: ResolvedPrompts, rows: Rows | None
-) -> int:
-    """All prompts that are to be made, by compel. Returns how many are not."""
-    places = _places(rows, None if config.long_prompts == "chunk" else TOKENS)
-    missing = tuple(p for row, p in enumerate(config.prompts) if row not in places)
-    encoded: Tensors = {}
-    if missing:
-        own = config.model_copy(update={"prompts": missing})
-        encoded = encode_with_compel(pipeline, own)
-    at = 0
-    for row in range(len(config.prompts)):
-        if rows is not None and row in places:
-            made.put(rows.read([row]))
-            continue
-        made.put({name: tensor[at : at + 1] for name, tensor in encoded.items()})
-        at += 1
-    return len(config.prompts) - len(missing)
-
-
-def _places(rows: Rows | None, length: int | None) -> Container[int]:
-    """The rows that an earlier file has, if its embeddings are as long as the run's longest.
-
-    Args:
-        length: tokens; None where that is not known before.
-    """
-    if rows is None or rows.earlier is None or not rows.places:
-        return ()
-    if rows.earlier.tensors["prompt_embeds"].shape[1] == length:
-        return rows.places
-    say("  all are encoded anew: they are as long as the longest, which may be another one now")
-    return ()
-
-
 def _encode_one_by_one(
-    made: TakesRows,
+    made: MadeRows,
+    rows: Sequence[int],
     reader: PlainTexts | WeightedTexts,
-    config: ResolvedPrompts,
-    rows: Rows | None,
-    kept_by: tuple[Progress | None, StopRequest | None],
-) -> int:
-    """One prompt at a time, so that its embeddings are the same bits in any company.
-
-    Returns how many were taken from the earlier file.
-    """
-    progress, stop = kept_by
-    chunked = [reader.chunks_of(prompt) for prompt in config.prompts]
-    length = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
-    places = _places(rows, length * TOKENS)
-    done = kept = _put_finished_groups(made, progress)
-    if kept:
-        say(f"  goes on after prompt {kept} of {len(chunked)}")
-    unkept, taken = InMemory(), 0
+    length: int,
+    stop: StopRequest | None,
+    bar: Any,
+) -> None:
+    """One prompt at a time, so that its embeddings are the same bits in any company."""
     known_negatives: dict[Any, Tensors] = {}
-    with progress_bar(len(chunked), "encode", "prompt") as bar:
-        bar.skip(kept)
-        for row in range(kept, len(chunked)):
-            bar.note(config.prompts[row].prompt)
-            if rows is not None and row in places:
-                encoded = rows.read([row])
-                taken += 1
-            else:
-                encoded = _encode_chunks(reader, chunked[row], length, known_negatives)
-            made.put(encoded)
-            done += 1
-            bar.update()
-            if progress is None:
-                continue
-            unkept.put(encoded)
-            # Once: a stop that comes from here on waits for the next prompt.
-            number = None if stop is None else stop.number
-            if number is not None or progress.is_due() or unkept.bytes > MOST_UNKEPT_BYTES:
-                progress.save_group(kept, unkept.take())
-                kept = done
-            if number is not None:
-                said = f"after {kept} of {len(chunked)} prompts, which are kept"
-                raise StoppedError(number, f"{said}: the same command goes on from there")
-    return taken
-
-
-class InMemory:
-    """Rows that are held in memory."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, list[torch.Tensor]] = {}
-        self.bytes = 0
-
-    def put(self, rows: "Tensors") -> None:
-        for name, tensor in rows.items():
-            self.tensors.setdefault(name, []).append(tensor)
-            self.bytes += tensor.nbytes
-
-    def take(self) -> "Tensors":
-        """All of them, which are let go."""
-        import torch
-
-        taken = {name: torch.cat(tensors) for name, tensors in self.tensors.items()}
-        self.tensors, self.bytes = {}, 0
-        return taken
+    for row in rows:
+        prompt = reader.config.prompts[row]
+        bar.note(prompt.prompt)
+        encoded = _encode_chunks(reader, reader.chunks_of(prompt), length, known_negatives)
+        made.put([row], encoded, UNKNOWN, keep=False)
+        bar.update()
+        if made.progress is None:
+            continue
+        # Once: a stop that comes from here on waits for the next prompt.
+        number = None if stop is None else stop.number
+        if number is not None or made.progress.is_due() or made.held_bytes > MOST_UNKEPT_BYTES:
+            made.keep_held(UNKNOWN)
+        if number is not None:
+            said = f"after {made.kept} of {made.kept + len(made.missing)} prompts, which are kept"
+            raise StoppedError(number, f"{said}: the same command goes on from there")
 
 
 def _encode_chunks(
@@ -244,15 +216,6 @@ def _encode_chunks(
         name: tensors[0] if "pooled" in name else torch.cat(tensors, 1)
         for name, tensors in parts.items()
     }
-
-
-def _put_finished_groups(made: TakesRows, progress: Progress | None) -> int:
-    """Put what an earlier run kept, each group under the index of its first prompt; how many."""
-    done = 0
-    while progress is not None and (group := progress.read_group(done)) is not None:
-        made.put(group)
-        done += len(group["prompt_embeds"])
-    return done
 
 
 def _chunks_of(prompt: PromptSettings, pipeline: Any, config: ResolvedPrompts) -> Chunks:

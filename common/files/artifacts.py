@@ -43,7 +43,7 @@ MADE_BY = "made_by"  # of a header's provenance: a list, of which rows name one 
 MOST_HEADER_BYTES = 16_000_000
 # Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
 MOST_PROMPTS_BYTES = 12_000_000
-BYTES_OF_A_ROW = 164  # its two hashes, its seconds and what separates them
+BYTES_OF_A_ROW = 180  # its two hashes, its seconds, its size and what separates them
 
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
@@ -58,6 +58,7 @@ class Row(NamedTuple):
     data_sha256: str  # as the file of such a run has it
     seconds: float | None = None  # of devices, that it took
     made_by: int | None = None  # which of the file's `made_by`: options that its bits depend on
+    ending: str = ""  # of its tensors' names, in a file whose rows are of several sizes
 
 
 class Header(BaseModel):

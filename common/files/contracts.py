@@ -4,6 +4,7 @@ A row of `TENSORS` is all that is known of a tensor: the checks, the empty tenso
 for, and the table in the documentation follow from it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from common.declared import EMBEDDINGS, LATENTS
 from common.files.artifacts import Artifact, TensorLayout
+from common.files.row_places import layouts_by_ending, row_places
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.files.stage_table import (
     DENOISE,
@@ -60,17 +62,33 @@ def embeddings_misfit(
     return _discord(rows, tensors)
 
 
-def latents_misfit(tensors: Mapping[str, TensorLayout], vae: Mapping[str, Any]) -> str | None:
+def latents_misfit(latents: Artifact, vae: Mapping[str, Any]) -> str | None:
     """Compare stage 2's tensors with what a VAE needs, by its config.
 
     Returns what is wrong like `embeddings_misfit`.
     """
     rows, known = rows_of(LATENTS_FILE), {"C": vae["latent_channels"]}
-    if missing := _missing(rows, tensors):
-        return f"lacks {missing}"
     needs = f"; the VAE needs {known['C']} channels"
-    misfits = (_misfit(row, tensors[row.name], known, needs) for row in rows)
-    return next(filter(None, misfits), None) or _discord(rows, tensors)
+    header = latents.header
+    counts = Counter(row.ending for row in header.rows) if header is not None else Counter()
+    for ending in counts or [""]:
+        own = {name.removesuffix(ending): layout for name, layout in latents.tensors.items()}
+        if missing := _missing(rows, own):
+            return f"lacks {missing}{ending}"
+        misfits = (_misfit(row, own[row.name], known, needs) for row in rows)
+        if misfit := next(filter(None, misfits), None) or _discord(rows, own):
+            return misfit
+        found = own[rows[0].name].shape[0]
+        if found != counts.get(ending, found):
+            return (
+                f"holds {rows[0].name}{ending} of {found} images, its header names {counts[ending]}"
+            )
+    return None
+
+
+def latents_shapes(latents: Artifact) -> list[tuple[int, ...]]:
+    """The shape [B, C, h, w] of stage 2's latents of each size."""
+    return [own["latents"].shape for own in layouts_by_ending(latents).values()]
 
 
 def image_latents_misfit(
@@ -120,6 +138,8 @@ def trajectory_misfit(
     rows = rows_of(TRAJECTORY_FILE)
     if missing := _missing(rows, tensors):
         return f"lacks {missing}"
+    if "latents" not in own:
+        return "is of one size, and the latents of several"
     (latents,) = (row for row in rows_of(LATENTS_FILE) if row.name == "latents")
     known = dict(latents.sizes(own["latents"].shape))
     steps = tensors["steps"].shape
@@ -220,7 +240,7 @@ def header_misfit(latents: Artifact) -> str | None:
             return f"has not as many {name} as prompts in its header"
     of_each, seeds = images.num_images_per_prompt, len(images.seeds)
     wanted = sum(of_each) if isinstance(of_each, list) else len(texts.prompts) * of_each
-    found = latents.tensors["latents"].shape[0]
+    found = len(row_places(latents))
     if not wanted == seeds == found:
         return f"holds latents of {found} images, its header names {seeds} seeds"
     return None

@@ -52,6 +52,7 @@ class MadeRows:
             if each in known and row not in rows.places
         }
         self._held: dict[int, Tensors] = {}
+        self.held_bytes = 0
         self._making: dict[int, Making] = {}
 
     @classmethod
@@ -95,35 +96,52 @@ class MadeRows:
         artifacts.check_finite(tensors, self.path, "was not written")
         if self.progress is not None and keep:
             if self._announced is not None:
-                announce(self.progress, *self._announced, self.rows.fingerprints)
+                announce(self.progress, *self._announced, self.rows)
                 self._announced = None
             path = self.progress.save_group(self.group(rows), tensors, **making._asdict())
             self._kept |= {row: KeptRow(path, k, making) for k, row in enumerate(rows)}
             return
+        self.held_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for k, row in enumerate(rows):
             self._held[row] = {name: tensor[k : k + 1] for name, tensor in tensors.items()}
             self._making[row] = making
 
+    def keep_held(self, making: Making) -> None:
+        """Keep as one group what is held in memory, all of it made in the same way."""
+        import torch
+
+        rows, held = [*self._held], [*self._held.values()]
+        if not rows:
+            return
+        self._held, self.held_bytes = {}, 0
+        tensors = {name: torch.cat([each[name] for each in held]) for name in held[0]}
+        self.put(rows, tensors, making, keep=True)
+
     def read(self, rows: Sequence[int], name: str) -> "torch.Tensor":
-        """A tensor's rows [N, …]."""
+        """A tensor's rows of one size, [N, …]."""
         import torch
 
         parts = []
-        for path, group in groupby((self._place(row) for row in rows), lambda place: place[0]):
-            places = [place for _, place in group]
+        for (path, ending), group in groupby(map(self._place, rows), lambda place: place[:2]):
+            places = [place for *_, place in group]
             if path is None:
                 parts += [self._held[row][name] for row in places]
             else:
-                parts.append(read_rows(path, places, [name])[name])
+                whole = f"{name}{ending}"
+                parts.append(read_rows(path, places, [whole])[whole])
         return torch.cat(parts)
 
-    def _place(self, row: int) -> tuple[Path | None, int]:
-        """The file that has a row, and where in it; None and the row itself: in memory."""
+    def _place(self, row: int) -> tuple[Path | None, str, int]:
+        """The file that has a row, the ending of its tensors' names there, and where in them.
+
+        None and the row itself: in memory.
+        """
         if row in self.rows.places and self.rows.earlier is not None:
-            return self.rows.earlier.path, self.rows.places[row]
+            place = self.rows.earlier_places[self.rows.places[row]]
+            return self.rows.earlier.path, place.ending, place.row
         if row in self._kept:
-            return self._kept[row].path, self._kept[row].place
-        return None, row
+            return self._kept[row].path, "", self._kept[row].place
+        return None, "", row
 
     def write(
         self, names: Sequence[str], recipe: Recipe, provenance: dict[str, Any]
@@ -134,16 +152,23 @@ class MadeRows:
             names: of the tensors that it is to have.
         """
         known: list[dict[str, Any]] = []
-        rows = []
+        rows, by_ending = [], dict[str, list[int]]()
         for row, fingerprint in enumerate(self.rows.fingerprints):
             seconds, made_by = self.making(row)
             if made_by and made_by not in known:
                 known.append(made_by)
             index = known.index(made_by) if made_by else None
-            rows.append(Row(fingerprint, NO_HASH, seconds, index))
+            ending = self.rows.endings[row]
+            rows.append(Row(fingerprint, NO_HASH, seconds, index, ending))
+            by_ending.setdefault(ending, []).append(row)
+
+        def read(some: Sequence[int]) -> "Tensors":
+            return {name: self.read(some, name) for name in names}
+
         provenance = {**provenance, MADE_BY: known} if known else provenance
         with written_in_parts(self.path, recipe, provenance, rows) as written:
-            for first in range(0, self.count, ROWS_AT_ONCE):
-                some = range(first, min(first + ROWS_AT_ONCE, self.count))
-                written.put({name: self.read(some, name) for name in names})
+            written.lay_out({ending: read(own[:1]) for ending, own in by_ending.items()})
+            for ending, own in by_ending.items():
+                for first in range(0, len(own), ROWS_AT_ONCE):
+                    written.put(read(own[first : first + ROWS_AT_ONCE]), ending)
         return written.shapes

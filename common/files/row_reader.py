@@ -1,6 +1,6 @@
 """Files that stages exchange, read whole, or by rows when these are computed with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from common.errors import BadInputFileError
 from common.files import artifacts
 from common.files.artifacts import Artifact
+from common.files.row_places import layouts_by_ending, row_places
 from common.files.tensor_rows import known_names
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def read_rows(
 
 
 class RowReader:
-    """The rows of an inspected file of one or more tensors [N, …]."""
+    """The rows of an inspected file of one or more tensors [N, …], or of some for each size."""
 
     def __init__(self, artifact: Artifact, warn: Callable[[str], None]) -> None:
         """
@@ -80,20 +81,38 @@ class RowReader:
             NotFiniteError: a tensor holds an infinity or a not-a-number.
         """
         self.path = artifact.path
-        self._names = known_names(self.path.name, artifact.tensors)
-        self.count = min(artifact.tensors[name].shape[0] for name in self._names)
+        self._places = row_places(artifact)
+        self._names = {
+            ending: known_names(self.path.name, own)
+            for ending, own in layouts_by_ending(artifact).items()
+        }
+        self.sizes = self.by_size(range(len(self._places)))  # all rows, those of one size together
         _warn_of_elsewhere(artifact, warn)
-        for first in range(0, self.count, ROWS_AT_ONCE):
-            some = self.read(range(first, min(first + ROWS_AT_ONCE, self.count)))
-            artifacts.check_finite(some, self.path, "cannot be used")
+        for rows in self.sizes:
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                some = self.read(rows[first : first + ROWS_AT_ONCE])
+                artifacts.check_finite(some, self.path, "cannot be used")
 
-    def read(self, places: Sequence[int]) -> "dict[str, torch.Tensor]":
-        """Some rows [N, …] of every tensor."""
-        return read_rows(self.path, places, self._names)
+    def by_size(self, rows: Iterable[int]) -> list[list[int]]:
+        """Some rows, those of one size together."""
+        found: dict[str, list[int]] = {}
+        for row in rows:
+            found.setdefault(self._places[row].ending, []).append(row)
+        return [*found.values()]
+
+    def read(self, rows: Sequence[int]) -> "dict[str, torch.Tensor]":
+        """Some rows of one size, [N, …] of every tensor."""
+        ending = self._places[rows[0]].ending
+        names = {f"{name}{ending}": name for name in self._names[ending]}
+        found = read_rows(self.path, [self._places[row].row for row in rows], [*names])
+        return {name: found[whole] for whole, name in names.items()}
 
     def tensors(self) -> "dict[str, TensorOnDisk]":
-        """Each tensor by its name, to be indexed by rows as if it were in memory."""
-        return {name: TensorOnDisk(self.path, name) for name in self._names}
+        """Each tensor by its name, to be indexed by rows as if it were in memory.
+
+        Of a file whose rows are of one size.
+        """
+        return {name: TensorOnDisk(self.path, name) for name in self._names[""]}
 
 
 @dataclass(frozen=True)

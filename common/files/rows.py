@@ -6,8 +6,9 @@ and in whatever place, its fingerprint is the same.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS
 from common.errors import BadInputFileError
@@ -15,11 +16,8 @@ from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.kept_progress import Making
 from common.files.recipe import Recipe, names_of_differences
-from common.files.row_reader import read_rows
+from common.files.row_places import RowPlace, endings_of, row_places
 from common.files.tensor_rows import known_names
-
-if TYPE_CHECKING:
-    import torch
 
 # Lists in a recipe with an item for each prompt, or one for all, and for each image; and what an
 # item of each is called.
@@ -100,10 +98,15 @@ class Rows:
         header, place = self.earlier.header, self.places[row]
         return Making(header.rows[place].seconds, header.made_by(place))
 
-    def read(self, rows: Iterable[int]) -> "dict[str, torch.Tensor]":
-        """Rows that the earlier file has, [N, …] each."""
-        assert self.earlier is not None
-        return read_rows(self.earlier.path, [self.places[row] for row in rows])
+    @cached_property
+    def endings(self) -> list[str]:
+        """Of the rows' tensors in the file to write."""
+        return endings_of(self.recipes) or [""] * len(self.fingerprints)
+
+    @cached_property
+    def earlier_places(self) -> list[RowPlace]:
+        """Of all rows in the earlier file."""
+        return [] if self.earlier is None else row_places(self.earlier)
 
     def changes(self, asked: int = 0) -> "Changes":
         """What is to be made, and why.
@@ -127,7 +130,7 @@ def row_hashes(artifact: Artifact) -> list[str]:
     with safe_open(artifact.path, "pt") as file:
         names = known_names(artifact.path.name, artifact.tensors)
         slices = {name: file.get_slice(name) for name in names}
-        count = min(artifact.tensors[name].shape[0] for name in names)
+        count = len(row_places(artifact))
         rows = ({name: part[k : k + 1] for name, part in slices.items()} for k in range(count))
         return [artifacts.hash_tensors(row) for row in rows]
 

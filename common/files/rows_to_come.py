@@ -11,6 +11,7 @@ from common.files import artifacts
 from common.files.artifacts import MADE_BY, Header, Row, make_header
 from common.files.kept_progress import Making, Progress, progress_paths
 from common.files.recipe import Recipe
+from common.files.rows import Rows
 from common.files.run_lock import process_of_stage
 from common.files.stage_table import Stage
 from common.files.tensor_writer import NO_HASH
@@ -24,17 +25,16 @@ TO_COME_FILE = "to_come.json"  # among what is kept
 PROCESS, FACTS, HEADER = "process", "facts", "header"
 
 
-def announce(
-    progress: Progress, recipe: Recipe, provenance: Mapping[str, Any], fingerprints: list[str]
-) -> None:
+def announce(progress: Progress, recipe: Recipe, provenance: Mapping[str, Any], rows: Rows) -> None:
     """Say what file the groups are for that are being kept.
 
     Args:
         recipe: of the file, and where it comes from.
-        fingerprints: of its rows.
+        rows: of it.
     """
-    rows = [Row(fingerprint, NO_HASH) for fingerprint in fingerprints]
-    header = make_header(recipe, dict(provenance), NO_HASH, rows).to_json()
+    each = zip(rows.fingerprints, rows.endings, strict=True)
+    own = [Row(fingerprint, NO_HASH, ending=ending) for fingerprint, ending in each]
+    header = make_header(recipe, dict(provenance), NO_HASH, own).to_json()
     content = {PROCESS: os.getpid(), FACTS: progress.facts, HEADER: header}
     write_text_whole(progress.folder / TO_COME_FILE, json.dumps(content))
 

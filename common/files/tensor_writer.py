@@ -40,6 +40,10 @@ class TensorWriter:
         """
         self.path, self.count, self.written = path, len(rows), 0
         self._rows = [row._replace(data_sha256=NO_HASH) for row in rows]
+        self._waiting: dict[str, list[int]] = {}  # the rows of each ending, the next one last
+        for number in reversed(range(len(rows))):
+            self._waiting.setdefault(rows[number].ending, []).append(number)
+        self._counts = {ending: len(own) for ending, own in self._waiting.items()}
         self.shapes: dict[str, list[int]] = {}
         self._recipe, self._provenance = recipe, provenance
         self._begins: dict[str, int] = {}
@@ -50,8 +54,29 @@ class TensorWriter:
         self._temporary = temporary
         self._file = temporary.open("w+b")
 
-    def put(self, rows: "Mapping[str, torch.Tensor]") -> None:
-        """Write the next rows, [N, …] each.
+    def lay_out(self, samples: "Mapping[str, Mapping[str, torch.Tensor]]") -> None:
+        """Settle where all tensors go, by a row [1, …] of each ending. Before the first rows."""
+        end = 0
+        whole = {
+            f"{name}{ending}": (tensor, self._counts[ending])
+            for ending, tensors in samples.items()
+            for name, tensor in tensors.items()
+        }
+        for key in sorted(whole):
+            tensor, count = whole[key]
+            begin, end = end, end + tensor[0].nbytes * count
+            self.shapes[key] = [count, *tensor.shape[1:]]
+            self._entries[key] = {
+                "dtype": _NAME_OF_DTYPE[str(tensor.dtype).removeprefix("torch.")],
+                "shape": self.shapes[key],
+                "data_offsets": [begin, end],
+            }
+        self._written_header = make_header(self._recipe, self._provenance, NO_HASH)
+        start = len(self._head(NO_HASH))
+        self._begins = {key: start + each["data_offsets"][0] for key, each in self._entries.items()}
+
+    def put(self, rows: "Mapping[str, torch.Tensor]", ending: str = "") -> None:
+        """Write the next rows of an ending, [N, …] each.
 
         Raises:
             NotFiniteError: a row holds an infinity or a not-a-number.
@@ -60,15 +85,18 @@ class TensorWriter:
 
         check_finite(rows, self.path, "was not written")
         if not self._entries:
-            self._lay_out(rows)
-        for key, tensor in rows.items():
+            self.lay_out({ending: rows})
+        waiting = self._waiting[ending]
+        done = self._counts[ending] - len(waiting)
+        for name, tensor in rows.items():
             data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-            self._file.seek(self._begins[key] + self.written * (data.nbytes // len(tensor)))
+            size = data.nbytes // len(tensor)
+            self._file.seek(self._begins[f"{name}{ending}"] + done * size)
             self._file.write(data)
         for row in range(len(tensor)):
-            data_sha256 = hash_tensors({key: each[row : row + 1] for key, each in rows.items()})
-            known = self._rows[self.written]
-            self._rows[self.written] = known._replace(data_sha256=data_sha256)
+            data_sha256 = hash_tensors({name: each[row : row + 1] for name, each in rows.items()})
+            number = waiting.pop()
+            self._rows[number] = self._rows[number]._replace(data_sha256=data_sha256)
             self.written += 1
 
     def close(self) -> None:
@@ -82,21 +110,6 @@ class TensorWriter:
         self._file.seek(0)
         self._file.write(self._head(digest.hexdigest()))
         self._file.close()
-
-    def _lay_out(self, rows: "Mapping[str, torch.Tensor]") -> None:
-        end = 0
-        for key in sorted(rows):
-            tensor = rows[key]
-            begin, end = end, end + tensor[0].nbytes * self.count
-            self.shapes[key] = [self.count, *tensor.shape[1:]]
-            self._entries[key] = {
-                "dtype": _NAME_OF_DTYPE[str(tensor.dtype).removeprefix("torch.")],
-                "shape": self.shapes[key],
-                "data_offsets": [begin, end],
-            }
-        self._written_header = make_header(self._recipe, self._provenance, NO_HASH)
-        start = len(self._head(NO_HASH))
-        self._begins = {key: start + each["data_offsets"][0] for key, each in self._entries.items()}
 
     def _head(self, data_sha256: str) -> bytes:
         """What stands before the data, as long whatever the hash is."""

@@ -150,6 +150,7 @@ class LoraSettings(Settings):
         metavar="FILE",
         group=MODEL,
         shapes=(EMBEDDINGS, LATENTS),
+        of_prompts=True,
         recorded=False,
         many=True,
         flag="lora",

@@ -103,6 +103,12 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
         for name in {name for prompt in self.prompts for name in prompt.settings}:
             if name not in known:
                 raise ValueError(f"a prompt cannot have {name} of its own")
+        begins = self.has_pictures or self.init_latents is not None
+        if begins and any(prompt.settings.keys() & {"height", "width"} for prompt in self.prompts):
+            raise ValueError(
+                "a run that begins with pictures or latents has one size: leave height and width "
+                "out of its prompts"
+            )
         return self
 
     def images_of_prompts(self) -> list[int]:
@@ -184,14 +190,23 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
 
 
 def check_size(config: GenerationConfig, size_factor: int) -> None:
-    """Raise `BadSettingError` where height or width is not a multiple of `size_factor`."""
-    for name in ("height", "width"):
-        value = getattr(config, name)
+    """Raise `BadSettingError` where height or width is not a multiple of `size_factor`.
+
+    Also where those of one of the prompts are not.
+    """
+    sizes = [(f"--{name}", getattr(config, name)) for name in ("height", "width")]
+    sizes += [
+        (f"the prompt {prompt.prompt[:40]!r}: {name}", prompt.settings[name])
+        for prompt in config.prompts
+        for name in ("height", "width")
+        if name in prompt.settings
+    ]
+    for said, value in sizes:
         if value % size_factor:
             below = value // size_factor * size_factor
             choice = f"{below} or {below + size_factor}" if below else str(size_factor)
             raise BadSettingError(
-                f"--{name} {value} is not a multiple of {size_factor}, which the checkpoint "
+                f"{said} {value} is not a multiple of {size_factor}, which the checkpoint "
                 f"{config.model_id} needs: use {choice}"
             )
 

@@ -14,6 +14,7 @@ from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.files import artifacts
 from common.files.picture_files import grid_names
+from common.files.row_places import row_places
 from common.files.rows_to_come import RowsToCome
 from common.files.run_lock import process_of_stage
 from common.files.stage_table import (
@@ -301,10 +302,10 @@ def picture_path(run_dir: Path, source_dir: Path, given: Mapping[str, Any]) -> P
     Args:
         given: settings by flags.
     """
-    latents = artifacts.inspect(source_dir / LATENTS_FILE, verify=False).tensors["latents"]
+    images = len(row_places(artifacts.inspect(source_dir / LATENTS_FILE, verify=False)))
     config, _ = read_generation_config(source_dir).override(
         {name: given[name] for name in ("grid_images",) if name in given}
     )
     first: str = read_index(run_dir)[0]["file"]
     written: Any = Path(first).suffix.removeprefix(".")
-    return run_dir / [*grid_names(latents.shape[0], config.grid_images, written), first][0]
+    return run_dir / [*grid_names(images, config.grid_images, written), first][0]

@@ -6,6 +6,7 @@ from common.errors import BadInputFileError, BadSettingError
 from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.contracts import latents_misfit
+from common.files.row_places import layouts_by_ending
 from common.files.stage_table import LATENTS_FILE
 from common.models.checkpoint import Checkpoint
 from common.runs.generation import GenerationConfig
@@ -35,9 +36,14 @@ def find_init_latents(
             "--output_dir"
         )
     found = artifacts.inspect(path, verify=verify)
-    if misfit := latents_misfit(found.tensors, checkpoint.config("vae")):
+    if misfit := latents_misfit(found, checkpoint.config("vae")):
         raise BadInputFileError(f"--init_latents: {path} {misfit}: choose another file")
-    count, *shape = found.tensors["latents"].shape
+    if len(sizes := layouts_by_ending(found)) > 1:
+        raise BadSettingError(
+            f"--init_latents: {path} has latents of {len(sizes)} sizes: a run that begins with "
+            "latents has one"
+        )
+    ((count, *shape),) = (layouts["latents"].shape for layouts in sizes.values())
     images, wanted = len(config.image_seeds()), latent_shape(config, checkpoint)
     channels, *cells = shape
     if (channels, *enlarged_size(cells, config.upscale)) != wanted:

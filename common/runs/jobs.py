@@ -115,6 +115,7 @@ def denoising_job(
         conditions=conditions_of(config, unet_config),
         prompts=[prompt.prompt for prompt in config.prompts],
         begin=beginning_of(config, checkpoint, prompt_of.tolist(), begin),
+        loras=config.loras,
     )
 
 
@@ -141,10 +142,14 @@ def denoising_jobs(
                 sampler=sampler,
                 guidance=guidance_of(own, unet_config, scale),
                 conditions=conditions_of(own, unet_config),
+                latent_shape=latent_shape(own, checkpoint),
+                loras=own.loras,
                 chosen=part.images,
             )
         )
-    return jobs
+    # Those with the same LoRAs one after the other.
+    order = [*dict.fromkeys(job.loras for job in jobs)]
+    return sorted(jobs, key=lambda job: order.index(job.loras))
 
 
 def beginning_of(

@@ -46,13 +46,13 @@ def write_latents(
                 devices |= before
         provenance = {**provenance_of_latents(run, config, begin), **devices}
         begun = begin if config.pastes else None
-        shape = save_latents(run.run_dir, denoised, recipe, provenance, begun)
+        shapes = save_latents(run.run_dir, denoised, recipe, provenance, begun)
         run.settings_written(config)
     if stop is not None:
         stop.raise_if_asked(f"when {path} was written")
     run.finish(
         path,
-        shapes={"latents": shape},
+        shapes=shapes,
         rows_taken=len(rows.places),
         dtype=recipe.settings_of(LATENTS)["unet_dtype"],
         dtype_asked=config.unet_dtype,
@@ -83,8 +83,10 @@ def save_latents(
     recipe: Recipe,
     provenance: dict[str, Any],
     begun: Artifact | None = None,
-) -> list[int]:
-    """Write the latents, and the trajectory in place of another run's. Returns the latents' shape.
+) -> dict[str, list[int]]:
+    """Write the latents, and the trajectory in place of another run's.
+
+    Returns the shapes of the latents' tensors.
 
     Args:
         begun: the pictures that stage 3 pastes into, which it finds beside the latents.
@@ -96,7 +98,7 @@ def save_latents(
     if begun is not None and begun.path.parent.resolve() != run_dir.resolve():
         copy_whole(begun.path, run_dir / begun.path.name)
     trajectory = denoised.trajectory
-    shape = denoised.made.write(["latents"], recipe, provenance)["latents"]
+    shapes = denoised.made.write(["latents"], recipe, provenance)
     if trajectory is not None and denoised.trajectory_every is not None:
         artifacts.save_tensors(
             trajectory_file,
@@ -104,4 +106,4 @@ def save_latents(
             recipe_of_trajectory(recipe, denoised.trajectory_every),
             provenance,
         )
-    return shape
+    return shapes

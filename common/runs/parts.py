@@ -8,6 +8,7 @@ from common.declared import flag_of, validate
 from common.errors import BadSettingError, listed
 from common.files.recipe import to_json
 from common.messages import warn
+from common.models.model_settings import LoraFile
 from common.runs.generation import GenerationConfig
 from common.sampling.sampling_settings import STEP_SETTINGS, merge_settings
 
@@ -54,6 +55,19 @@ def settled_for(config: GenerationConfig, prompt: PromptSettings) -> GenerationC
     alone = prompt.model_copy(update={"settings": {}})
     own = {"prompts": [alone.model_dump()], "seed_offset": 0}  # of seeds the run's are checked
     return validate(GenerationConfig, merged | own, where)
+
+
+def loras_of_prompts(config: GenerationConfig) -> list[tuple[LoraFile, ...]]:
+    """The LoRAs of each prompt: its own, or the run's."""
+    known: dict[str, tuple[LoraFile, ...]] = {}
+    found = []
+    for prompt in config.prompts:
+        own = prompt.settings.get("loras")
+        key = to_json(own)
+        if key not in known:
+            known[key] = config.loras if own is None else settled_for(config, prompt).loras
+        found.append(known[key])
+    return found
 
 
 def warn_of_own_settings(config: GenerationConfig, given: Collection[str]) -> None:

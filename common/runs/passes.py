@@ -5,13 +5,13 @@ like any other: it begins with the latents of the pass before it, and is run, re
 the same stages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.conditions.prompt_settings import AskedPrompts
+from common.conditions.prompt_settings import AskedPrompts, PromptSettings
 from common.declared import INPUT, MODEL, declarations, flag_of
 from common.errors import BadSettingError, listed
 from common.files.recipe import to_json
@@ -34,6 +34,7 @@ from common.runs.in_turn import (
     run_in_turn,
 )
 from common.runs.inputs import enlarged_size
+from common.runs.prompts_file import read_prompts_file
 from common.whole_files import write_text_whole
 
 HIRES, REFINER = "hires", "refiner"  # the passes, and their folders
@@ -111,6 +112,11 @@ class Passes:
                     f"--{name} pastes into the pictures begun with, and --{last} makes all of them "
                     "anew: leave one of both out"
                 )
+        if any(prompt.settings.keys() & {"height", "width"} for prompt in _prompts_of(settings)):
+            raise BadSettingError(
+                f"--{self.names[0]} goes on from latents of one size: leave it out, or height and "
+                "width of the prompts"
+            )
         if self.hires is not None:
             checkpoint = open_checkpoint(settings, ("unet",))
             if checkpoint.edits_pictures or checkpoint.inpaints_by_channels:
@@ -185,10 +191,11 @@ class Passes:
         settings = self.settings_of(name, config)
         prompts = [prompt.model_dump(exclude={"image", "mask_image"}) for prompt in config.prompts]
         own = [each.pop("settings") for each in prompts]
+        dropped = self._dropped_names(name, config)
         lines = [
             to_json(
                 {k: v for k, v in each.items() if _says(k, v)}
-                | {k: v for k, v in more.items() if k not in _OF_THE_FIRST}
+                | {k: v for k, v in more.items() if k not in dropped}
             )
             for each, more in zip(prompts, own, strict=True)
         ]
@@ -199,16 +206,28 @@ class Passes:
     def settings_of(self, name: str, config: GenerationConfig) -> dict[str, Any]:
         """The settings that a pass has of the run before it, but for the prompts."""
         settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"prompts"})
-        dropped = _settings_of(INPUT) | {*_OF_THE_FIRST}
-        if name == REFINER:
-            dropped |= {*self.dropped(config), "model_id"}
+        dropped = self._dropped_names(name, config)
         return {name: value for name, value in settings.items() if name not in dropped}
+
+    def _dropped_names(self, name: str, config: GenerationConfig) -> set[str]:
+        """The settings, of the run or of its prompts, that a pass has not of the run before it."""
+        of_models = {*self.dropped(config), "model_id"} if name == REFINER else set()
+        return _settings_of(INPUT) | {*_OF_THE_FIRST} | of_models
 
     def dropped(self, config: GenerationConfig) -> list[str]:
         """The settings of the base's models, which the refiner does without."""
         of_models = (_settings_of(MODEL) | {"embeddings"}) - {"model_id"}
-        given = config.model_dump(exclude_defaults=True).keys() & of_models
-        return sorted(name for name in given if not name.endswith("dtype"))
+        given = {name for prompt in config.prompts for name in prompt.settings}
+        given |= config.model_dump(exclude_defaults=True).keys()
+        return sorted(name for name in given & of_models if not name.endswith("dtype"))
+
+
+def _prompts_of(settings: RunSettings | GenerationConfig) -> Sequence[PromptSettings]:
+    """The prompts that settings have, or ask for in a file."""
+    if isinstance(settings, GenerationConfig):
+        return settings.prompts
+    file = settings.prompts_file
+    return () if file is None else read_prompts_file(file, settings)
 
 
 def _says(name: str, value: Any) -> bool:

@@ -11,6 +11,7 @@ from common.files import artifacts
 from common.files.artifacts import Artifact
 from common.files.made_rows import MadeRows
 from common.files.recipe import Recipe
+from common.files.row_places import layouts_by_ending
 from common.files.rows import find_rows
 from common.files.run_lock import HELD_BY_PARENT, RUN_LOCK, RunLock
 from common.files.stage_table import (
@@ -154,7 +155,8 @@ def _copy_rows(
             f"run it first: ./run_all.sh --output_dir {run_dir}"
         )
     path = output_dir / name
-    names = known_names(name, source.tensors)
+    tensors = next(iter(layouts_by_ending(source).values()))
+    names = known_names(name, tensors)
     # What flags overrode is settled here.
     provenance = {**source.header.provenance, "overrides": {}}
     MadeRows(path, found).write(names, recipe, provenance)

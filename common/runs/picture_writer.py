@@ -12,6 +12,7 @@ from common.files.artifacts import Artifact
 from common.files.kept_progress import Progress, progress_paths
 from common.files.picture_files import OUR_NAME, TRAJECTORY_ANIMATION, TRAJECTORY_STRIP
 from common.files.recipe import Recipe
+from common.files.row_places import endings_of
 from common.files.rows import Changes, Told
 from common.files.stage_table import DECODE
 from common.messages import say, warn
@@ -46,9 +47,15 @@ class PictureWriter:
         return [row for row in range(len(self.pictures.rows)) if row not in self.taken]
 
     @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """Of one picture, [H, W, 3]."""
-        return picture_files.picture_shape(self.run_dir / self.pictures.names[0])
+    def shapes(self) -> dict[str, list[int]]:
+        """[N, H, W, 3] of the pictures of each size, as the report has them."""
+        names: dict[str, list[str]] = {}
+        for name, ending in zip(self.pictures.names, endings_of(self.pictures.rows), strict=True):
+            names.setdefault(f"images{ending}", []).append(name)
+        return {
+            images: [len(own), *picture_files.picture_shape(self.run_dir / own[0])]
+            for images, own in names.items()
+        }
 
     def take_all(self, found: Found, asked: set[int]) -> None:
         """Take the pictures that are there, wherever they are, and say how many are not.
@@ -181,15 +188,13 @@ class PictureWriter:
 
     def _write_grids(self) -> None:
         """By the pictures' files."""
-        import numpy as np
-
         from common.vae.grids import make_grid
 
         names, size = self.pictures.names, self.pictures.grid_images
         for number, grid in enumerate(self.pictures.grids):
             paths = [self.run_dir / name for name in names[number * size :][:size]]
             with self.report.part("image_encoding"):
-                laid_out = make_grid(np.stack([picture_files.read_pixels(path) for path in paths]))
+                laid_out = make_grid([picture_files.read_pixels(path) for path in paths])
             self._write(grid, laid_out, self.pictures.grid_recipe)
 
     def _write(

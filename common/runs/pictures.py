@@ -314,10 +314,12 @@ def picture_settings(recipe: Recipe, header: Header | None) -> dict[str, Any]:
     """
     if header is None:
         return {}
-    of_latents = without_own(recipe.settings_of(LATENTS))
-    for own in recipe.settings_of(LATENTS).get(OWN, ()):  # which are not those of all
-        of_latents = {name: value for name, value in of_latents.items() if name not in own}
-    settings = {**recipe.settings_of(EMBEDDINGS), **of_latents}
+    settings: dict[str, Any] = {}
+    for artifact in (EMBEDDINGS, LATENTS):
+        shared = without_own(recipe.settings_of(artifact))
+        for own in recipe.settings_of(artifact).get(OWN, ()):  # which are not those of all
+            shared = {name: value for name, value in shared.items() if name not in own}
+        settings |= shared
     prompts, negatives = settings.pop("prompts", []), settings.pop("negative_prompts", [])
     seconds = settings.pop("prompts_2", prompts)
     negative_seconds = settings.pop("negative_prompts_2", negatives)

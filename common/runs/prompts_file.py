@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.conditions.prompt_settings import AskedPrompts, PromptSettings
+from common.conditions.sizes import AskedSize
 from common.declared import validate
 from common.errors import BadInputFileError, BadSettingError
 from common.runs.setting_groups import ASKED, SHARED, own_settings
@@ -82,7 +83,7 @@ def read_prompts_file(path: Path, settings: AskedPrompts) -> tuple[PromptSetting
     return tuple(prompts)
 
 
-class _OwnSettings(*reversed(SHARED)):  # type: ignore[misc]
+class _OwnSettings(*reversed([*SHARED, AskedSize])):  # type: ignore[misc]
     """Settings of a run, of which a prompt may have some."""
 
 
@@ -105,6 +106,11 @@ def _prompt_of(values: dict[str, Any], where: str) -> PromptSettings:
             raise BadSettingError(
                 f"{where}: {name} is a setting of the whole run: give it as a flag, or in --config"
             )
+    if isinstance(loras := own.get("loras"), str):  # likewise
+        own["loras"] = [each.strip() for each in loras.split(";")]
+    for name in ("height", "width"):
+        if own.get(name, 0) is None:  # the run's, which has one
+            del own[name]
     merged = merge_settings({}, own, where)
     checked = validate(_OwnSettings, merged, where).model_dump(mode="json", include={*own})
     return validate(PromptSettings, {**values, "settings": checked}, where)

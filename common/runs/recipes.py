@@ -22,6 +22,7 @@ from common.files.recipe import (
     recipe_of_trajectory,
 )
 from common.files.report import read_report
+from common.files.row_places import layouts_by_ending, row_places
 from common.files.rows import OWN, row_hashes, row_recipe
 from common.files.run_files import GENERATION_CONFIG_FILE
 from common.files.stage_table import (
@@ -41,7 +42,7 @@ from common.models.lora import lora_settings
 from common.models.textual_inversion import embedding_settings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.image_latents import ReadInputs, cells_of
-from common.runs.parts import parts_of
+from common.runs.parts import loras_of_prompts, parts_of
 from common.sampling.schedulers import scheduler_choice
 from common.vae.vae_settings import in_tiles
 
@@ -62,14 +63,18 @@ def embeddings_settings(config: GenerationConfig) -> dict[str, Any]:
 
 def embeddings_recipe(config: GenerationConfig, checkpoint: Checkpoint) -> Recipe:
     """All that determines the embeddings."""
-    loras = lora_settings(config.loras, text_encoders())
+    of_prompts = loras_of_prompts(config)
+    known = {each: lora_settings(each, text_encoders()) for each in {config.loras, *of_prompts}}
+    loras, of_run = [known[each] for each in of_prompts], known[config.loras]
     own = {
         **embeddings_settings(config),
-        "text_encoder_loras": loras,
+        "text_encoder_loras": of_run,
         "embeddings": embedding_settings(config.embeddings),
         "pipeline": checkpoint.pipeline_class,
         "force_zeros_for_empty_prompt": checkpoint.index().get("force_zeros_for_empty_prompt"),
     }
+    if any(each != of_run for each in loras):
+        own[OWN] = [{} if each == of_run else {"text_encoder_loras": each} for each in loras]
     return Recipe(
         stage=ENCODE.number,
         settings={EMBEDDINGS: own},
@@ -165,10 +170,14 @@ def _sampling_of(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, 
 
 def _own_of_images(config: GenerationConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """For each image what of these is not as the run has it; nothing where all are alike."""
-    of_run, parts = _sampling_of(config, checkpoint), parts_of(config)
+    parts = parts_of(config)
+    loras = {config.loras, *(part.config.loras for part in parts)}
+    added = {each: lora_settings(each, ("unet",)) for each in loras}
+    of_run = {**_sampling_of(config, checkpoint), "unet_loras": added[config.loras]}
     found: list[dict[str, Any]] = [{}] * sum(len(part.images) for part in parts)
     for part in parts:
-        of_part = _sampling_of(part.config, checkpoint) if part.config is not config else of_run
+        own = part.config
+        of_part = {**_sampling_of(own, checkpoint), "unet_loras": added[own.loras]}
         others = {name: value for name, value in of_part.items() if value != of_run[name]}
         for image in part.images:
             found[image] = others
@@ -228,11 +237,15 @@ def pictures_recipe(
         begun: the pictures that they are pasted into.
     """
     upstream = latents.header.recipe.settings if latents.header is not None else {}
-    own = {
-        **recorded(config, PICTURES),
-        "vae_dtype": vae_dtype,
-        "tile": in_tiles(config.tile, checkpoint, latents.tensors["latents"].shape),
+    tiled = {
+        ending: in_tiles(config.tile, checkpoint, layouts["latents"].shape)
+        for ending, layouts in layouts_by_ending(latents).items()
     }
+    tile = any(tiled.values())
+    own = {**recorded(config, PICTURES), "vae_dtype": vae_dtype, "tile": tile}
+    if len({*tiled.values()}) > 1:
+        places = row_places(latents)
+        own[OWN] = [{} if tiled[each.ending] == tile else {"tile": not tile} for each in places]
     return Recipe(
         stage=DECODE.number,
         settings={**upstream, PICTURES: own},

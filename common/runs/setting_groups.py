@@ -27,4 +27,5 @@ SHARED: list[type[Settings]] = [
 
 def own_settings() -> list[str]:
     """The settings that a prompt may have of its own."""
-    return [name for g in SHARED for name, declared in declarations(g) if declared.of_prompts]
+    groups = (*ASKED, *SHARED)
+    return [name for g in groups for name, declared in declarations(g) if declared.of_prompts]

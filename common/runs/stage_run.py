@@ -308,7 +308,7 @@ def run_script(stage: Stage, story: Story) -> NoReturn:
     """Run a stage's script, as a process of its own."""
 
     def run(given: Given) -> None:
-        with StageRun(stage, given, Kept()) as stage_run:
+        with StageRun(stage, given, Kept(most_models=1)) as stage_run:
             _tell(story, stage_run)
 
     run_command(command_of(stage, run, story.__doc__ or ""))

@@ -1,12 +1,15 @@
 """Pictures that are decoded while stage 2 denoises others (`--stream`)."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from common.compute.backends import Backend
 from common.errors import BadSettingError
 from common.files.artifacts import Artifact, TensorLayout
+from common.files.contracts import latents_shapes
+from common.files.row_places import size_in
 from common.files.rows_to_come import ComingRows, RowsToCome
 from common.files.stage_table import DENOISE
 from common.messages import say
@@ -100,7 +103,7 @@ class _Beside:
         missing = [
             k for k, row in enumerate(group.rows) if pictures.fingerprints[row] not in self._there
         ]
-        size = self._decoder.runner.group_size(len(pictures.rows), self._run.options)
+        size = self._decoder.group_size(self._run.options)
         read, todo = LatentsInMemory(latents), [group.places[k] for k in missing]
         rows = iter([group.rows[k] for k in missing])
         for places, pixels in decode_groups(
@@ -117,11 +120,14 @@ class _Beside:
 
         run, config, checkpoint = self._run, self._config, self._checkpoint
         assert to_come.header is not None
-        count = len(to_come.header.rows)
-        say(f"{run.stage.name}: decode {count} image(s) as they are denoised")
-        layout = TensorLayout("F32", (count, *first.tensors[LATENTS].shape[1:]))
+        rows = to_come.header.rows
+        say(f"{run.stage.name}: decode {len(rows)} image(s) as they are denoised")
+        tensors = {
+            f"{LATENTS}{ending}": TensorLayout("F32", (count, *self._shape(ending, first)))
+            for ending, count in Counter(row.ending for row in rows).items()
+        }
         latents = Artifact(
-            path=to_come.path, header=to_come.header, data_sha256="", tensors={LATENTS: layout}
+            path=to_come.path, header=to_come.header, data_sha256="", tensors=tensors
         )
         verify = run.options.verify
         begun = find_pasted_into(config, checkpoint, run.source_dir, verify=verify)
@@ -130,16 +136,23 @@ class _Beside:
         pictures = Pictures.of(config, recipe, latents, begun)
         vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
         self._decoder = open_decoder(
-            run.kept, self._backend.name, vae, layout.shape, run.options, run.report
+            run.kept, self._backend.name, vae, latents_shapes(latents), run.options, run.report
         )
         self._into = PastedInto.of(begun, pictures.prompt_of)
-        size = self._decoder.runner.group_size(count, run.options)
         facts = PictureFacts(config=config, header=latents.header, overrides=run.overrides)
         self._writer = PictureWriter(run.run_dir, pictures, facts, run.report)
         if run.takes_rows:
             self._take_known(to_come, pictures)
+        size = self._decoder.group_size(run.options)
         self._writer.made_by = run.options.made_by(self._decoder.runner.facts(), size)
         return self._writer
+
+    def _shape(self, ending: str, first: ComingRows) -> tuple[int, ...]:
+        """Of latents of a size, [C, h, w], by those of the first group."""
+        channels, *cells = first.tensors[LATENTS].shape[1:]
+        if ending:
+            cells = [side // self._checkpoint.vae_scale_factor for side in size_in(ending)]
+        return (channels, *cells)
 
     def _take_known(self, to_come: RowsToCome, pictures: Pictures) -> None:
         """Let pictures stand in their places whose latents an earlier file has, before others take

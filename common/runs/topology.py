@@ -82,7 +82,7 @@ def estimate_denoising(given: Given) -> None:
     begin = empty_beginning(checkpoint, len(job.seeds), cells_of(config, checkpoint))
     job = replace(job, begin=begin)
     unet = UNetToLoad(checkpoint=checkpoint, loras=config.loras, dtype=dtype)
-    denoiser = load_jax_denoiser(unet, job, options, StageReport(2), target.devices, {})
+    denoiser = load_jax_denoiser(unet, [job], options, StageReport(2), target.devices, {})
     try:
         tables = make_tables(sampler)
     except NotLinearError as reason:
@@ -139,7 +139,7 @@ def _estimate_vae(given: Given, *, decodes: bool) -> None:
     vae = VaeToLoad(checkpoint=checkpoint, dtype=dtype, tile=config.tile)
     tiles = make_tiles(vae, latents)
     if decodes:
-        shape, images = latents, images_to_decode(latents, tiles)
+        shape, images = latents, images_to_decode([latents], tiles)
     else:
         shape, images = pictures, images_to_encode(pictures, tiles, checkpoint)
     report = StageReport(given.stage.number)

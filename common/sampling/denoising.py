@@ -1,6 +1,6 @@
 """All images of a run, denoised in groups of one shape."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Denoised:
 
 
 def denoise_images(
-    denoiser: Denoiser,
+    denoiser_of: Callable[[DenoisingJob], Denoiser],
     jobs: Sequence[DenoisingJob],
     options: RunOptions,
     made: MadeRows,
@@ -59,6 +59,7 @@ def denoise_images(
     """Denoise all images that are missing, in groups of one shape.
 
     Args:
+        denoiser_of: opens a denoiser for a job, after which one of another job has served.
         jobs: one, or several of which each has some of the images.
         made: the run's images; what is denoised goes there.
         profile_folder: for a profile of the first group.
@@ -71,32 +72,34 @@ def denoise_images(
     images = made.kept + len(missing)
     if made.kept:
         say(f"  goes on after {made.kept} of {images} images, which are kept")
+    todo = [job for job in jobs if not missing.isdisjoint(job.own)] or jobs[:1]
     # All groups have one shape, so that a program serves all jobs.
     most = max(len(job.own) for job in jobs)
-    size = group_size(options.at_once(most), denoiser.devices_of_images)
-    todo = [job for job in jobs if not missing.isdisjoint(job.own)] or jobs[:1]
-    runs = [_Run(denoiser, job, options, size) for job in todo]
-    if profile_folder is not None:
-        runs[0].profile_to(profile_folder)
-    waiting = sum(run.steps_for(missing) for run in runs)
-    keep = len(runs) > 1 or images > runs[0].group_size  # there are several groups
+    size = group_size(options.at_once(most), denoiser_of(todo[0]).devices_of_images)
+    plans = [_GroupsOf(job, missing, size) for job in todo]
+    keep = len(plans) > 1 or images > size  # there are several groups
+    waiting, profile = sum(plan.steps for plan in plans), None
     with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
-        for number, run in enumerate(runs):
-            run.is_first = number == 0
-            for own in run.groups_of(missing):
+        for number, plan in enumerate(plans):
+            run = _Run(denoiser_of(plan.job), plan, options, is_first=number == 0)
+            if profile_folder is not None and run.is_first:
+                run.profile_to(profile_folder)
+            for own in plan.groups:
                 # Steps go on in a group of the same shape alone.
-                key = [*made.group(own), f"{run.group_size} at once"]
+                key = [*made.group(own), f"{size} at once"]
                 group = GroupProgress(made.progress, stop, options.checkpoint_every, key, bar)
-                if run.job.prompts:
-                    bar.note(run.job.prompts[int(run.job.prompt_of[own[0]])])
+                if plan.job.prompts:
+                    bar.note(plan.job.prompts[int(plan.job.prompt_of[own[0]])])
                 making = Making(run.denoise_group(own, group), run.made_by)
                 made.put(own, run.tensors_of(len(own)), making, keep=keep)
                 run.measure_first()
+            profile = profile or run.profile
+            del run  # the next one's denoiser may need the memory of this one's
     return Denoised(
         made=made,
-        kept_after=runs[0].kept_after,
+        kept_after=steps_to_keep(plans[0].evaluations, options.save_trajectory),
         trajectory_every=options.save_trajectory,
-        profile=runs[0].profile,
+        profile=profile,
     )
 
 
@@ -118,22 +121,36 @@ def tables_of(denoiser: Denoiser, job: DenoisingJob, options: RunOptions) -> Sch
             return None
 
 
+class _GroupsOf:
+    """The groups of a job's images that are missing."""
+
+    def __init__(self, job: DenoisingJob, missing: Container[int], size: int) -> None:
+        """
+        Args:
+            size: images of a group, the last one's repeated.
+        """
+        self.job, self.size = job, size
+        todo = [image for image in job.own if image in missing]
+        self.groups = [todo[first : first + size] for first in range(0, len(todo), size)]
+        self.evaluations = len(job.sampler.restart())
+
+    @property
+    def steps(self) -> int:
+        """Of all of them."""
+        return len(self.groups) * self.evaluations
+
+
 class _Run:
-    """What is the same for all groups, and what is measured of the first."""
+    """What is the same for all groups of a job, and what is measured of the first."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        job: DenoisingJob,
-        options: RunOptions,
-        group_size: int,
+        self, denoiser: Denoiser, plan: _GroupsOf, options: RunOptions, *, is_first: bool
     ) -> None:
-        self.denoiser, self.job, self.options = denoiser, job, options
-        self.tables, self.group_size = tables_of(denoiser, job, options), group_size
-        self.made_by = options.made_by(denoiser.facts(), self.group_size)
-        self.evaluations = len(job.sampler.restart())
+        self.denoiser, self.job, self.options = denoiser, plan.job, options
+        self.tables, self.group_size = tables_of(denoiser, plan.job, options), plan.size
+        self.made_by = options.made_by(denoiser.facts(), plan.size)
+        self.evaluations, self.is_first = plan.evaluations, is_first
         self.kept_after = steps_to_keep(self.evaluations, options.save_trajectory)
-        self.is_first = True
         self.profile: Profile | None = None
         self.profiler: Profiler | None = None
 
@@ -141,16 +158,6 @@ class _Run:
         """Profile some steps of the first group."""
         steps = self.options.profiled_steps(self.evaluations)
         self.profiler = self.denoiser.profiler(folder, steps)
-
-    def groups_of(self, missing: Container[int]) -> Iterator[list[int]]:
-        """Those of the job's images that are missing, in groups."""
-        todo = [image for image in self.job.own if image in missing]
-        for first in range(0, len(todo), self.group_size):
-            yield todo[first : first + self.group_size]
-
-    def steps_for(self, missing: Container[int]) -> int:
-        """The steps of all these groups."""
-        return sum(1 for _ in self.groups_of(missing)) * self.evaluations
 
     def tensors_of(self, images: int) -> dict[str, torch.Tensor]:
         """What the group that was denoised gave, of its first so many images."""

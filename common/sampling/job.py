@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.conditions.base import Condition, ImagesOfGroup
+from common.models.model_settings import LoraFile
 from common.sampling.beginning import Beginning, First, FromNoise
 from common.sampling.guidance import Guidance
 from common.sampling.sampler import Sampler
@@ -34,6 +35,7 @@ class DenoisingJob:
     conditions: tuple[Condition, ...]
     prompts: list[str] = field(default_factory=list)  # to say what is at work [P]
     begin: Beginning = field(default_factory=FromNoise)
+    loras: tuple[LoraFile, ...] = ()  # added to the UNet
     # Those of the images that have these settings; None: all.
     chosen: list[int] | None = None
 

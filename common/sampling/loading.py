@@ -1,7 +1,9 @@
 """Load a UNet to denoise with: by PyTorch, or for the devices of a mesh that suits the images."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from common.compute.backends import BACKENDS, JaxBackend, TorchBackend
 from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
+from common.errors import listed
 from common.models.checkpoint import Checkpoint
 from common.models.lora import lora_settings
 from common.models.model_settings import LoraFile
@@ -57,7 +60,7 @@ def open_denoiser(
     kept: Kept,
     backend: str,
     unet: UNetToLoad,
-    job: "DenoisingJob",
+    jobs: "Sequence[DenoisingJob]",
     options: RunOptions,
     report: StageReport,
 ) -> "Denoiser":
@@ -65,18 +68,58 @@ def open_denoiser(
 
     Args:
         backend: that has started, by its name.
+        jobs: all of the run, which one mesh is to suit.
 
     Raises:
         BadSettingError: `--mesh` asks for more devices than there are.
         BadInputFileError: the weights cannot be loaded.
     """
     opener = resolve_name(BACKENDS[backend].denoiser_opener)
-    denoiser: Denoiser = opener(kept, unet, job, options, report)
+    denoiser: Denoiser = opener(kept, unet, jobs, options, report)
     return denoiser
 
 
+class UNets:
+    """The UNet of a run with what is added to it for each job, of which one is there at a time."""
+
+    def __init__(
+        self,
+        kept: Kept,
+        backend: str,
+        base: UNetToLoad,
+        jobs: "Sequence[DenoisingJob]",
+        options: RunOptions,
+        report: StageReport,
+    ) -> None:
+        """
+        Args:
+            base: its LoRAs are each job's own.
+            jobs: all of the run.
+        """
+        self._base, self._open = base, partial(open_denoiser, kept, backend)
+        self._rest = jobs, options, report
+        self._several = len({job.loras for job in jobs}) > 1
+        self._there: Denoiser | None = None
+        self._loras: tuple[LoraFile, ...] = ()  # that it has
+
+    def denoiser(self, job: "DenoisingJob") -> "Denoiser":
+        """A denoiser for a job; one of another job may be of no use after that."""
+        if self._there is None or job.loras != self._loras:
+            if self._several:
+                names = [f"{Path(lora.file).name}:{lora.scale:g}" for lora in job.loras]
+                messages.say(f"  with {listed(names)}" if names else "  without LoRAs")
+            self._there = None  # before its successor needs the memory
+            self._there = self._open(replace(self._base, loras=job.loras), *self._rest)
+            self._loras = job.loras
+        return self._there
+
+
 def open_torch_denoiser(
-    kept: Kept, unet: UNetToLoad, job: "DenoisingJob", options: RunOptions, report: StageReport
+    kept: Kept,
+    unet: UNetToLoad,
+    jobs: "Sequence[DenoisingJob]",
+    options: RunOptions,
+    report: StageReport,
 ) -> "TorchDenoiser":
     """`open_denoiser` of PyTorch's backend."""
     from common.sampling.torch_denoiser import TorchDenoiser
@@ -93,7 +136,11 @@ def load_torch_unet(unet: UNetToLoad, report: StageReport) -> Any:
 
 
 def open_jax_denoiser(
-    kept: Kept, unet: UNetToLoad, job: "DenoisingJob", options: RunOptions, report: StageReport
+    kept: Kept,
+    unet: UNetToLoad,
+    jobs: "Sequence[DenoisingJob]",
+    options: RunOptions,
+    report: StageReport,
 ) -> "JaxDenoiser":
     """`open_denoiser` of jax's backend."""
     from common.compute.devices import Devices
@@ -101,7 +148,7 @@ def open_jax_denoiser(
     from common.sampling.jax_denoiser import JaxDenoiser
 
     devices = Devices.present()
-    mesh = settle_mesh(unet, job, options, devices)
+    mesh = settle_mesh(unet, jobs, options, devices)
     loaded = kept.model(
         unet.key(JaxBackend.name, mesh, options.operations),
         partial(load_unet_on_devices, unet, mesh, devices, options.operations, report),
@@ -113,7 +160,7 @@ def open_jax_denoiser(
 
 def load_jax_denoiser(
     unet: UNetToLoad,
-    job: "DenoisingJob",
+    jobs: "Sequence[DenoisingJob]",
     options: RunOptions,
     report: StageReport,
     devices: "Devices",
@@ -126,7 +173,7 @@ def load_jax_denoiser(
     """
     from common.sampling.jax_denoiser import JaxDenoiser
 
-    mesh = settle_mesh(unet, job, options, devices)
+    mesh = settle_mesh(unet, jobs, options, devices)
     loaded = load_unet_on_devices(unet, mesh, devices, options.operations, report)
     _say_mesh(loaded)
     return JaxDenoiser(loaded, options, report, programs)
@@ -165,15 +212,16 @@ def _say_mesh(unet: "ModelOnDevices") -> None:
 
 
 def settle_mesh(
-    unet: UNetToLoad, job: "DenoisingJob", options: RunOptions, devices: "Devices"
+    unet: UNetToLoad, jobs: "Sequence[DenoisingJob]", options: RunOptions, devices: "Devices"
 ) -> "Mesh":
     """The mesh that is asked for, or that is best for the images asked for."""
     levels = len(unet.checkpoint.config("unet")["block_out_channels"])
+    rows = {job.latent_shape[1]: None for job in jobs}
     choice = devices.choose_mesh(
         sharding.parse_mesh(options.mesh),
-        images=options.at_once(len(job.seeds)),
-        predictions=len(job.guidance.most_predictions()),
-        rows_of_levels=sharding.rows_of_levels(job.latent_shape[1], levels),
+        images=options.at_once(max(len(job.own) for job in jobs)),
+        predictions=max(len(job.guidance.most_predictions()) for job in jobs),
+        rows_of_levels=[each for own in rows for each in sharding.rows_of_levels(own, levels)],
     )
     for note in choice.notes:
         messages.warn(note)

@@ -1,6 +1,6 @@
 """Decoding a run's latents: in groups of one shape, and the trajectory beside them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -25,7 +25,7 @@ class Latents:
     """The latents of a run's images, read when they are decoded."""
 
     def __init__(self, rows: RowReader) -> None:
-        self._rows, self.count = rows, rows.count
+        self._rows, self.by_size, self.sizes = rows, rows.by_size, rows.sizes
 
     @classmethod
     def of(cls, artifact: Artifact) -> Self:
@@ -33,7 +33,7 @@ class Latents:
         return cls(RowReader(artifact, warn))
 
     def read(self, images: Sequence[int]) -> np.ndarray:
-        """Those of some images, [N, C, h, w] float32."""
+        """Those of some images of one size, [N, C, h, w] float32."""
         return self._rows.read(images)["latents"].float().numpy()
 
 
@@ -41,7 +41,11 @@ class LatentsInMemory:
     """The same of latents [B, C, h, w] float32 that are there."""
 
     def __init__(self, latents: np.ndarray) -> None:
-        self._latents, self.count = latents, len(latents)
+        self._latents, self.sizes = latents, self.by_size(range(len(latents)))
+
+    def by_size(self, images: Iterable[int]) -> list[list[int]]:
+        """All of some, which are of one size."""
+        return [[*images]]
 
     def read(self, images: Sequence[int]) -> np.ndarray:
         """Those of some images, [N, C, h, w]."""
@@ -59,6 +63,8 @@ def decode_groups(
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Decode images in groups of one shape. Yields the images of each, and [N, H, W, 3] uint8.
 
+    Those of one size are decoded one after the other.
+
     Args:
         todo: the images to decode, by their indices.
         size: how many are decoded at once.
@@ -66,14 +72,15 @@ def decode_groups(
     Raises:
         NotFiniteError: the VAE gave infinities or not-a-numbers.
     """
-    images = np.array(todo, int)
     with progress_bar(len(todo), "decode", "image", hidden=not bar) as shown:
-        for places, real in groups(len(todo), size):
-            chosen = images[places].tolist()
-            pixels, finite = decoder.decode(latents.read(chosen), warm_up=options.warmup)
-            decoder.runner.refuse_infinities(finite, "picture was")
-            yield chosen[:real], pixels[:real]
-            shown.update(real)
+        for of_a_size in latents.by_size(todo):
+            images = np.array(of_a_size, int)
+            for places, real in groups(len(images), size):
+                chosen = images[places].tolist()
+                pixels, finite = decoder.decode(latents.read(chosen), warm_up=options.warmup)
+                decoder.runner.refuse_infinities(finite, "picture was")
+                yield chosen[:real], pixels[:real]
+                shown.update(real)
 
 
 def decode_all(
@@ -93,9 +100,9 @@ def measure(
     profile_folder: Path,
 ) -> "Profile | None":
     """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
-    size = decoder.runner.group_size(latents.count, options)
-    places, _ = next(groups(latents.count, size))
-    first = latents.read(places.tolist())
+    images = latents.sizes[0]
+    places, _ = next(groups(len(images), decoder.group_size(options)))
+    first = latents.read([images[place] for place in places])
     return decoder.runner.measure(lambda: decoder.decode(first), options, profile_folder)
 
 
@@ -114,6 +121,6 @@ def decode_trajectory(
         for latents in trajectory:
             images = decode_all(decoder, latents, options, bar=False)
             columns.append(np.concatenate([shrink(image, MOST_STRIP_PIXELS) for image in images]))
-            frames.append(make_grid(np.stack([shrink(i, MOST_FRAME_PIXELS) for i in images])))
+            frames.append(make_grid([shrink(image, MOST_FRAME_PIXELS) for image in images]))
             shown.update()
     return np.concatenate(columns, axis=1), frames

@@ -1,5 +1,7 @@
 """Several pictures laid out as one."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -13,17 +15,22 @@ def shrink(picture: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def make_grid(pictures: np.ndarray) -> np.ndarray:
-    """Lay [B, H, W, 3] pictures out row by row, as square as possible, the rest white.
+def make_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay [H, W, 3] pictures out row by row, as square as possible, the rest white.
 
-    They are shrunk where the grid would be larger than the formats for pictures can hold.
+    Those of several sizes stand amid cells of the largest. All are shrunk alike where the grid
+    would be larger than the formats for pictures can hold.
     """
     columns = int(np.ceil(np.sqrt(len(pictures))))
-    if columns > 1 and columns * max(pictures.shape[1:3]) > MOST_GRID_PIXELS:
-        pictures = np.stack([shrink(each, MOST_GRID_PIXELS // columns) for each in pictures])
-    count, height, width, channels = pictures.shape
-    rows = int(np.ceil(count / columns))
-    grid = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    grid[:count] = pictures
-    laid_out = grid.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return laid_out.reshape(rows * height, columns * width, channels)
+    largest = max(max(each.shape[:2]) for each in pictures)
+    if columns > 1 and columns * largest > MOST_GRID_PIXELS:
+        side = MOST_GRID_PIXELS // columns
+        pictures = [shrink(each, max(each.shape[:2]) * side // largest) for each in pictures]
+    height, width = (max(each.shape[axis] for each in pictures) for axis in (0, 1))
+    rows = int(np.ceil(len(pictures) / columns))
+    grid = np.full((rows, height, columns, width, 3), 255, np.uint8)
+    for number, each in enumerate(pictures):
+        above, left = (height - each.shape[0]) // 2, (width - each.shape[1]) // 2
+        cell = grid[number // columns, :, number % columns]
+        cell[above : above + each.shape[0], left : left + each.shape[1]] = each
+    return grid.reshape(rows * height, columns * width, 3)

@@ -50,7 +50,7 @@ def open_decoder(
     kept: Kept,
     backend: str,
     vae: VaeToLoad,
-    shape: Sequence[int],
+    shapes: Sequence[Sequence[int]],
     options: RunOptions,
     report: StageReport,
 ) -> "Decoder":
@@ -58,7 +58,7 @@ def open_decoder(
 
     Args:
         backend: that has started, by its name.
-        shape: of all latents, [B, C, h, w].
+        shapes: of all latents of one size, [B, C, h, w], and of those of each other one.
 
     Raises:
         BadSettingError: `--mesh` asks for more devices than there are.
@@ -66,9 +66,11 @@ def open_decoder(
     """
     from common.vae.decoder import Decoder
 
-    tiles = make_tiles(vae, shape)
-    images = images_to_decode(shape, tiles)
-    return Decoder(open_runner(kept, backend, vae, images, options, report), tiles)
+    # `make_tiles` refuses some of them.
+    tiles = next(filter(None, [make_tiles(vae, shape) for shape in shapes]), None)
+    images = images_to_decode(shapes, tiles)
+    runner = open_runner(kept, backend, vae, images, options, report)
+    return Decoder(runner, tiles, images.count)
 
 
 def open_encoder(
@@ -109,9 +111,12 @@ class ImagesToSplit:
     rows_of_levels: list[int]
 
 
-def images_to_decode(shape: Sequence[int], tiles: "Tiles | None") -> ImagesToSplit:
-    """Those of latents [B, C, h, w], whose rows the decoder only doubles."""
-    return ImagesToSplit(shape[0], [shape[2]] if tiles is None else tiles.rows(shape[2]))
+def images_to_decode(shapes: Sequence[Sequence[int]], tiles: "Tiles | None") -> ImagesToSplit:
+    """Those of latents [B, C, h, w] of each size, whose rows the decoder only doubles."""
+    rows = [
+        rows for shape in shapes for rows in ([shape[2]] if tiles is None else tiles.rows(shape[2]))
+    ]
+    return ImagesToSplit(max(shape[0] for shape in shapes), [*dict.fromkeys(rows)])
 
 
 def images_to_encode(

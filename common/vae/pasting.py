@@ -33,7 +33,7 @@ class PastedInto:
         """Some images' pictures [N, H, W, 3] uint8, pasted."""
         if self._rows is None:
             return pixels
-        places = [row_of_picture(self._prompt_of[k], self._rows.count) for k in images]
+        places = [row_of_picture(self._prompt_of[k], len(self._rows.sizes[0])) for k in images]
         return paste(pixels, self._rows.read(places))
 
 

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.conditions.prompts import (
-    InMemory,
     embeddings_names,
     encode_into,
     encode_prompts,
@@ -23,6 +22,8 @@ from common.conditions.prompts import (
     unread,
 )
 from common.files.kept_progress import Progress
+from common.files.made_rows import MadeRows
+from common.files.tensor_rows import TOKENS
 from common.models.find import open_checkpoint
 from common.models.text_pipeline import load_text_pipeline
 from common.stopping import StoppedError, StopRequest
@@ -93,13 +94,16 @@ def test_an_encoding_that_is_stopped_goes_on_with_the_same_bits(
     config, stop = make_config(DEMO, batch=3), StopRequest()
     expected = encode_prompts(pipeline, config)
     stop.number = 2
+
+    def made() -> MadeRows:
+        return MadeRows.numbered(3, Progress(tmp_path, 1, {}))
+
     with refusal(StoppedError, "interrupted after 1 of 3 prompts, which are kept"):
-        encode_into(InMemory(), pipeline, config, None, Progress(tmp_path, 1, {}), stop)
-    rows = InMemory()
-    encode_into(rows, pipeline, config, None, Progress(tmp_path, 1, {}))
-    found = rows.take()
-    assert "goes on after prompt 1 of 3" in capsys.readouterr().out
-    assert found.keys() == expected.keys()
+        encode_into(made(), lambda _: pipeline, config, TOKENS, stop)
+    again = made()
+    encode_into(again, lambda _: pipeline, config, TOKENS)
+    assert "goes on after 1 of 3 prompts, which are kept" in capsys.readouterr().out
+    found = {name: again.read(range(3), name) for name in expected}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 

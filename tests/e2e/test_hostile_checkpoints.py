@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from common.files.stage_table import OF_EVERY_RUN
 from common.models.checkpoint import Checkpoint
 from tests.conftest import DEMO, STAGES, run_script
 from tests.refusals import expect
+from tests.tiny_checkpoints import save_demo_lora
 
 pytestmark = pytest.mark.slow
 NUMBERS = [stage.number for stage in OF_EVERY_RUN]
@@ -244,24 +244,6 @@ def save_under_older_names(vae: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def save_lora(file: Path) -> None:
-    """A LoRA of rank 2 for the demo checkpoint's UNet and first text encoder."""
-    random, tensors = np.random.default_rng(0), {}
-    for part, weights, layer in (
-        ("unet", "diffusion_pytorch_model", "to_q"),
-        ("text_encoder", "model", "q_proj"),
-    ):
-        with safe_open(DEMO / part / f"{weights}.safetensors", "np") as model:
-            for name in model.keys():  # noqa: SIM118
-                if name.endswith(f".{layer}.weight"):
-                    rows, columns = model.get_slice(name).get_shape()
-                    key = f"{part}.{name.removesuffix('.weight')}"
-                    tensors[f"{key}.lora_A.weight"] = random.normal(size=(2, columns))
-                    tensors[f"{key}.lora_B.weight"] = random.normal(size=(rows, 2))
-    assert tensors
-    save_file({name: t.astype("float32") for name, t in tensors.items()}, file)
-
-
 def save_embedding(file: Path) -> None:
     widths = {
         name: json.loads((DEMO / part / "config.json").read_text())["hidden_size"]
@@ -295,7 +277,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> HostileRun:
     copy_demo(run.checkpoint)
     run.loras.mkdir()
     run.embeddings.mkdir()
-    save_lora(run.loras / LORA)
+    save_demo_lora(run.loras / LORA)
     save_embedding(run.embeddings / EMBEDDING)
     save_under_older_names(run.checkpoint / "vae")
     for folder in (run.checkpoint, *(run.checkpoint / name for name in COMPONENTS)):

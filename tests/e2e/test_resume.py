@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from common.compute.backends import TORCH_FACTS
 from common.compute.kept import Kept
-from common.conditions.prompts import InMemory, encode_into, encode_prompts
+from common.conditions.prompts import UNKNOWN, encode_into, encode_prompts
 from common.files.kept_progress import Progress, remove_progress
+from common.files.made_rows import MadeRows
 from common.files.recipe import Recipe
 from common.files.run_lock import HELD_BY_PARENT
 from common.files.stage_table import DENOISE
+from common.files.tensor_rows import TOKENS
 from common.runs.flags import Given
 from common.runs.stage_run import StageRun
 from common.sampling.denoising import Denoised
@@ -97,16 +99,16 @@ def test_encoding_stopped_after_any_prompt_gives_the_same_bits(
 ) -> None:
     config = make_config(model, batch=3)
     expected = encode_prompts(ours.text_pipeline, config)
-    # Left by a run of other settings, from its third prompt on.
-    Progress(tmp_path, 1, {"fingerprint": "2"}).save_group(
-        2, {name: torch.zeros_like(tensor[:1]) for name, tensor in expected.items()}
-    )
+    # Left by a run of other settings, of its third prompt.
+    other = MadeRows.numbered(3, Progress(tmp_path, 1, {"fingerprint": "2"}))
+    zeros = {name: torch.zeros_like(tensor[:1]) for name, tensor in expected.items()}
+    other.put([2], zeros, UNKNOWN, keep=True)
     progress, stops, found = Progress(tmp_path, 1, {"fingerprint": "1"}), 0, None
     while found is None:
         try:
-            rows = InMemory()
-            encode_into(rows, ours.text_pipeline, config, None, progress, StopAfter(looks))
-            found = rows.take()
+            made = MadeRows.numbered(3, progress)
+            encode_into(made, lambda _: ours.text_pipeline, config, TOKENS, StopAfter(looks))
+            found = {name: made.read(range(3), name) for name in expected}
         except StoppedError as error:
             stops += 1
             assert f"after {stops * (looks + 1)} of 3 prompts, which are kept" in str(error)

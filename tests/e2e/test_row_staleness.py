@@ -3,6 +3,7 @@
 The cases are those of `staleness_table.py`, in runs of two prompts.
 """
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from common.conditions.prompt_settings import PromptSettings
 from common.files import artifacts
 from common.files.artifacts import Artifact, Row, TensorLayout
 from common.files.recipe import Recipe
+from common.files.row_places import endings_of, size_in
 from common.files.stage_table import EMBEDDINGS_FILE, IMAGE_LATENTS_FILE, LATENTS_FILE
+from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
 from common.models.find import open_checkpoint
 from common.runs import recipes
@@ -37,12 +40,20 @@ Rows = dict[int, list[str]]  # stage → fingerprints
 
 def made(name: str, recipe: Recipe, rows: list[Recipe], **shapes: tuple[int, ...]) -> Artifact:
     """A file as a stage would write it, whose data follow from what its rows are made by."""
-    known = [Row(row.fingerprint(), from_fingerprint(row)) for row in rows]
+    known = [
+        Row(row.fingerprint(), from_fingerprint(row), ending=ending)
+        for row, ending in zip(rows, endings_of(rows), strict=True)
+    ]
     header = artifacts.make_header(recipe, {}, from_fingerprint(recipe), known)
     tensors = {key: TensorLayout("F32", shape) for key, shape in shapes.items()}
     return Artifact(
         path=Path(name), header=header, data_sha256=from_fingerprint(recipe), tensors=tensors
     )
+
+
+def _cells(ending: str, config: GenerationConfig, checkpoint: Checkpoint) -> list[int]:
+    size = size_in(ending) if ending else (config.height, config.width)
+    return [side // checkpoint.vae_scale_factor for side in size]
 
 
 def rows_of(config: GenerationConfig) -> Rows:
@@ -66,8 +77,12 @@ def rows_of(config: GenerationConfig) -> Rows:
         config, checkpoint, embeddings, used_on_cpu(config.unet_dtype), begin
     )
     found[2] = recipes.latents_rows(config, second, embeddings, begin)
-    shape = (len(config.image_seeds()), *latent_shape(config, checkpoint))
-    latents = made(LATENTS_FILE, second, found[2], latents=shape)
+    channels, *_ = latent_shape(config, checkpoint)
+    shapes = {
+        f"latents{ending}": (count, channels, *_cells(ending, config, checkpoint))
+        for ending, count in Counter(endings_of(found[2])).items()
+    }
+    latents = made(LATENTS_FILE, second, found[2], **shapes)
     begun = begin if config.pastes else None
     third = recipes.pictures_recipe(config, of_vae, latents, used_on_cpu(config.vae_dtype), begun)
     found[3] = Pictures.of(config, third, latents, begun).rows

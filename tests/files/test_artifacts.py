@@ -57,7 +57,7 @@ def test_saved_tensors_load_as_the_same_bits(tmp_path: Path) -> None:
 def test_prompts_that_no_header_holds_are_refused() -> None:
     """Before they are encoded: a file with a longer header would be refused by the next stage."""
     artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"] * 10_000), 10_000)
-    with refusal(BadSettingError, "the prompts and images take 16 MB of each file's header"):
+    with refusal(BadSettingError, "the prompts and images take 18 MB of each file's header"):
         artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"]), 100_000)
     with refusal(
         BadSettingError, "the prompts and images take 14 MB of each file's header", "several runs"

@@ -1,6 +1,7 @@
 """What each file must hold for the next stage."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from common.declared import EMBEDDINGS as OF_EMBEDDINGS
 from common.declared import LATENTS as OF_LATENTS
 from common.errors import BadInputFileError
 from common.files import contracts
-from common.files.artifacts import Artifact, TensorLayout, make_header
+from common.files.artifacts import Artifact, Row, TensorLayout, make_header
 from common.files.contracts import header_misfit
 from common.files.recipe import Recipe
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE, TRAJECTORY_FILE
@@ -237,11 +238,32 @@ def test_a_row_of_latents_is_demanded_and_must_agree_with_the_others(
 ) -> None:
     row = TensorRow(file=LATENTS_FILE, name="mask", shape=("B", "h", "w"), read_by="stage 3")
     monkeypatch.setattr(contracts, "TENSORS", (*contracts.TENSORS, row))
-    latents, vae = layouts(latents=(2, 4, 8, 16)), {"latent_channels": 4}
-    assert contracts.latents_misfit(latents, vae) == "lacks mask"
-    assert contracts.latents_misfit(latents | layouts(mask=(2, 8, 16)), vae) is None
-    other = contracts.latents_misfit(latents | layouts(mask=(2, 16, 16)), vae)
-    assert other == "holds latents and mask of different shapes"
+
+    def misfit(**others: tuple[int, ...]) -> str | None:
+        tensors = layouts(latents=(2, 4, 8, 16), **others)
+        found = Artifact(path=Path(LATENTS_FILE), header=None, data_sha256="", tensors=tensors)
+        return contracts.latents_misfit(found, {"latent_channels": 4})
+
+    assert misfit() == "lacks mask"
+    assert misfit(mask=(2, 8, 16)) is None
+    assert misfit(mask=(2, 16, 16)) == "holds latents and mask of different shapes"
+
+
+def test_latents_of_several_sizes() -> None:
+    def misfit(rows: list[str], **tensors: tuple[int, ...]) -> str | None:
+        found = make_latents()
+        assert found.header is not None
+        own = [Row("", "", ending=ending) for ending in rows]
+        header = found.header.model_copy(update={"rows": own})
+        found = replace(found, header=header, tensors=layouts(**tensors))
+        return contracts.latents_misfit(found, {"latent_channels": 4})
+
+    wide, high, rows = "_64x32", "_32x64", ["_64x32", "_32x64", "_64x32"]
+    both = {f"latents{wide}": (2, 4, 4, 8), f"latents{high}": (1, 4, 8, 4)}
+    assert misfit(rows, **both) is None
+    assert misfit(rows, **both | {f"latents{high}": (1, 3, 8, 4)}) is not None
+    assert misfit(rows[:2], **both) == "holds latents_64x32 of 2 images, its header names 1"
+    assert misfit([*rows, "_8x8"], **both) == "lacks latents_8x8"
 
 
 def image_layouts(**changes: tuple[int, ...]) -> dict[str, TensorLayout]:

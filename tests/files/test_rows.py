@@ -8,8 +8,9 @@ import torch
 
 from common.declared import EMBEDDINGS, IMAGE_LATENTS, LATENTS
 from common.files import artifacts
+from common.files.made_rows import MadeRows
 from common.files.recipe import Recipe
-from common.files.rows import find_rows, row_hashes, row_recipe
+from common.files.rows import Rows, find_rows, row_hashes, row_recipe
 
 NEGATIVE = "negative_prompts"
 
@@ -60,6 +61,11 @@ def test_a_rows_recipe_is_that_of_a_run_of_it_alone() -> None:
     assert len({row.fingerprint() for row in rows_of(whole)}) == 4
 
 
+def read(rows: Rows, *some: int) -> torch.Tensor:
+    assert rows.earlier is not None
+    return MadeRows(rows.earlier.path, rows).read(some, "latents")
+
+
 def test_rows_are_found_wherever_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "stage2_latents.safetensors"
     save(path, recipe_of(["a", "b", "c", "d"], [1, 2, 3, 4]))
@@ -68,8 +74,8 @@ def test_rows_are_found_wherever_they_stand(tmp_path: Path) -> None:
     )
     rows = find_rows(path, rows_of(wanted))
     assert rows.places == {0: 2, 2: 0} and rows.missing == [1, 3]
-    assert rows.read([0, 2])["latents"][:, 0].tolist() == [2, 0]
-    assert rows.read([2])["latents"].tolist() == [[0, 0, 0]]
+    assert read(rows, 0, 2)[:, 0].tolist() == [2, 0]
+    assert read(rows, 2).tolist() == [[0, 0, 0]]
     assert rows.changes().in_words() == "2 of 4 to make: 1 new, 1 changed (negative_prompt)"
     fresh = find_rows(path, rows_of(recipe_of(["b"], [2])))
     assert (

@@ -289,6 +289,9 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
             case({"guidance_scale": 3.0}, LATENTS, "own"),
             case({"scheduler": "ddim", "eta": 0.5}, LATENTS, "own"),
             case({"original_size": [64, 64]}, LATENTS, "own"),
+            case({"height": 256}, LATENTS, "own"),
+            case({"loras": [UNET_LORA]}, LATENTS, "own"),
+            case({"loras": [TEXT_LORA]}, EVERYTHING, "own"),
             case({"guidance_scale": 7.5}, NOTHING),  # the run's own
         ],
         "seeds": [case((7, 8), LATENTS, "seeds")],

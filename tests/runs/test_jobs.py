@@ -136,6 +136,6 @@ def test_a_unet_that_sees_pictures_is_told_zeros_where_there_are_none(
     )
     job = replace(ours.job(config), begin=empty_beginning(ours.checkpoint, 1, (8, 4)))
     unet = UNetToLoad(checkpoint=ours.checkpoint, loras=(), dtype="float32")
-    denoiser = open_denoiser(ours.kept, "jax", unet, job, ours.options, ours.report)
-    found = denoise_images(denoiser, [job], ours.options, MadeRows.numbered(1)).latents
+    denoiser = open_denoiser(ours.kept, "jax", unet, [job], ours.options, ours.report)
+    found = denoise_images(lambda _: denoiser, [job], ours.options, MadeRows.numbered(1)).latents
     assert found.shape == (1, 4, 8, 4) and np.isfinite(found.numpy()).all()

@@ -153,6 +153,29 @@ def test_what_no_pass_goes_on_from(
             Turns(Passes(**passes), tmp_path, asked)
 
 
+def test_prompts_of_several_sizes_are_refused_before_the_first_pass(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a red star", "height": 96}))
+    for passes in ({"hires": 2}, {"refiner": "x"}):
+        with refusal(BadSettingError, "goes on from latents of one size"):
+            Turns(Passes(**passes), tmp_path / "run", {"prompts_file": prompts})
+
+
+def test_the_refiner_is_without_the_loras_of_prompts(tmp_path: Path) -> None:
+    lora = {"file": "a.safetensors", "scale": 0.5}
+    own = {"loras": [lora], "guidance_scale": 3.0}
+    config = make_config(
+        DEMO, prompts=[{"prompt": "a", "negative_prompt": None, "settings": own}], denoising_end=0.8
+    )
+    write_generation_config(tmp_path, config)
+    for passes, name in ((Passes(hires=2.0), "hires"), (Passes(refiner="x"), "refiner")):
+        passes.write_settings(name, tmp_path)
+        line = json.loads((tmp_path / name / PROMPTS_FILE).read_text())
+        assert line["guidance_scale"] == 3.0
+        assert line.get("loras") == ([lora] if name == "hires" else None)
+    assert Passes(refiner="x").dropped(config) == ["loras"]
+
+
 def test_unets_that_are_shown_pictures_are_not_for_enlarged_latents(tmp_path: Path) -> None:
     nine = save_sdxl(tmp_path / "nine", in_channels=9)
     with refusal(BadSettingError, "its UNet is shown pictures, which --hires has none of"):

@@ -184,9 +184,25 @@ def test_prompts_from_a_file_with_their_own_seeds(tmp_path: Path) -> None:
 def test_a_prompt_has_settings_of_its_own(tmp_path: Path) -> None:
     """As the run's are called in a config file, in every form of file."""
     jsonl, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
-    jsonl.write_text('{"prompt": "a", "guidance_scale": 3, "scheduler_options": {"shift": 2}}')
-    table.write_text("prompt,guidance_scale,scheduler_options\na,3,shift=2\nb,,\n")
-    own = {"guidance_scale": 3.0, "scheduler_options": {"shift": 2}}
+    values = {
+        "guidance_scale": 3,
+        "scheduler_options": {"shift": 2},
+        "height": 96,
+        "width": None,
+        "loras": ["x y.safetensors:0.5", "z.safetensors"],
+    }
+    jsonl.write_text(json.dumps({"prompt": "a"} | values))
+    table.write_text(
+        "prompt,guidance_scale,scheduler_options,height,loras\n"
+        "a,3,shift=2,96,x y.safetensors:0.5; z.safetensors\nb,,,,\n"
+    )
+    loras = [("x y.safetensors", 0.5), ("z.safetensors", 1.0)]
+    own = {
+        "guidance_scale": 3.0,
+        "scheduler_options": {"shift": 2},
+        "height": 96,
+        "loras": [{"file": file, "scale": scale} for file, scale in loras],
+    }
     for path in (jsonl, table):
         assert read_prompts_file(path, AskedPrompts())[0].settings == own
     assert read_prompts_file(table, AskedPrompts())[1].settings == {}

@@ -35,7 +35,7 @@ def denoise(
     folder, progress, stop = (options.pop(n, None) for n in ("profile_folder", "progress", "stop"))
     denoiser = open_one(backend, checkpoint, job, KEPT)
     found = denoise_images(
-        denoiser,
+        lambda _: denoiser,
         [job],
         RunOptions(mesh="single", **options),
         MadeRows.numbered(len(job.seeds), progress),
@@ -153,7 +153,7 @@ def test_only_the_first_group_is_measured(checkpoint: Checkpoint, tmp_path: Path
     denoiser = open_one("torch", checkpoint, job)
     options = RunOptions(batch_size=1, repeat=2, warmup_steps=1, profile_steps=(1, 3))
     made = MadeRows.numbered(len(job.seeds))
-    found = denoise_images(denoiser, [job], options, made, profile_folder=tmp_path)
+    found = denoise_images(lambda _: denoiser, [job], options, made, profile_folder=tmp_path)
     assert found.profile is not None and found.profile.steps == (1, 3)
     assert len(denoiser.report.repeats) == 2
     assert len(denoiser.report.step_seconds) == 3 * STEPS - 2

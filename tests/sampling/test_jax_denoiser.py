@@ -35,7 +35,7 @@ def load(
     own: Programs = {} if programs is None else programs
     given = RunOptions(**({"mesh": "single"} | options))
     unet, devices = to_load(checkpoint), Devices.present()
-    return load_jax_denoiser(unet, job, given, StageReport(2), devices, own)
+    return load_jax_denoiser(unet, [job], given, StageReport(2), devices, own)
 
 
 @pytest.mark.parametrize(

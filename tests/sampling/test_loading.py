@@ -62,7 +62,7 @@ def denoise(
 ) -> tuple[np.ndarray, StageReport]:
     """One run's latents and report."""
     report, given = StageReport(2), options if backend == "torch" else {"mesh": "single"} | options
-    denoiser = open_denoiser(kept, backend, unet, JOB, RunOptions(**given), report)
+    denoiser = open_denoiser(kept, backend, unet, [JOB], RunOptions(**given), report)
     return run(denoiser, JOB), report
 
 
@@ -161,7 +161,7 @@ def test_programs_survive_the_weights_and_weights_do_not_survive_their_place(
     old: weakref.ref[jax.Array] | None = None
     for seed in (0, 1, 0):
         report, unet = StageReport(2), to_load(save_unet(tmp_path / str(seed), seed=seed))
-        denoiser = open_denoiser(kept, "jax", unet, JOB, RunOptions(mesh="single"), report)
+        denoiser = open_denoiser(kept, "jax", unet, [JOB], RunOptions(mesh="single"), report)
         assert isinstance(denoiser, JaxDenoiser)
         run(denoiser, JOB)
         compiled += len(report.programs.each)
@@ -176,7 +176,7 @@ def test_devices_that_are_not_there_need_no_weights(tmp_path: Path) -> None:
     checkpoint = save_unet(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     devices, options = Devices.described(jax.devices()[:1], 2**30), RunOptions(mesh="single")
-    denoiser = load_jax_denoiser(to_load(checkpoint), JOB, options, StageReport(2), devices, {})
+    denoiser = load_jax_denoiser(to_load(checkpoint), [JOB], options, StageReport(2), devices, {})
     denoiser.start(JOB, np.arange(1), None)
     assert "convolution" in denoiser.lower(denoiser.plan.fullest()).as_text()
 
@@ -205,13 +205,13 @@ def test_the_mesh_of_a_job(
             return "tpu"
 
     devices = Accelerators(jax.devices(), True)
-    mesh = settle_mesh(to_load(checkpoint), job, RunOptions(mesh=asked), devices)
+    mesh = settle_mesh(to_load(checkpoint), [job], RunOptions(mesh=asked), devices)
     assert " ".join(str(mesh.shape[axis]) for axis in ("data", "cfg", "rows")) == expected
 
 
 def test_a_mesh_has_a_group_of_images_at_most(checkpoint: Checkpoint) -> None:
     options = RunOptions(mesh="auto", batch_size=1)
-    mesh = settle_mesh(to_load(checkpoint), make_job(), options, Devices.present())
+    mesh = settle_mesh(to_load(checkpoint), [make_job()], options, Devices.present())
     assert mesh.shape["data"] == 1
     with pytest.raises(BadSettingError, match="--mesh needs 64 devices"):
         denoise(Kept(), to_load(checkpoint), mesh="data=64")
@@ -222,7 +222,7 @@ def test_weights_that_do_not_fit_are_spread(
 ) -> None:
     """Each step gathers them, and gives what it gives with whole ones."""
     devices, options = Devices(jax.devices(), True, 10_000), RunOptions(mesh="rows=2")
-    denoiser = load_jax_denoiser(to_load(checkpoint), JOB, options, StageReport(2), devices, {})
+    denoiser = load_jax_denoiser(to_load(checkpoint), [JOB], options, StageReport(2), devices, {})
     assert "each step gathers them over rows" in capsys.readouterr().out
     assert not denoiser.parameters["mid_block.resnets.0.conv1.weight"].is_fully_replicated
     found = start(denoiser, JOB)

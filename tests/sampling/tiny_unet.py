@@ -116,7 +116,7 @@ def open_one(
     given = options if backend == "torch" else {"mesh": "single"} | options
     report = StageReport(2)
     unet, run_options = to_load(checkpoint), RunOptions(**given)
-    return open_denoiser(kept or Kept(), backend, unet, job, run_options, report)
+    return open_denoiser(kept or Kept(), backend, unet, [job], run_options, report)
 
 
 def start(denoiser: Denoiser, job: DenoisingJob) -> Denoiser:

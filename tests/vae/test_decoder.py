@@ -23,7 +23,7 @@ def test_pictures_are_those_of_diffusers(checkpoint: Checkpoint, backend: str, t
     latents = random_latents(2, 4, TILE + 4, 6)
     vae, report = to_load(checkpoint, tile=tile), StageReport(3)
     options = RunOptions(mesh="single") if backend == "jax" else RunOptions()
-    decoder = open_decoder(Kept(), backend, vae, latents.shape, options, report)
+    decoder = open_decoder(Kept(), backend, vae, [latents.shape], options, report)
     pixels, finite = decoder.decode(latents, warm_up=True)
     assert finite and pixels.dtype == np.uint8
     assert largest_difference(pixels, decode_by_diffusers(checkpoint, latents, tile=tile)) <= 1

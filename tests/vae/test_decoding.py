@@ -32,7 +32,7 @@ LATENTS = random_latents(5, 4, 4, 6)
 @pytest.fixture
 def decoder(checkpoint: Checkpoint) -> Decoder:
     return open_decoder(
-        Kept(), "torch", to_load(checkpoint), LATENTS.shape, RunOptions(), StageReport(3)
+        Kept(), "torch", to_load(checkpoint), [LATENTS.shape], RunOptions(), StageReport(3)
     )
 
 
@@ -92,7 +92,7 @@ def demo_decoder() -> Decoder:
     checkpoint = open_checkpoint(make_config(DEMO, height=64, width=64), ["vae"])
     vae = VaeToLoad(checkpoint=checkpoint, dtype="float32", tile=False)
     options = RunOptions(mesh="single")
-    return open_decoder(Kept(), "jax", vae, (1, 4, 8, 8), options, StageReport(3))
+    return open_decoder(Kept(), "jax", vae, [(1, 4, 8, 8)], options, StageReport(3))
 
 
 def test_a_vae_that_gives_infinities(demo_decoder: Decoder) -> None:

@@ -65,7 +65,7 @@ def test_both_halves_share_the_weights(checkpoint: Checkpoint) -> None:
     latents, report = random_latents(2, 4, 4, 4), StageReport(3)
     encoder = open_encoder(kept, "jax", vae, PICTURES.shape, options, StageReport(0))
     encoder.encode(PICTURES)
-    decoder = open_decoder(kept, "jax", vae, latents.shape, options, report)
+    decoder = open_decoder(kept, "jax", vae, [latents.shape], options, report)
     decoder.decode(latents)
     assert "weights_bytes" not in report.facts
     assert [each.name for each in report.programs.each] == ["decode_whole"]

@@ -45,7 +45,7 @@ def decode(
     """One run's pictures and report."""
     report = StageReport(3)
     options = RunOptions(mesh=mesh)
-    decoder = open_decoder(kept, backend, vae, LATENTS.shape, options, report)
+    decoder = open_decoder(kept, backend, vae, [LATENTS.shape], options, report)
     return decoder.decode(LATENTS)[0], report
 
 
@@ -99,7 +99,7 @@ def test_programs_survive_the_weights_and_weights_do_not_survive_their_place(
     for seed in (0, 1, 0):
         report = StageReport(3)
         vae = to_load(save_vae(tmp_path / str(seed), seed=seed))
-        decoder = open_decoder(kept, "jax", vae, LATENTS.shape, RunOptions(mesh="single"), report)
+        decoder = open_decoder(kept, "jax", vae, [LATENTS.shape], RunOptions(mesh="single"), report)
         assert isinstance(decoder.runner, JaxRunner)
         decoder.decode(LATENTS)
         compiled += len(report.programs.each)
@@ -139,7 +139,7 @@ def test_tiles_and_whole_pictures_share_the_weights(checkpoint: Checkpoint, back
     options = RunOptions(mesh="single")
     for tile in (False, True):
         vae = to_load(checkpoint, tile=tile)
-        decoder = open_decoder(kept, backend, vae, latents.shape, options, StageReport(3))
+        decoder = open_decoder(kept, backend, vae, [latents.shape], options, StageReport(3))
         found, _ = decoder.decode(latents)
         assert largest_difference(found, decode_by_diffusers(checkpoint, latents, tile=tile)) <= 1
         assert tile != ("weights_bytes" in decoder.runner.report.facts)
@@ -166,11 +166,13 @@ def test_rows_divide_those_of_every_tile(
 ) -> None:
     shape = (1, 4, 20, 8)
     tiles = make_tiles(to_load(checkpoint, tile=True), shape)
-    mesh = settle_mesh(RunOptions(mesh="rows=8"), images_to_decode(shape, tiles), Devices.present())
+    mesh = settle_mesh(
+        RunOptions(mesh="rows=8"), images_to_decode([shape], tiles), Devices.present()
+    )
     assert mesh.shape["rows"] == 2  # the last tile has two rows
     assert "warning: rows=8 does not divide the rows" in capsys.readouterr().err
     with pytest.raises(BadSettingError, match="--mesh needs 64 devices"):
-        settle_mesh(RunOptions(mesh="data=64"), images_to_decode(shape, None), Devices.present())
+        settle_mesh(RunOptions(mesh="data=64"), images_to_decode([shape], None), Devices.present())
 
 
 def test_the_rows_of_an_encoding(checkpoint: Checkpoint) -> None:
