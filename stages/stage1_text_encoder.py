@@ -11,6 +11,8 @@ Takes   some seconds for the demo checkpoint, under a minute for SDXL; no jax, n
 """
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ if __name__ == "__main__":  # the other imports take a second
 
 from common.files import artifacts
 from common.files.made_rows import MadeRows
+from common.files.recipe import Recipe
 from common.files.stage_table import EMBEDDINGS_FILE, ENCODE
 from common.messages import warn
+from common.models.checkpoint import Checkpoint
+from common.models.component_table import text_encoders
+from common.models.lora import loras_for
 from common.models.model_settings import LoraFile
-from common.runs.parts import bytes_of_own, loras_of_prompts
+from common.runs.generation import GenerationConfig
+from common.runs.parts import loras_of_prompts, refuse_long_prompts
 from common.runs.recipes import embeddings_recipe, embeddings_rows
 from common.runs.stage_run import StageRun, run_script
 
@@ -37,12 +44,13 @@ def main(run: StageRun) -> None:
 
     # 1. Settings: defaults < config file < flags
     config, checkpoint = run.settle_settings()
-    from common.conditions.encoding import check_prompt_options
+    from common.conditions.encoding import check_own_loras, check_prompt_options
 
-    loras = loras_of_prompts(config)
-    check_prompt_options(config, checkpoint, loras, run.options)
+    loras = [loras_for(each, text_encoders()) for each in loras_of_prompts(config)]
+    check_prompt_options(config, checkpoint)
+    check_own_loras(config, loras, run.options)
     recipe = embeddings_recipe(config, checkpoint)
-    artifacts.refuse_long_prompts(recipe, len(config.image_seeds()), bytes_of_own(config))
+    refuse_long_prompts(recipe, config)
 
     # 2. Fresh already?
     run.lock.acquire()
@@ -50,46 +58,59 @@ def main(run: StageRun) -> None:
         run.settings_written(config)
         return
     run.begin(f"encode {len(config.prompts)} prompt(s) with {config.model_id}")
+    encode(run, config, checkpoint, recipe, loras)
+
+
+def encode(
+    run: StageRun,
+    config: GenerationConfig,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    loras: Sequence[tuple[LoraFile, ...]],
+) -> None:
+    """The part of the story that takes time; `loras` are each prompt's."""
+    path = run.run_dir / EMBEDDINGS_FILE
     rows = run.find_rows(path, embeddings_rows(config, recipe), config)
 
-    # 3. Load the text encoders, with what is added to them
+    # 3. Load the text encoders, with what is added to them, and read the prompts
     run.import_libraries("peft", "scipy")
     from common.compute.backends import TORCH_FACTS
     from common.conditions.encoding import measure_encoding
-    from common.conditions.prompts import encode_into, length_of, rows_as_long, unread
-    from common.models.text_pipeline import (
-        embeddings_names,
-        import_text_classes,
-        open_text_pipeline,
-    )
+    from common.conditions.prompts import encode_into, read_texts, rows_as_long, unread
+    from common.models import text_pipeline
 
-    import_text_classes(checkpoint)
+    text_pipeline.import_text_classes(checkpoint)
     run.report.phase("other")
 
     def open_pipeline(added: tuple[LoraFile, ...]) -> Any:
-        dtype = config.text_encoder_dtype
+        kept, dtype, tokens = run.kept, config.text_encoder_dtype, config.embeddings
         with run.report.part("checkpoint_read"):
-            return open_text_pipeline(run.kept, checkpoint, dtype, added, config.embeddings)
+            return text_pipeline.open_text_pipeline(kept, checkpoint, dtype, added, tokens)
 
     pipeline = open_pipeline(loras[rows.missing[0] if rows.missing else 0])
-
-    # 4. Encode, prompt by prompt; a stopped run goes on from what it kept
+    texts, names = read_texts(pipeline, config), text_pipeline.embeddings_names(pipeline)
     for line in unread(pipeline, config):
         warn(line)
-    length = length_of(pipeline, config)
-    rows = rows_as_long(rows, length)
-    run.keep_progress(recipe, TORCH_FACTS, rows, tokens=length)
+    del pipeline  # the next one may need its memory
+
+    # 4. Encode, prompt by prompt; a stopped run goes on from what it kept
+    rows = rows_as_long(rows, texts.length)
+    run.keep_progress(recipe, TORCH_FACTS, rows, tokens=texts.length)
     made = MadeRows(path, rows, run.progress)
     keeps = len(made.missing) > 1 and run.progress is not None
-    with run.finishing_first(keeps=keeps) as stop, run.report.part("run"):
-        encode_into(made, open_pipeline, config, length, stop, loras)
-    profile = measure_encoding(pipeline, config, run.options, run.report, run.profile_folder)
+    with run.finishing_first(keeps=keeps) as stop:
+        with run.report.part("run"):
+            encode_into(made, open_pipeline, config, texts, stop, loras)
 
-    # 5. Written: the settings stand beside
-    with run.report.part("writing"):
-        provenance = {**config.model_settings(), "device": "cpu"}
-        shapes = made.write(embeddings_names(pipeline), recipe, provenance)
-        run.settings_written(config)
+        # 5. Write; the settings stand beside
+        with run.report.part("writing"):
+            provenance = {**config.model_settings(), "device": "cpu"}
+            shapes = made.write(names, recipe, provenance)
+            run.settings_written(config)
+    if stop is not None:
+        stop.raise_if_asked(f"when {path} was written")
+    again = partial(open_pipeline, loras[0])
+    profile = measure_encoding(again, config, run.options, run.report, run.profile_folder)
     run.finish(
         path,
         shapes=shapes,

@@ -33,7 +33,7 @@ from common.files.row_reader import RowReader
 from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
-from common.runs.generation import GenerationConfig, check_size
+from common.runs.generation import GenerationConfig
 from common.runs.image_latents import find_image_latents
 from common.runs.init_latents import find_init_latents
 from common.runs.jobs import (
@@ -45,7 +45,7 @@ from common.runs.jobs import (
     warn_of_settings,
 )
 from common.runs.outputs import provenance_of_latents, write_latents
-from common.runs.parts import Part, parts_of, refuse_several
+from common.runs.parts import Part, check_sizes, parts_of, refuse_several
 from common.runs.recipes import (
     expected_unet_dtype,
     latents_recipe,
@@ -61,8 +61,8 @@ def main(run: StageRun) -> None:
     path = run.run_dir / LATENTS_FILE
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
-    check_size(config, checkpoint.vae_scale_factor)
     parts = parts_of(config)  # images with the same settings
+    check_sizes(parts, checkpoint.vae_scale_factor)
     for part in parts:
         refuse_unfit_inputs(part.config, checkpoint)
     if run.options.save_trajectory is not None:
@@ -126,7 +126,8 @@ def denoise(
     jobs = denoising_jobs(config, checkpoint, texts, [*zip(parts, samplers, strict=True)], given)
     base = UNetToLoad(checkpoint=checkpoint, loras=(), dtype=dtype)
     unets = UNets(run.kept, backend.name, base, jobs, run.options, run.report)
-    first = next(job for job in jobs if not {*rows.missing}.isdisjoint(job.own))
+    missing = {*rows.missing}
+    first = next(job for job in jobs if not missing.isdisjoint(job.own))
     facts = unets.denoiser(first).facts()
     loops_on_device = unets.denoiser(first).loops_on_device
     run.keep_progress(recipe, facts, rows, loops_on_device=loops_on_device)

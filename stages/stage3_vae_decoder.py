@@ -125,18 +125,18 @@ def decode_missing(
     run: StageRun, decoder: "Decoder", inputs: Inputs, writer: PictureWriter, *, writes: bool
 ) -> dict[str, Any]:
     """Decode and write what is not there. Returns what the report says of how it was computed."""
-    from common.vae.decoding import Latents, decode_groups, decode_trajectory, measure
+    from common.vae.decoding import Latents, decode_groups, decode_trajectory, grouped, measure
     from common.vae.pasting import PastedInto
 
     # 5. Decode and write, group by group; a stopped run goes on from what it wrote
     latents, trajectory = Latents.of(inputs[0]), inputs[1]
     into = PastedInto.of(inputs[2], writer.pictures.prompt_of)
-    todo, size = writer.missing, decoder.group_size(run.options)
-    writer.made_by = run.options.made_by(decoder.runner.facts(), size)
-    with run.finishing_first(keeps=len(todo) > size and run.progress is not None) as stop:
-        for images, pixels in decode_groups(decoder, latents, todo, size, run.options):
+    groups = grouped(decoder, latents, writer.missing, run.options)
+    with run.finishing_first(keeps=len(groups) > 1 and run.progress is not None) as stop:
+        for group, pixels in decode_groups(decoder, latents, groups, run.options):
+            writer.made_by = run.options.made_by(decoder.runner.facts(), group.size)
             if writes:
-                writer.put(images, into.paste(images, pixels), run.progress, stop)
+                writer.put(group.own, into.paste(group.own, pixels), run.progress, stop)
     profile = measure(decoder, latents, run.options, run.profile_folder)
     if trajectory is not None:
         kept = run.load_input(trajectory)["latents"].float().numpy()  # [S, B, C, h, w]

@@ -59,7 +59,14 @@ SMALL_NAME = re.compile(r"[0-9a-f]{20}\.webp")
 MOST_CAPTION = 120  # characters
 MOST_TOLD = 8  # fresh pictures whose lineage is told
 # What does not tell pictures apart, or says it twice.
-NOT_AXES = ("prompts", "negative_prompts", "seeds", "unet_dtype", "loras")
+NOT_AXES = (
+    "prompts",
+    "negative_prompts",
+    "seeds",
+    "unet_dtype",
+    "unet_loras",
+    "text_encoder_loras",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

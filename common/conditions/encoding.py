@@ -1,7 +1,7 @@
 """What stage 1 checks before prompts are encoded, and measures when they are."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,30 @@ from common.models.component_table import SDXL, text_encoders
 from common.models.model_settings import LoraFile
 
 
-def check_prompt_options(
-    config: ResolvedPrompts,
-    checkpoint: Checkpoint,
-    loras: Sequence[tuple[LoraFile, ...]],
-    options: RunOptions,
+def check_own_loras(
+    config: ResolvedPrompts, loras: Sequence[tuple[LoraFile, ...]], options: RunOptions
 ) -> None:
-    """Raise `BadSettingError` where an option asks for what the text encoders do not have.
+    """Raise `BadSettingError` for what needs that all prompts have the same LoRAs.
 
     Args:
         loras: of each prompt.
     """
-    if len({*loras}) > 1:
-        measured = next((name for name in ("profile", "repeat") if getattr(options, name)), None)
-        if measured is not None:
-            raise BadSettingError(
-                f"--{measured} is for runs whose prompts have the same LoRAs: leave it out, or "
-                "theirs"
-            )
-        if config.prompt_weighting == "compel" and config.long_prompts == "chunk":
-            raise BadSettingError(
-                "--prompt_weighting compel --long_prompts chunk is for runs whose prompts have the "
-                "same LoRAs, since compel fills all of them up to one length: leave one out"
-            )
+    if len({*loras}) == 1:
+        return
+    measured = next((name for name in ("profile", "repeat") if getattr(options, name)), None)
+    if measured is not None:
+        raise BadSettingError(
+            f"--{measured} is for runs whose prompts have the same LoRAs: leave it out, or theirs"
+        )
+    if config.prompt_weighting == "compel" and config.long_prompts == "chunk":
+        raise BadSettingError(
+            "--prompt_weighting compel --long_prompts chunk is for runs whose prompts have the "
+            "same LoRAs, since compel fills all of them up to one length: leave one out"
+        )
+
+
+def check_prompt_options(config: ResolvedPrompts, checkpoint: Checkpoint) -> None:
+    """Raise `BadSettingError` where an option asks for what the text encoders do not have."""
     encoders = checkpoint.listed(text_encoders())
     is_sdxl = checkpoint.pipeline_class == SDXL
     for name in ("prompt_2", "negative_prompt_2"):
@@ -66,7 +67,7 @@ def check_prompt_options(
 
 
 def measure_encoding(
-    pipeline: Any,
+    open_pipeline: Callable[[], Any],
     config: ResolvedPrompts,
     options: RunOptions,
     report: StageReport,
@@ -75,8 +76,12 @@ def measure_encoding(
     """Encode again, as often as `--repeat` and `--profile` ask for.
 
     Args:
+        open_pipeline: called where anything is measured.
         folder: of the profile's trace.
     """
+    if not (options.repeat or options.profile):
+        return None
+    pipeline = open_pipeline()
     for _ in range(options.repeat):
         with report.part("repeats"):
             began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.conditions.a1111_syntax import calls_of_loras, looks_weighted
@@ -9,7 +10,7 @@ from common.conditions.compel_prompts import encode_with_compel
 from common.conditions.prompt_settings import PromptSettings, ResolvedPrompts
 from common.conditions.weighted_prompts import WeightedTexts
 from common.errors import shorten
-from common.files.kept_progress import Making
+from common.files.kept_progress import UNTOLD
 from common.files.made_rows import MadeRows
 from common.files.rows import Rows
 from common.files.tensor_rows import TOKENS
@@ -34,33 +35,35 @@ TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 Chunks = dict[str, list[Any] | None]  # text → its chunks, as they are read
 
 
-UNKNOWN = Making(None, {})  # of embeddings neither seconds nor options are told
+@dataclass(frozen=True)
+class ReadTexts:
+    """The texts of a run's prompts as they are encoded."""
+
+    chunks: list[Chunks]  # of each prompt; none where compel reads them
+    length: int | None  # tokens of the embeddings; None where compel says it when it encodes them
+
+
+def read_texts(pipeline: Any, config: ResolvedPrompts) -> ReadTexts:
+    """Read them all: embeddings are as long as the longest needs."""
+    if config.prompt_weighting == "compel":
+        return ReadTexts([], TOKENS if config.long_prompts == "cut" else None)
+    chunked = [*map(_reader(pipeline, config).chunks_of, config.prompts)]
+    most = max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
+    return ReadTexts(chunked, TOKENS * most)
 
 
 def encode_prompts(pipeline: Any, config: ResolvedPrompts) -> "Tensors":
     """All prompts of a run, held in memory; as `encode_into` gives them."""
     made = MadeRows.numbered(len(config.prompts))
-    encode_into(made, lambda _: pipeline, config, length_of(pipeline, config))
+    encode_into(made, lambda _: pipeline, config, read_texts(pipeline, config))
     return {name: made.read(range(made.count), name) for name in embeddings_names(pipeline)}
-
-
-def length_of(pipeline: Any, config: ResolvedPrompts) -> int | None:
-    """How many tokens the embeddings of a run's prompts have, as many as the longest needs.
-
-    None where compel says it when it encodes them.
-    """
-    if config.prompt_weighting == "compel":
-        return TOKENS if config.long_prompts == "cut" else None
-    reader = _reader(pipeline, config)
-    chunked = map(reader.chunks_of, config.prompts)
-    return TOKENS * max(len(chunks) for texts in chunked for chunks in texts.values() if chunks)
 
 
 def rows_as_long(rows: Rows, length: int | None) -> Rows:
     """The rows to write; an earlier file's are not taken where they have another length.
 
     Args:
-        length: of the run's embeddings, as `length_of` tells it.
+        length: of the run's embeddings, as `read_texts` tells it.
     """
     if rows.earlier is None or not rows.places:
         return rows
@@ -74,7 +77,7 @@ def encode_into(
     made: MadeRows,
     pipeline_of: Callable[[tuple[LoraFile, ...]], Any],
     config: ResolvedPrompts,
-    length: int | None,
+    texts: ReadTexts,
     stop: StopRequest | None = None,
     loras: Sequence[tuple[LoraFile, ...]] = (),
 ) -> None:
@@ -82,13 +85,11 @@ def encode_into(
 
     `made` is given prompt_embeds, negative_prompt_embeds [N, L, D], and for SDXL
     pooled_prompt_embeds, negative_pooled_prompt_embeds [N, E], all in the text encoders' dtype. L
-    is 77, or a multiple of it where prompts are encoded in chunks. What is done is kept there until
-    all are, unless compel encodes them at once.
+    is 77, or a multiple of it where prompts are encoded in chunks.
 
     Args:
         pipeline_of: opens the text pipeline with some LoRAs, after which another one has served.
-        length: L, as `length_of` tells it.
-        stop: asked after each prompt.
+        stop: asked after each prompt; of compel, which encodes many at once, after these.
         loras: of each prompt; none: of no prompt.
 
     Raises:
@@ -105,16 +106,35 @@ def encode_into(
     with torch.no_grad(), bar:
         for added, rows in of_loras.items():
             if config.prompt_weighting == "compel":
-                own = config.model_copy(
-                    update={"prompts": tuple(config.prompts[row] for row in rows)}
-                )
-                made.put(rows, encode_with_compel(pipeline_of(added), own), UNKNOWN, keep=False)
+                prompts = tuple(config.prompts[row] for row in rows)
+                own = config.model_copy(update={"prompts": prompts})
+                made.put(rows, encode_with_compel(pipeline_of(added), own), UNTOLD, keep=False)
                 bar.update(len(rows))
+                _keep_if_due(made, stop)
                 continue
-            assert length is not None
             reader = _reader(pipeline_of(added), config)
-            _encode_one_by_one(made, rows, reader, length // TOKENS, stop, bar)
+            known_negatives: dict[Any, Tensors] = {}
+            for row in rows:
+                # One at a time, so that its embeddings are the same bits in any company.
+                bar.note(config.prompts[row].prompt)
+                encoded = _encode_chunks(reader, texts, row, known_negatives)
+                made.put([row], encoded, UNTOLD, keep=False)
+                bar.update()
+                _keep_if_due(made, stop)
             del reader  # the next one's encoders may need its memory
+
+
+def _keep_if_due(made: MadeRows, stop: StopRequest | None) -> None:
+    """Keep what was encoded, where it is time to, and stop where that is asked for."""
+    if made.progress is None:
+        return
+    # Once: a stop that comes from here on waits for the next prompt.
+    number = None if stop is None else stop.number
+    if number is not None or made.progress.is_due() or made.held_bytes > MOST_UNKEPT_BYTES:
+        made.keep_held(UNTOLD)
+    if number is not None:
+        said = f"after {made.kept} of {made.kept + len(made.missing)} prompts, which are kept"
+        raise StoppedError(number, f"{said}: the same command goes on from there")
 
 
 def _reader(pipeline: Any, config: ResolvedPrompts) -> "PlainTexts | WeightedTexts":
@@ -158,37 +178,10 @@ class PlainTexts:
         return ""
 
 
-def _encode_one_by_one(
-    made: MadeRows,
-    rows: Sequence[int],
-    reader: PlainTexts | WeightedTexts,
-    length: int,
-    stop: StopRequest | None,
-    bar: Any,
-) -> None:
-    """One prompt at a time, so that its embeddings are the same bits in any company."""
-    known_negatives: dict[Any, Tensors] = {}
-    for row in rows:
-        prompt = reader.config.prompts[row]
-        bar.note(prompt.prompt)
-        encoded = _encode_chunks(reader, reader.chunks_of(prompt), length, known_negatives)
-        made.put([row], encoded, UNKNOWN, keep=False)
-        bar.update()
-        if made.progress is None:
-            continue
-        # Once: a stop that comes from here on waits for the next prompt.
-        number = None if stop is None else stop.number
-        if number is not None or made.progress.is_due() or made.held_bytes > MOST_UNKEPT_BYTES:
-            made.keep_held(UNKNOWN)
-        if number is not None:
-            said = f"after {made.kept} of {made.kept + len(made.missing)} prompts, which are kept"
-            raise StoppedError(number, f"{said}: the same command goes on from there")
-
-
 def _encode_chunks(
     reader: PlainTexts | WeightedTexts,
-    texts: Chunks,
-    length: int,
+    read: ReadTexts,
+    row: int,
     known_negatives: "dict[Any, Tensors]",
 ) -> "Tensors":
     """The embeddings of one prompt, in tensors of one row.
@@ -197,14 +190,15 @@ def _encode_chunks(
     first chunk's.
 
     Args:
-        length: chunks of the longest text of the run; a shorter one is filled with empty ones.
+        read: a text shorter than the longest is filled with empty chunks.
+        row: the prompt's.
         known_negatives: by their texts; those that repeat are encoded once.
     """
     import torch
 
     parts: dict[str, list[torch.Tensor]] = {}
-    for k in range(length):
-        chunk = {name: _chunk(reader, name, chunks, k) for name, chunks in texts.items()}
+    for k in range((read.length or TOKENS) // TOKENS):
+        chunk = {name: _chunk(reader, name, own, k) for name, own in read.chunks[row].items()}
         negative = repr([chunk.get(name) for name in ("negative_prompt", "negative_prompt_2")])
         found = reader.encode(chunk, known_negatives.get(negative, {}))
         for name, tensor in found.items():

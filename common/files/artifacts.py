@@ -7,12 +7,12 @@ that the present settings, inputs and weights give.
 """
 
 import hashlib
-import json
 import math
 import os
 import re
 import struct
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.errors import BadInputFileError, BadSettingError, NotFiniteError, first_refusal
+from common.errors import BadInputFileError, NotFiniteError, first_refusal
 from common.files.recipe import (
     Recipe,
     age_of_format,
@@ -41,9 +41,6 @@ MADE_BY = "made_by"  # of a header's provenance: a list, of which rows name one 
 
 # Ours hold the prompts; a forged one of this size takes less than a GB as Python's objects.
 MOST_HEADER_BYTES = 16_000_000
-# Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
-MOST_PROMPTS_BYTES = 12_000_000
-BYTES_OF_A_ROW = 180  # its two hashes, its seconds, its size and what separates them
 
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
@@ -191,23 +188,6 @@ def make_header(
     )
 
 
-def refuse_long_prompts(recipe: Recipe, images: int, own: int = 0) -> None:
-    """Raise `BadSettingError` where files could not be read for all the prompts in their headers.
-
-    Args:
-        recipe: of the embeddings.
-        images: of the run, each with its row.
-        own: bytes of the settings that images have of their own.
-    """
-    length = len(json.dumps(to_json(recipe.model_dump()), ensure_ascii=False).encode())
-    length += BYTES_OF_A_ROW * images + own
-    if length > MOST_PROMPTS_BYTES:
-        raise BadSettingError(
-            f"the prompts and images take {length / 1e6:.0f} MB of each file's header, which holds "
-            f"{MOST_PROMPTS_BYTES / 1e6:.0f} MB of them: split them among several runs"
-        )
-
-
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -232,7 +212,22 @@ def inspect(path: Path, *, verify: bool = True) -> Artifact:
             f"{path} is damaged: its data has the checksum {data_sha256[:12]}…, its header says "
             f"{header.data_sha256[:12]}…; {how_to_remake(path)}"
         )
+    if header is not None and header.rows and _are_odd(header.rows, layout.tensors):
+        raise BadInputFileError(
+            f"{path} is damaged: its header names other rows than it holds; {how_to_remake(path)}"
+        )
     return Artifact(path=path, header=header, data_sha256=data_sha256, tensors=layout.tensors)
+
+
+def _are_odd(rows: Sequence[Row], tensors: Mapping[str, TensorLayout]) -> bool:
+    """Whether rows are not those of the tensors whose names end as they say."""
+    counts = Counter(row.ending for row in rows)
+    if any(not re.fullmatch(r"_\d{1,5}x\d{1,5}", ending) for ending in counts if ending):
+        return True
+    found = {
+        ending: {t.shape[:1] for n, t in tensors.items() if n.endswith(ending)} for ending in counts
+    }
+    return any(found[ending] != {(count,)} for ending, count in counts.items())
 
 
 def _hash_data(path: Path, layout: "_Layout") -> str:

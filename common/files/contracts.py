@@ -4,7 +4,6 @@ A row of `TENSORS` is all that is known of a tensor: the checks, the empty tenso
 for, and the table in the documentation follow from it.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,20 +68,12 @@ def latents_misfit(latents: Artifact, vae: Mapping[str, Any]) -> str | None:
     """
     rows, known = rows_of(LATENTS_FILE), {"C": vae["latent_channels"]}
     needs = f"; the VAE needs {known['C']} channels"
-    header = latents.header
-    counts = Counter(row.ending for row in header.rows) if header is not None else Counter()
-    for ending in counts or [""]:
-        own = {name.removesuffix(ending): layout for name, layout in latents.tensors.items()}
+    for own in layouts_by_ending(latents).values():
         if missing := _missing(rows, own):
-            return f"lacks {missing}{ending}"
+            return f"lacks {missing}"
         misfits = (_misfit(row, own[row.name], known, needs) for row in rows)
         if misfit := next(filter(None, misfits), None) or _discord(rows, own):
             return misfit
-        found = own[rows[0].name].shape[0]
-        if found != counts.get(ending, found):
-            return (
-                f"holds {rows[0].name}{ending} of {found} images, its header names {counts[ending]}"
-            )
     return None
 
 

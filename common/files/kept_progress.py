@@ -37,6 +37,9 @@ class Making(NamedTuple):
     made_by: dict[str, Any]  # options that their bits depend on
 
 
+UNTOLD = Making(None, {})
+
+
 class KeptRow(NamedTuple):
     """Where a row is that a finished group has."""
 

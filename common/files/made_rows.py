@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from common.files import artifacts
 from common.files.artifacts import MADE_BY, Row
-from common.files.kept_progress import KeptRow, Making, Progress
+from common.files.kept_progress import UNTOLD, KeptRow, Making, Progress
 from common.files.recipe import Recipe
 from common.files.row_reader import ROWS_AT_ONCE, read_rows
 from common.files.rows import Rows
@@ -78,7 +78,7 @@ class MadeRows:
             return self.rows.making(row)
         if row in self._kept:
             return self._kept[row].making
-        return self._making.get(row, Making(None, {}))
+        return self._making.get(row, UNTOLD)
 
     def group(self, rows: Sequence[int]) -> list[str]:
         """What a group of rows is known by in the progress that is kept."""

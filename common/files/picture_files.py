@@ -224,7 +224,7 @@ def web_ui_parameters(settings: Mapping[str, Any], names: Mapping[str, str]) -> 
         values["Steps"] = len(settings["timesteps"])
     if settings.get("sigmas"):
         values["Steps"] = len(settings["sigmas"]) - 1
-    if "width" in settings:
+    if {"width", "height"} <= settings.keys():  # of grids not, where they are not those of all
         values["Size"] = f"{settings['width']}x{settings['height']}"
     order = [label for label in WEB_UI_ORDER if label in values]
     order += [label for label in values if label not in WEB_UI_ORDER]

@@ -60,11 +60,12 @@ def row_places(artifact: Artifact) -> list[RowPlace]:
 
 def layouts_by_ending(artifact: Artifact) -> dict[str, dict[str, TensorLayout]]:
     """A file's tensors by the endings of its rows, each under its name without it."""
+    rows = [] if artifact.header is None else artifact.header.rows
     return {
         ending: {
             name.removesuffix(ending): layout
             for name, layout in artifact.tensors.items()
             if name.endswith(ending)
         }
-        for ending in dict.fromkeys(place.ending for place in row_places(artifact))
+        for ending in dict.fromkeys(row.ending for row in rows) or [""]
     }

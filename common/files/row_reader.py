@@ -1,6 +1,6 @@
 """Files that stages exchange, read whole, or by rows when these are computed with."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,19 +86,15 @@ class RowReader:
             ending: known_names(self.path.name, own)
             for ending, own in layouts_by_ending(artifact).items()
         }
-        self.sizes = self.by_size(range(len(self._places)))  # all rows, those of one size together
+        by_ending: dict[str, list[int]] = {}
+        for row, place in enumerate(self._places):
+            by_ending.setdefault(place.ending, []).append(row)
+        self.sizes = [*by_ending.values()]  # all rows, those of one size together
         _warn_of_elsewhere(artifact, warn)
         for rows in self.sizes:
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 some = self.read(rows[first : first + ROWS_AT_ONCE])
                 artifacts.check_finite(some, self.path, "cannot be used")
-
-    def by_size(self, rows: Iterable[int]) -> list[list[int]]:
-        """Some rows, those of one size together."""
-        found: dict[str, list[int]] = {}
-        for row in rows:
-            found.setdefault(self._places[row].ending, []).append(row)
-        return [*found.values()]
 
     def read(self, rows: Sequence[int]) -> "dict[str, torch.Tensor]":
         """Some rows of one size, [N, …] of every tensor."""

@@ -111,6 +111,11 @@ class RowsToCome:
             rows = [row for row, _ in found]
             yield ComingRows(rows, places, own, hashes, group.making)
 
+    def ending(self, row: int) -> str:
+        """Of a row's tensors in the file to come."""
+        assert self.header is not None
+        return self.header.rows[row].ending
+
     def note(self, row: int, making: Making) -> None:
         """Let the header of the file to come say how a row was made."""
         assert self.header is not None

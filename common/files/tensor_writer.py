@@ -55,7 +55,7 @@ class TensorWriter:
         self._file = temporary.open("w+b")
 
     def lay_out(self, samples: "Mapping[str, Mapping[str, torch.Tensor]]") -> None:
-        """Settle where all tensors go, by a row [1, …] of each ending. Before the first rows."""
+        """Settle where all tensors go, by a row [1, …] of each ending; before rows are put."""
         end = 0
         whole = {
             f"{name}{ending}": (tensor, self._counts[ending])
@@ -84,8 +84,6 @@ class TensorWriter:
         import torch
 
         check_finite(rows, self.path, "was not written")
-        if not self._entries:
-            self.lay_out({ending: rows})
         waiting = self._waiting[ending]
         done = self._counts[ending] - len(waiting)
         for name, tensor in rows.items():

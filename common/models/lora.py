@@ -29,9 +29,13 @@ def lora_settings(loras: Sequence[LoraFile], components: Sequence[str]) -> list[
     """What of the LoRAs determines the given components: content and scale, in their order."""
     return [
         {"sha256": hash_large_file(find_lora(lora)), "scale": lora.scale}
-        for lora in loras
-        if parts_of(lora) & set(components)
+        for lora in loras_for(loras, components)
     ]
+
+
+def loras_for(loras: Sequence[LoraFile], components: Sequence[str]) -> tuple[LoraFile, ...]:
+    """Those that change one of the given components."""
+    return tuple(lora for lora in loras if parts_of(lora) & set(components))
 
 
 def find_lora(lora: LoraFile) -> Path:

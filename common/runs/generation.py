@@ -62,10 +62,14 @@ class GenerationConfig(ResolvedSize, ResolvedPrompts, _Shared):
 
     @model_validator(mode="after")
     def _format_holds_the_pictures(self) -> Self:
-        if self.image_format == "webp" and max(self.height, self.width) > MOST_WEBP_PIXELS:
+        sizes = [self.height, self.width]
+        for prompt in self.prompts:
+            own = [prompt.settings.get(name) for name in ("height", "width")]
+            sizes += [side for side in own if isinstance(side, int)]  # which are checked elsewhere
+        if self.image_format == "webp" and max(sizes) > MOST_WEBP_PIXELS:
             raise ValueError(
                 f"image_format webp holds at most {MOST_WEBP_PIXELS} pixels a side, not "
-                f"{max(self.height, self.width)}: use png or jpg"
+                f"{max(sizes)}: use png or jpg"
             )
         return self
 
@@ -189,24 +193,19 @@ def resolve(settings: RunSettings, *, native_size: int, size_factor: int) -> Gen
     return config
 
 
-def check_size(config: GenerationConfig, size_factor: int) -> None:
+def check_size(config: GenerationConfig, size_factor: int, said: str = "--") -> None:
     """Raise `BadSettingError` where height or width is not a multiple of `size_factor`.
 
-    Also where those of one of the prompts are not.
+    Args:
+        said: what the error says before the setting's name.
     """
-    sizes = [(f"--{name}", getattr(config, name)) for name in ("height", "width")]
-    sizes += [
-        (f"the prompt {prompt.prompt[:40]!r}: {name}", prompt.settings[name])
-        for prompt in config.prompts
-        for name in ("height", "width")
-        if name in prompt.settings
-    ]
-    for said, value in sizes:
+    for name in ("height", "width"):
+        value = getattr(config, name)
         if value % size_factor:
             below = value // size_factor * size_factor
             choice = f"{below} or {below + size_factor}" if below else str(size_factor)
             raise BadSettingError(
-                f"{said} {value} is not a multiple of {size_factor}, which the checkpoint "
+                f"{said}{name} {value} is not a multiple of {size_factor}, which the checkpoint "
                 f"{config.model_id} needs: use {choice}"
             )
 

@@ -9,6 +9,7 @@ from common.conditions.sizes import MOST_PIXELS
 from common.errors import BadInputFileError, BadSettingError
 from common.files import artifacts
 from common.files.input_pictures import picture_size, pictures_in
+from common.files.row_places import layouts_by_ending
 from common.files.stage_table import DENOISE, LATENTS_FILE
 from common.messages import say
 
@@ -150,7 +151,8 @@ def size_of_latents(settings: "RunSettings", size_factor: int) -> tuple[int, int
     if settings.upscale is None or settings.init_latents is None:
         return None
     path = path_of_latents(settings.init_latents)
-    layout = artifacts.inspect(path, verify=False).tensors.get("latents")
+    sizes = layouts_by_ending(artifacts.inspect(path, verify=False))
+    layout = next(iter(sizes.values())).get("latents")  # several sizes are refused later on
     if layout is None or len(layout.shape) != 4:
         raise BadInputFileError(f"--init_latents: {path} holds no latents: choose another file")
     height, width = enlarged_size(layout.shape[2:], settings.upscale)

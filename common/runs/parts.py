@@ -1,17 +1,22 @@
 """The images of a run that have the same settings, where prompts have some of their own."""
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from common.conditions.prompt_settings import PromptSettings
 from common.declared import flag_of, validate
 from common.errors import BadSettingError, listed
-from common.files.recipe import to_json
+from common.files.recipe import Recipe, to_json
 from common.messages import warn
 from common.models.model_settings import LoraFile
-from common.runs.generation import GenerationConfig
+from common.runs.generation import GenerationConfig, check_size
 from common.sampling.sampling_settings import STEP_SETTINGS, merge_settings
 
+# Of a run's first file; later ones hold what that holds and more: seeds, settings of their own.
+MOST_PROMPTS_BYTES = 12_000_000
+BYTES_OF_A_ROW = 180  # its two hashes, its seconds, its size and what separates them
+BYTES_OF_A_LORA = 120  # its hash
 BYTES_OF_SOME = 150  # of names and of what goes with a setting: the other ways to give steps
 
 
@@ -57,6 +62,14 @@ def settled_for(config: GenerationConfig, prompt: PromptSettings) -> GenerationC
     return validate(GenerationConfig, merged | own, where)
 
 
+def check_sizes(parts: Sequence[Part], size_factor: int) -> None:
+    """Raise `BadSettingError` where a side of images is no multiple of `size_factor` pixels."""
+    for part in parts:
+        own = part.config.prompts[0]
+        whose = f"the prompt {own.prompt[:40]!r}: " if len(part.config.prompts) == 1 else "--"
+        check_size(part.config, size_factor, whose)
+
+
 def loras_of_prompts(config: GenerationConfig) -> list[tuple[LoraFile, ...]]:
     """The LoRAs of each prompt: its own, or the run's."""
     known: dict[str, tuple[LoraFile, ...]] = {}
@@ -82,13 +95,24 @@ def warn_of_own_settings(config: GenerationConfig, given: Collection[str]) -> No
         warn(f"{flags} has no effect: all prompts have settings of their own in its place")
 
 
-def bytes_of_own(config: GenerationConfig) -> int:
-    """About what images' own settings, as recipes have them, take in a file's header."""
+def refuse_long_prompts(recipe: Recipe, config: GenerationConfig) -> None:
+    """Raise `BadSettingError` where files could not be read for all the prompts in their headers.
+
+    Args:
+        recipe: of the embeddings.
+    """
+    length = len(json.dumps(to_json(recipe.model_dump()), ensure_ascii=False).encode())
     counts = config.images_of_prompts()
-    return sum(
-        count * (len(to_json(prompt.settings)) + BYTES_OF_SOME * bool(prompt.settings))
-        for prompt, count in zip(config.prompts, counts, strict=True)
-    )
+    length += BYTES_OF_A_ROW * sum(counts)
+    for prompt, count in zip(config.prompts, counts, strict=True):
+        if own := prompt.settings:
+            loras = BYTES_OF_A_LORA * len(own.get("loras") or ())
+            length += count * (len(to_json(own)) + BYTES_OF_SOME + loras)
+    if length > MOST_PROMPTS_BYTES:
+        raise BadSettingError(
+            f"the prompts and images take {length / 1e6:.0f} MB of each file's header, which holds "
+            f"{MOST_PROMPTS_BYTES / 1e6:.0f} MB of them: split them among several runs"
+        )
 
 
 def _replaced_by(prompt: PromptSettings) -> set[str]:

@@ -112,11 +112,7 @@ class Passes:
                     f"--{name} pastes into the pictures begun with, and --{last} makes all of them "
                     "anew: leave one of both out"
                 )
-        if any(prompt.settings.keys() & {"height", "width"} for prompt in _prompts_of(settings)):
-            raise BadSettingError(
-                f"--{self.names[0]} goes on from latents of one size: leave it out, or height and "
-                "width of the prompts"
-            )
+        self.refuse_sizes(settings)
         if self.hires is not None:
             checkpoint = open_checkpoint(settings, ("unet",))
             if checkpoint.edits_pictures or checkpoint.inpaints_by_channels:
@@ -124,6 +120,14 @@ class Passes:
                     f"{checkpoint.source('unet').said}: its UNet is shown pictures, which --hires "
                     "has none of: leave it out, or choose another checkpoint"
                 )
+
+    def refuse_sizes(self, settings: RunSettings | GenerationConfig) -> None:
+        """Raise `BadSettingError` where the pass before has latents of several sizes."""
+        if any(prompt.settings.keys() & {"height", "width"} for prompt in _prompts_of(settings)):
+            raise BadSettingError(
+                f"--{self.names[0]} goes on from latents of one size: leave it out, or height and "
+                "width of the prompts"
+            )
 
     def flags_of_the_first(
         self, given: Mapping[str, Any], settings: RunSettings | GenerationConfig
@@ -281,6 +285,9 @@ class Turns:
         self.begins_with_a_pass = from_stage in self.names
         if self.begins_with_a_pass:
             self.names = self.names[self.names.index(from_stage) :]
+            before = passes.before(from_stage, run_dir)
+            if (before / GENERATION_CONFIG_FILE).exists():
+                passes.refuse_sizes(read_generation_config(before))
             return
         if not from_stage.isdecimal():
             known = ", ".join([*(str(stage.number) for stage in STAGES), *self.names])

@@ -21,6 +21,7 @@ from common.models.component_table import loaded_for
 from common.models.model_settings import ModelSettings
 from common.runs.generation import GenerationConfig, RunSettings
 from common.runs.overrides import Overrides, checked, values_of
+from common.runs.parts import loras_of_prompts
 from common.runs.picture_names import ImageId, ids_of, names_of
 from common.runs.recipes import difference_from_report, recorded, trajectory_pictures_recipe
 from common.runs.redo import Redo
@@ -93,7 +94,7 @@ class Pictures:
             grid_images=size,
             grid_recipe=recipe.model_copy(update={"settings": with_grids}),
             prompt_of=prompt_of,
-            lines=_index_lines(names, fingerprints, settings, ids),
+            lines=_index_lines(names, fingerprints, _with_loras(settings, config, prompt_of), ids),
             index=config.index,
         )
 
@@ -116,6 +117,21 @@ class Pictures:
             **dict(zip(self.names, self.rows, strict=True)),
             **dict.fromkeys(self.grids, self.grid_recipe),
         }
+
+
+def _with_loras(
+    settings: Sequence[Mapping[str, Any]], config: GenerationConfig, prompt_of: Sequence[int]
+) -> list[Mapping[str, Any]]:
+    """Pictures' settings with LoRAs as they are given, in place of their content by component."""
+    of_prompts = loras_of_prompts(config)
+    if len({*of_prompts}) == 1 or max(prompt_of) >= len(of_prompts):
+        return [*settings]
+    by_content = ("unet_loras", "text_encoder_loras")
+    return [
+        {name: value for name, value in own.items() if name not in by_content}
+        | {"loras": [f"{lora.file}:{lora.scale:g}" for lora in of_prompts[prompt]]}
+        for own, prompt in zip(settings, prompt_of, strict=True)
+    ]
 
 
 def _index_lines(
@@ -277,7 +293,7 @@ class PictureFacts:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """A picture's settings; of a grid's or trajectory's recipe those of all images."""
-        own = dict(recipe.settings[PICTURES])
+        own = _shared(recipe, PICTURES)
         for name in loaded_for(PICTURES):
             if (replaced := getattr(self.config, name, None)) is not None:
                 own[name] = replaced
@@ -314,12 +330,7 @@ def picture_settings(recipe: Recipe, header: Header | None) -> dict[str, Any]:
     """
     if header is None:
         return {}
-    settings: dict[str, Any] = {}
-    for artifact in (EMBEDDINGS, LATENTS):
-        shared = without_own(recipe.settings_of(artifact))
-        for own in recipe.settings_of(artifact).get(OWN, ()):  # which are not those of all
-            shared = {name: value for name, value in shared.items() if name not in own}
-        settings |= shared
+    settings = {**_shared(recipe, EMBEDDINGS), **_shared(recipe, LATENTS)}
     prompts, negatives = settings.pop("prompts", []), settings.pop("negative_prompts", [])
     seconds = settings.pop("prompts_2", prompts)
     negative_seconds = settings.pop("negative_prompts_2", negatives)
@@ -338,6 +349,13 @@ def picture_settings(recipe: Recipe, header: Header | None) -> dict[str, Any]:
             "seed": seeds[0],
         }
     return settings
+
+
+def _shared(recipe: Recipe, artifact: str) -> dict[str, Any]:
+    """An artifact's settings without those of which single rows have their own."""
+    of_rows = {name for own in recipe.settings_of(artifact).get(OWN, ()) for name in own}
+    settings = without_own(recipe.settings_of(artifact))
+    return {name: value for name, value in settings.items() if name not in of_rows}
 
 
 def web_ui_text(settings: dict[str, Any]) -> str:

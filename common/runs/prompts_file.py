@@ -101,15 +101,18 @@ def _prompt_of(values: dict[str, Any], where: str) -> PromptSettings:
     own = {name: values.pop(name) for name in own_settings() if name in values}
     if isinstance(options := own.get("scheduler_options"), str):  # a table's cell
         own["scheduler_options"] = parse_scheduler_options(options.split())
+    if "lora" in values:
+        raise BadSettingError(f"{where}: lora is called loras here, a list of FILE:SCALE")
     for name in values:
         if name in _OF_RUNS and name not in PromptSettings.model_fields:
             raise BadSettingError(
                 f"{where}: {name} is a setting of the whole run: give it as a flag, or in --config"
             )
     if isinstance(loras := own.get("loras"), str):  # likewise
-        own["loras"] = [each.strip() for each in loras.split(";")]
-    for name in ("height", "width"):
-        if own.get(name, 0) is None:  # the run's, which has one
+        parts = [] if loras.strip() == "[]" else loras.split(";")
+        own["loras"] = [part.strip() for part in parts if part.strip()]
+    for name in ("height", "width", "loras"):
+        if own.get(name, 0) is None:  # the run's
             del own[name]
     merged = merge_settings({}, own, where)
     checked = validate(_OwnSettings, merged, where).model_dump(mode="json", include={*own})

@@ -236,6 +236,8 @@ def _read_pictures(run_dir: Path) -> list[FileRecord]:
             if record is None:
                 raise ValueError
             settings = dict(record["settings"])
+            if loras := record.get("flags", {}).get("lora"):
+                settings["loras"] = loras
             recipe = Recipe(
                 stage=DECODE.number,
                 settings={PICTURES: settings},

@@ -45,7 +45,7 @@ from common.runs.generation import (
     write_generation_config,
 )
 from common.runs.overrides import Overrides, overrides_of, values_of
-from common.runs.parts import parts_of, warn_of_own_settings
+from common.runs.parts import check_sizes, parts_of, warn_of_own_settings
 from common.runs.picture_names import refuse_bad_names
 from common.runs.seeds import MOVED, warn_of_seeds
 from common.runs.words import say_times, say_why
@@ -112,7 +112,7 @@ class StageRun:
         )
         warn_of_seeds(config.prompts, self.given.settings())
         warn_of_own_settings(config, self.given.settings())
-        parts_of(config)  # whose settings go together
+        check_sizes(parts_of(config), checkpoint.vae_scale_factor)  # and settings go together
         refuse_bad_names(config, self.run_dir)
         return config, checkpoint
 

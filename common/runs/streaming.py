@@ -88,12 +88,13 @@ class _Beside:
         self._writer: PictureWriter | None = None
         self._decoder: Decoder
         self._into: PastedInto
+        self._counts: Counter[str] = Counter()  # of all images, by their latents' endings
         self._there: set[str] = set()  # fingerprints of pictures that an earlier run made
         self._fingerprints: set[str] = set()
 
     def put(self, to_come: RowsToCome, group: ComingRows) -> None:
         """Decode and write what of a group is not there."""
-        from common.vae.decoding import LatentsInMemory, decode_groups
+        from common.vae.decoding import Latents, decode_groups, groups_of
 
         writer = self._writer or self._open(to_come, group)
         latents, pictures = group.tensors[LATENTS].numpy(), writer.pictures  # [N, C, h, w]
@@ -103,13 +104,16 @@ class _Beside:
         missing = [
             k for k, row in enumerate(group.rows) if pictures.fingerprints[row] not in self._there
         ]
-        size = self._decoder.group_size(self._run.options)
-        read, todo = LatentsInMemory(latents), [group.places[k] for k in missing]
+        if not missing:
+            return
+        decoder, options = self._decoder, self._run.options
+        # As many at once as of all images of this size.
+        size = decoder.runner.group_size(self._counts[to_come.ending(group.rows[0])], options)
+        writer.made_by = options.made_by(decoder.runner.facts(), size)
+        read, todo = Latents.in_memory(latents), [group.places[k] for k in missing]
         rows = iter([group.rows[k] for k in missing])
-        for places, pixels in decode_groups(
-            self._decoder, read, todo, size, self._run.options, bar=False
-        ):
-            own = [next(rows) for _ in places]
+        for some, pixels in decode_groups(decoder, read, groups_of(todo, size), options, bar=False):
+            own = [next(rows) for _ in some.own]
             writer.put(own, self._into.paste(own, pixels))
             self._fingerprints |= {pictures.fingerprints[row] for row in own}
 
@@ -122,9 +126,10 @@ class _Beside:
         assert to_come.header is not None
         rows = to_come.header.rows
         say(f"{run.stage.name}: decode {len(rows)} image(s) as they are denoised")
+        self._counts = Counter(row.ending for row in rows)
         tensors = {
             f"{LATENTS}{ending}": TensorLayout("F32", (count, *self._shape(ending, first)))
-            for ending, count in Counter(row.ending for row in rows).items()
+            for ending, count in self._counts.items()
         }
         latents = Artifact(
             path=to_come.path, header=to_come.header, data_sha256="", tensors=tensors
@@ -143,8 +148,6 @@ class _Beside:
         self._writer = PictureWriter(run.run_dir, pictures, facts, run.report)
         if run.takes_rows:
             self._take_known(to_come, pictures)
-        size = self._decoder.group_size(run.options)
-        self._writer.made_by = run.options.made_by(self._decoder.runner.facts(), size)
         return self._writer
 
     def _shape(self, ending: str, first: ComingRows) -> tuple[int, ...]:

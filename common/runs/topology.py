@@ -90,6 +90,8 @@ def estimate_denoising(given: Given) -> None:
             f"--topology compiles schedulers that are data; {sampler.name} steps on the host "
             f"({reason}): choose another --scheduler or --scheduler_option"
         ) from None
+    if any(prompt.settings for prompt in config.prompts):
+        warn("the settings that prompts have of their own are not estimated: those of the run are")
     if config.guidance_start > 0 or config.guidance_end < 1:
         warn("--guidance_start and --guidance_end: the steps without guidance are not estimated")
     size = group_size(options.at_once(len(job.seeds)), denoiser.devices_of_images)

@@ -1,4 +1,4 @@
-"""All images of a run, denoised in groups of one shape."""
+"""All images of a run, denoised in groups; those of one size of pictures have one shape."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def denoise_images(
     profile_folder: Path | None = None,
     stop: StopRequest | None = None,
 ) -> Denoised:
-    """Denoise all images that are missing, in groups of one shape.
+    """Denoise all images that are missing, in groups.
 
     Args:
         denoiser_of: opens a denoiser for a job, after which one of another job has served.
@@ -73,11 +73,14 @@ def denoise_images(
     if made.kept:
         say(f"  goes on after {made.kept} of {images} images, which are kept")
     todo = [job for job in jobs if not missing.isdisjoint(job.own)] or jobs[:1]
-    # All groups have one shape, so that a program serves all jobs.
-    most = max(len(job.own) for job in jobs)
-    size = group_size(options.at_once(most), denoiser_of(todo[0]).devices_of_images)
-    plans = [_GroupsOf(job, missing, size) for job in todo]
-    keep = len(plans) > 1 or images > size  # there are several groups
+    devices = denoiser_of(todo[0]).devices_of_images
+    # All groups of one size of pictures have one shape, so that a program serves all their jobs.
+    most: dict[tuple[int, ...], int] = {}
+    for job in jobs:
+        most[job.latent_shape] = max(most.get(job.latent_shape, 0), len(job.own))
+    sizes = {shape: group_size(options.at_once(n), devices) for shape, n in most.items()}
+    plans = [_GroupsOf(job, missing, sizes[job.latent_shape]) for job in todo]
+    keep = len(plans) > 1 or images > plans[0].size  # there are several groups
     waiting, profile = sum(plan.steps for plan in plans), None
     with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
         for number, plan in enumerate(plans):
@@ -86,7 +89,7 @@ def denoise_images(
                 run.profile_to(profile_folder)
             for own in plan.groups:
                 # Steps go on in a group of the same shape alone.
-                key = [*made.group(own), f"{size} at once"]
+                key = [*made.group(own), f"{plan.size} at once"]
                 group = GroupProgress(made.progress, stop, options.checkpoint_every, key, bar)
                 if plan.job.prompts:
                     bar.note(plan.job.prompts[int(plan.job.prompt_of[own[0]])])

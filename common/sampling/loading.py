@@ -15,9 +15,9 @@ from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.errors import listed
 from common.models.checkpoint import Checkpoint
-from common.models.lora import lora_settings
+from common.models.lora import lora_settings, plan_fusion
 from common.models.model_settings import LoraFile
-from common.models.weights import load_model, with_weights
+from common.models.weights import load_model, make_without_weights, with_weights
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -80,7 +80,10 @@ def open_denoiser(
 
 
 class UNets:
-    """The UNet of a run with what is added to it for each job, of which one is there at a time."""
+    """The UNet of a run with what is added to it for each job, opened when its turn has come.
+
+    The one before is let go, unless the process keeps it for another run.
+    """
 
     def __init__(
         self,
@@ -95,12 +98,27 @@ class UNets:
         Args:
             base: its LoRAs are each job's own.
             jobs: all of the run.
+
+        Raises:
+            BadInputFileError: a LoRA does not fit the UNet, of which nothing is computed then.
         """
         self._base, self._open = base, partial(open_denoiser, kept, backend)
         self._rest = jobs, options, report
         self._several = len({job.loras for job in jobs}) > 1
+        self._said: set[str] = set()  # which is the same of all of them
+        if self._several:
+            self._refuse_unfit_loras([*dict.fromkeys(job.loras for job in jobs)])
         self._there: Denoiser | None = None
         self._loras: tuple[LoraFile, ...] = ()  # that it has
+
+    def _refuse_unfit_loras(self, sets: "list[tuple[LoraFile, ...]]") -> None:
+        import torch
+
+        dtype = getattr(torch, self._base.dtype)
+        module = make_without_weights(self._base.checkpoint, "unet", dtype)
+        with messages.each_once(self._said):
+            for loras in sets:
+                plan_fusion("unet", module, self._base.checkpoint, loras)
 
     def denoiser(self, job: "DenoisingJob") -> "Denoiser":
         """A denoiser for a job; one of another job may be of no use after that."""
@@ -109,7 +127,8 @@ class UNets:
                 names = [f"{Path(lora.file).name}:{lora.scale:g}" for lora in job.loras]
                 messages.say(f"  with {listed(names)}" if names else "  without LoRAs")
             self._there = None  # before its successor needs the memory
-            self._there = self._open(replace(self._base, loras=job.loras), *self._rest)
+            with messages.each_once(self._said):
+                self._there = self._open(replace(self._base, loras=job.loras), *self._rest)
             self._loras = job.loras
         return self._there
 

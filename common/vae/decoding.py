@@ -1,12 +1,12 @@
 """Decoding a run's latents: in groups of one shape, and the trajectory beside them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from common.compute.groups import groups
 from common.compute.options import RunOptions
 from common.files.artifacts import Artifact
 from common.files.row_reader import RowReader
@@ -21,88 +21,93 @@ if TYPE_CHECKING:
 MOST_STRIP_PIXELS, MOST_FRAME_PIXELS = 192, 512  # a side of a picture of a trajectory
 
 
+@dataclass(frozen=True)
 class Latents:
     """The latents of a run's images, read when they are decoded."""
 
-    def __init__(self, rows: RowReader) -> None:
-        self._rows, self.by_size, self.sizes = rows, rows.by_size, rows.sizes
+    read: Callable[[Sequence[int]], np.ndarray]  # those of some of one size, [N, C, h, w] float32
+    sizes: list[list[int]]  # all images, those of one size together
 
     @classmethod
     def of(cls, artifact: Artifact) -> Self:
         """Those of a file; what cannot be verified of it is said."""
-        return cls(RowReader(artifact, warn))
+        rows = RowReader(artifact, warn)
+        return cls(lambda images: rows.read(images)["latents"].float().numpy(), rows.sizes)
 
-    def read(self, images: Sequence[int]) -> np.ndarray:
-        """Those of some images of one size, [N, C, h, w] float32."""
-        return self._rows.read(images)["latents"].float().numpy()
+    @classmethod
+    def in_memory(cls, latents: np.ndarray) -> Self:
+        """The same of latents [B, C, h, w] float32 that are there."""
+        return cls(lambda images: latents[images], [[*range(len(latents))]])
 
 
-class LatentsInMemory:
-    """The same of latents [B, C, h, w] float32 that are there."""
+class Group(NamedTuple):
+    """Images that are decoded at once."""
 
-    def __init__(self, latents: np.ndarray) -> None:
-        self._latents, self.sizes = latents, self.by_size(range(len(latents)))
+    own: list[int]
+    size: int  # as many are computed, the last one again where these are fewer
 
-    def by_size(self, images: Iterable[int]) -> list[list[int]]:
-        """All of some, which are of one size."""
-        return [[*images]]
+    @property
+    def computed(self) -> list[int]:
+        """Those that are computed."""
+        return self.own + [self.own[-1]] * (self.size - len(self.own))
 
-    def read(self, images: Sequence[int]) -> np.ndarray:
-        """Those of some images, [N, C, h, w]."""
-        return self._latents[images]
+
+def groups_of(images: Sequence[int], size: int) -> list[Group]:
+    """Images of one size in groups."""
+    firsts = range(0, len(images), size)
+    return [Group([*images[first : first + size]], size) for first in firsts]
+
+
+def grouped(
+    decoder: "Decoder", latents: Latents, todo: Iterable[int], options: RunOptions
+) -> list[Group]:
+    """Images of a run in groups, those of one size one after the other."""
+    chosen, found = {*todo}, list[Group]()
+    for own in latents.sizes:
+        size = decoder.runner.group_size(len(own), options)
+        found += groups_of([image for image in own if image in chosen], size)
+    return found
 
 
 def decode_groups(
     decoder: "Decoder",
-    latents: Latents | LatentsInMemory,
-    todo: Sequence[int],
-    size: int,
+    latents: Latents,
+    groups: Sequence[Group],
     options: RunOptions,
     *,
     bar: bool = True,
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Decode images in groups of one shape. Yields the images of each, and [N, H, W, 3] uint8.
-
-    Those of one size are decoded one after the other.
-
-    Args:
-        todo: the images to decode, by their indices.
-        size: how many are decoded at once.
+) -> Iterator[tuple[Group, np.ndarray]]:
+    """Decode images group by group. Yields each, and its pictures [N, H, W, 3] uint8.
 
     Raises:
         NotFiniteError: the VAE gave infinities or not-a-numbers.
     """
-    with progress_bar(len(todo), "decode", "image", hidden=not bar) as shown:
-        for of_a_size in latents.by_size(todo):
-            images = np.array(of_a_size, int)
-            for places, real in groups(len(images), size):
-                chosen = images[places].tolist()
-                pixels, finite = decoder.decode(latents.read(chosen), warm_up=options.warmup)
-                decoder.runner.refuse_infinities(finite, "picture was")
-                yield chosen[:real], pixels[:real]
-                shown.update(real)
+    images = sum(len(group.own) for group in groups)
+    with progress_bar(images, "decode", "image", hidden=not bar) as shown:
+        for group in groups:
+            read = latents.read(group.computed)
+            pixels, finite = decoder.decode(read, warm_up=options.warmup)
+            decoder.runner.refuse_infinities(finite, "picture was")
+            yield group, pixels[: len(group.own)]
+            shown.update(len(group.own))
 
 
 def decode_all(
     decoder: "Decoder", latents: np.ndarray, options: RunOptions, *, bar: bool = True
 ) -> np.ndarray:
     """Decode latents [B, C, h, w] float32. Returns [B, H, W, 3] uint8."""
-    size = decoder.runner.group_size(len(latents), options)
-    read = LatentsInMemory(latents)
-    decoded = decode_groups(decoder, read, range(len(latents)), size, options, bar=bar)
+    read = Latents.in_memory(latents)
+    groups = grouped(decoder, read, range(len(latents)), options)
+    decoded = decode_groups(decoder, read, groups, options, bar=bar)
     return np.concatenate([pixels for _, pixels in decoded])
 
 
 def measure(
-    decoder: "Decoder",
-    latents: Latents | LatentsInMemory,
-    options: RunOptions,
-    profile_folder: Path,
+    decoder: "Decoder", latents: Latents, options: RunOptions, profile_folder: Path
 ) -> "Profile | None":
     """Decode the first group again, as often as `--repeat` and `--profile` ask for."""
-    images = latents.sizes[0]
-    places, _ = next(groups(len(images), decoder.group_size(options)))
-    first = latents.read([images[place] for place in places])
+    group = grouped(decoder, latents, latents.sizes[0], options)[0]
+    first = latents.read(group.computed)
     return decoder.runner.measure(lambda: decoder.decode(first), options, profile_folder)
 
 

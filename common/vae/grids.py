@@ -25,7 +25,8 @@ def make_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
     largest = max(max(each.shape[:2]) for each in pictures)
     if columns > 1 and columns * largest > MOST_GRID_PIXELS:
         side = MOST_GRID_PIXELS // columns
-        pictures = [shrink(each, max(each.shape[:2]) * side // largest) for each in pictures]
+        sides = [max(1, max(each.shape[:2]) * side // largest) for each in pictures]
+        pictures = [shrink(each, own) for each, own in zip(pictures, sides, strict=True)]
     height, width = (max(each.shape[axis] for each in pictures) for axis in (0, 1))
     rows = int(np.ceil(len(pictures) / columns))
     grid = np.full((rows, height, columns, width, 3), 255, np.uint8)

@@ -66,11 +66,9 @@ def open_decoder(
     """
     from common.vae.decoder import Decoder
 
-    # `make_tiles` refuses some of them.
-    tiles = next(filter(None, [make_tiles(vae, shape) for shape in shapes]), None)
+    tiles = make_tiles(vae, max(shapes, key=lambda shape: max(shape[2:])))
     images = images_to_decode(shapes, tiles)
-    runner = open_runner(kept, backend, vae, images, options, report)
-    return Decoder(runner, tiles, images.count)
+    return Decoder(open_runner(kept, backend, vae, images, options, report), tiles)
 
 
 def open_encoder(
@@ -113,10 +111,11 @@ class ImagesToSplit:
 
 def images_to_decode(shapes: Sequence[Sequence[int]], tiles: "Tiles | None") -> ImagesToSplit:
     """Those of latents [B, C, h, w] of each size, whose rows the decoder only doubles."""
-    rows = [
-        rows for shape in shapes for rows in ([shape[2]] if tiles is None else tiles.rows(shape[2]))
-    ]
-    return ImagesToSplit(max(shape[0] for shape in shapes), [*dict.fromkeys(rows)])
+    rows: dict[int, None] = {}
+    for shape in shapes:
+        is_cut = tiles is not None and tiles.cuts(shape)
+        rows |= dict.fromkeys(tiles.rows(shape[2]) if tiles and is_cut else [shape[2]])
+    return ImagesToSplit(max(shape[0] for shape in shapes), [*rows])
 
 
 def images_to_encode(

@@ -1,6 +1,6 @@
 """diffusers' own cutting of large pictures into overlapping tiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class Tiles:
     def sample_size(self) -> int:
         """The same in pixels."""
         return int(self.vae.tile_sample_min_size)
+
+    def cuts(self, shape: Sequence[int]) -> bool:
+        """Whether latents [B, C, h, w] are larger than a tile."""
+        return max(shape[2:]) > self.size
 
     def rows(self, height: int) -> list[int]:
         """The rows of every tile of latents with so many rows, from above to below."""

@@ -67,10 +67,10 @@ def test_layers_and_weights_do_not_go_together(of_two_encoders: Checkpoint) -> N
 def test_it_encodes_as_often_as_it_is_asked_to(of_one_encoder: Checkpoint, tmp_path: Path) -> None:
     pipeline, report = load_text_pipeline(of_one_encoder, torch.float32), StageReport(1)
     config = make_config(DEMO)
-    assert measure_encoding(pipeline, config, RunOptions(), report, tmp_path) is None
+    assert measure_encoding(lambda: pipeline, config, RunOptions(), report, tmp_path) is None
     assert report.repeats == []
     options = RunOptions(repeat=2, profile=True)
-    profile = measure_encoding(pipeline, config, options, report, tmp_path)
+    profile = measure_encoding(lambda: pipeline, config, options, report, tmp_path)
     assert len(report.repeats) == 2
     assert profile is not None and profile.operations
     assert list(tmp_path.glob("encode.pt.trace.json*"))

@@ -16,6 +16,7 @@ from common.conditions.prompts import (
     embeddings_names,
     encode_into,
     encode_prompts,
+    read_texts,
     room_of,
     split_text,
     token_counts,
@@ -93,15 +94,17 @@ def test_an_encoding_that_is_stopped_goes_on_with_the_same_bits(
 ) -> None:
     config, stop = make_config(DEMO, batch=3), StopRequest()
     expected = encode_prompts(pipeline, config)
+    texts = read_texts(pipeline, config)
+    assert texts.length == TOKENS
     stop.number = 2
 
     def made() -> MadeRows:
         return MadeRows.numbered(3, Progress(tmp_path, 1, {}))
 
     with refusal(StoppedError, "interrupted after 1 of 3 prompts, which are kept"):
-        encode_into(made(), lambda _: pipeline, config, TOKENS, stop)
+        encode_into(made(), lambda _: pipeline, config, texts, stop)
     again = made()
-    encode_into(again, lambda _: pipeline, config, TOKENS)
+    encode_into(again, lambda _: pipeline, config, texts)
     assert "goes on after 1 of 3 prompts, which are kept" in capsys.readouterr().out
     found = {name: again.read(range(3), name) for name in expected}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

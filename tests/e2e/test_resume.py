@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 from common.compute.backends import TORCH_FACTS
 from common.compute.kept import Kept
-from common.conditions.prompts import UNKNOWN, encode_into, encode_prompts
-from common.files.kept_progress import Progress, remove_progress
+from common.conditions.prompts import encode_into, encode_prompts, read_texts
+from common.files.kept_progress import UNTOLD, Progress, remove_progress
 from common.files.made_rows import MadeRows
 from common.files.recipe import Recipe
 from common.files.run_lock import HELD_BY_PARENT
 from common.files.stage_table import DENOISE
-from common.files.tensor_rows import TOKENS
 from common.runs.flags import Given
 from common.runs.stage_run import StageRun
 from common.sampling.denoising import Denoised
@@ -99,15 +98,16 @@ def test_encoding_stopped_after_any_prompt_gives_the_same_bits(
 ) -> None:
     config = make_config(model, batch=3)
     expected = encode_prompts(ours.text_pipeline, config)
+    texts = read_texts(ours.text_pipeline, config)
     # Left by a run of other settings, of its third prompt.
     other = MadeRows.numbered(3, Progress(tmp_path, 1, {"fingerprint": "2"}))
     zeros = {name: torch.zeros_like(tensor[:1]) for name, tensor in expected.items()}
-    other.put([2], zeros, UNKNOWN, keep=True)
+    other.put([2], zeros, UNTOLD, keep=True)
     progress, stops, found = Progress(tmp_path, 1, {"fingerprint": "1"}), 0, None
     while found is None:
         try:
             made = MadeRows.numbered(3, progress)
-            encode_into(made, lambda _: ours.text_pipeline, config, TOKENS, StopAfter(looks))
+            encode_into(made, lambda _: ours.text_pipeline, config, texts, StopAfter(looks))
             found = {name: made.read(range(3), name) for name in expected}
         except StoppedError as error:
             stops += 1

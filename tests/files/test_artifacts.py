@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.errors import BadInputFileError, BadSettingError, NotFiniteError
+from common.errors import BadInputFileError, NotFiniteError
 from common.files import artifacts, row_reader
+from common.files.artifacts import HEADER_KEY, Row, make_header
 from common.files.recipe import Recipe
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
 from tests.conftest import Run, file_contents
@@ -54,15 +55,16 @@ def test_saved_tensors_load_as_the_same_bits(tmp_path: Path) -> None:
     assert artifact.tensors["b"] == artifacts.TensorLayout("F32", (2, 3))
 
 
-def test_prompts_that_no_header_holds_are_refused() -> None:
-    """Before they are encoded: a file with a longer header would be refused by the next stage."""
-    artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"] * 10_000), 10_000)
-    with refusal(BadSettingError, "the prompts and images take 18 MB of each file's header"):
-        artifacts.refuse_long_prompts(make_recipe(prompts=["a red star"]), 100_000)
-    with refusal(
-        BadSettingError, "the prompts and images take 14 MB of each file's header", "several runs"
-    ):
-        artifacts.refuse_long_prompts(make_recipe(prompts=["星" * 1000] * 4300), 4300)
+def test_rows_that_a_file_does_not_hold(tmp_path: Path) -> None:
+    """What a header says of rows is beside what its checksum covers."""
+    path = tmp_path / LATENTS_FILE
+    two = {"latents": torch.ones(2, 4)}
+    for rows in (["", "", ""], [""], ["_8x8", "_8x8"], ["", "_8x8"], ["s", "s"]):
+        own = [Row("", "", ending=ending) for ending in rows]
+        header = make_header(make_recipe(), {}, artifacts.hash_tensors(two), own)
+        artifacts.save_whole(path, two, {HEADER_KEY: header.to_json()})
+        with refusal(BadInputFileError, f"{path} is damaged: its header names other rows"):
+            artifacts.inspect(path)
 
 
 def test_the_data_hash_is_that_of_the_bytes_in_key_order(tmp_path: Path) -> None:

@@ -199,3 +199,10 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     for path, image in zip(paths, pixels, strict=True):
         np.testing.assert_array_equal(picture_files.read_pixels(path), image)
     assert picture_files.picture_shape(paths[0]) == (5, 7, 3)
+
+
+def test_a_grid_of_several_heights_names_no_size() -> None:
+    """Its settings are those that all of its pictures have."""
+    settings = {name: value for name, value in SETTINGS.items() if name != "height"}
+    assert "Size" in picture_files.web_ui_parameters(SETTINGS, WEB_UI)
+    assert "Size" not in picture_files.web_ui_parameters(settings, WEB_UI)

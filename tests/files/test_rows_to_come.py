@@ -8,6 +8,7 @@ import torch
 from common.errors import BadInputFileError
 from common.files import artifacts, rows_to_come
 from common.files.kept_progress import Making, Progress
+from common.files.rows import Rows
 from common.files.rows_to_come import RowsToCome, announce
 from common.files.run_lock import RunLock
 from common.files.stage_table import DENOISE, LATENTS_FILE
@@ -28,7 +29,9 @@ def test_groups_come_once_with_the_rows_that_they_have(tmp_path: Path) -> None:
     lock = RunLock.of_stage(tmp_path, wait=False)
     lock.acquire()
     assert not to_come.look() and not list(to_come.new_groups("latents"))
-    announce(progress, make_recipe(seed=1), {"model_id": "demo"}, ROWS)
+    announce(
+        progress, make_recipe(seed=1), {"model_id": "demo"}, Rows(recipes=[], fingerprints=ROWS)
+    )
     assert to_come.look() and to_come.header is not None
     assert to_come.header.recipe == make_recipe(seed=1)
     assert to_come.header.provenance["model_id"] == "demo"
@@ -60,7 +63,7 @@ def test_a_file_that_does_not_come_is_missed(tmp_path: Path) -> None:
     to_come.refuse_unfinished()  # nothing was said
     lock = RunLock.of_stage(tmp_path, wait=False)
     lock.acquire()
-    announce(progress, make_recipe(seed=1), {}, ROWS)
+    announce(progress, make_recipe(seed=1), {}, Rows(recipes=[], fingerprints=ROWS))
     assert to_come.look()
     path = tmp_path / LATENTS_FILE
     with refusal(BadInputFileError, f"stage 2 ended before {path} was written"):

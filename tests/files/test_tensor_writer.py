@@ -32,6 +32,7 @@ def test_rows_give_the_file_that_whole_tensors_give(tmp_path: Path, dtype: torch
     recipe, seconds = make_recipe(seed=1), [0.25, None, 1.5, 2.0, 1e-3]
     rows = [Row(*pair, k) for k, pair in enumerate(zip(ROWS, ROWS, seconds, strict=True))]
     with written_in_parts(parts, recipe, {"prompt": "a “red” star"}, rows) as written:
+        written.lay_out({"": {name: tensor[:1] for name, tensor in tensors.items()}})
         for first, end in ((0, 1), (1, 4), (4, 5)):
             assert not parts.exists()
             written.put({name: tensor[first:end] for name, tensor in tensors.items()})
@@ -58,6 +59,7 @@ def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path, error: BaseExc
         pytest.raises(type(error)),
         written_in_parts(path, make_recipe(), {}, rows_of(2)) as written,
     ):
+        written.lay_out({"": {"a": torch.ones(1, 4)}})
         written.put({"a": torch.ones(1, 4)})
         raise error
     assert path.read_bytes() == b"before"

@@ -33,7 +33,8 @@ def test_latents_take_the_place_of_another_runs_trajectory(tmp_path: Path) -> No
     recipe = Recipe(stage=2, settings=settings, inputs={}, weights={}, versions={})
     steps = torch.arange(2.0).reshape(1, 2, 1, 1, 1).expand(1, 2, 4, 2, 3)
     kept = denoised(tmp_path, recipe, steps, kept_after=[3, 6], trajectory_every=3)
-    assert save_latents(tmp_path, kept, recipe, {"device": "cpu"}) == [1, 4, 2, 3]
+    shapes = save_latents(tmp_path, kept, recipe, {"device": "cpu"})
+    assert shapes == {"latents": [1, 4, 2, 3]}
     trajectory = artifacts.inspect(tmp_path / TRAJECTORY_FILE)
     assert trajectory.header is not None
     assert recipe_of_its_latents(trajectory.header.recipe) == recipe != trajectory.header.recipe

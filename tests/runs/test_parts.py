@@ -12,9 +12,16 @@ from common.errors import BadSettingError
 from common.files import artifacts
 from common.files.report import read_report
 from common.files.stage_table import LATENTS_FILE
-from common.runs.parts import parts_of, refuse_several, settled_for, warn_of_own_settings
+from common.runs.parts import (
+    parts_of,
+    refuse_long_prompts,
+    refuse_several,
+    settled_for,
+    warn_of_own_settings,
+)
 from tests.configs import make_config
 from tests.conftest import DEMO, Run
+from tests.files.test_artifacts import make_recipe
 from tests.refusals import expect, refusal
 
 A = {"prompt": "a", "negative_prompt": None}
@@ -61,6 +68,23 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_runs(
     flags = ("--output_dir", tmp_path / "run", "--prompts_file", path, "--guidance_end", 0.5)
     expect(quick_stage(1, *flags), 2, "the prompt 'a red star'", "guidance_start 0.8 is after")
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_no_header_holds_are_refused() -> None:
+    """Before they are encoded: a file with a longer header would be refused by the next stage."""
+
+    def refuse(prompts: list[str], **more: Any) -> None:
+        config = make_config(DEMO, prompts=[A | {"prompt": prompt, **more} for prompt in prompts])
+        refuse_long_prompts(make_recipe(prompts=prompts), config)
+
+    refuse(["a red star"] * 10_000)
+    with refusal(BadSettingError, "the prompts and images take 18 MB of each file's header"):
+        refuse(["a red star"] * 10, num_images_per_prompt=10_000)
+    with refusal(BadSettingError, "the prompts and images take 14 MB", "several runs"):
+        refuse(["星" * 1000] * 4300)
+    loras = [{"file": f"{k}.safetensors", "scale": 0.5} for k in range(10)]
+    with refusal(BadSettingError, "the prompts and images take"):
+        refuse(["a"] * 8000, settings={"loras": loras})
 
 
 def test_what_changes_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from common.files import artifacts
 from common.files.artifacts import MADE_BY, Header
 from common.files.kept_progress import Progress, remove_progress
 from common.files.report import read_report
+from common.files.rows import Rows
 from common.files.rows_to_come import announce
 from common.files.run_lock import RunLock
 from common.files.stage_table import LATENTS_FILE
@@ -43,7 +44,12 @@ class Stage2:
         """A group of one image is done."""
         fingerprints = [row.fingerprint for row in self.header.rows]
         where_from = {**self.header.provenance, MADE_BY: []}
-        announce(self.progress, self.header.recipe, where_from, fingerprints)
+        announce(
+            self.progress,
+            self.header.recipe,
+            where_from,
+            Rows(recipes=[], fingerprints=fingerprints),
+        )
         own = {"latents": self.latents[image : image + 1]}
         self.progress.save_group(
             fingerprints[image : image + 1], own, seconds=1.5, made_by=self.header.made_by(image)

@@ -1,5 +1,6 @@
 """All images of a run, group by group, and what a trajectory becomes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from common.models.checkpoint import Checkpoint
 from common.models.find import open_checkpoint
 from common.vae.decoder import Decoder
 from common.vae.decoding import (
-    LatentsInMemory,
+    Latents,
     decode_all,
     decode_groups,
     decode_trajectory,
+    grouped,
     measure,
 )
 from common.vae.grids import make_grid
@@ -52,22 +54,44 @@ def test_an_image_is_the_same_in_every_group(
 
 def test_some_images_are_decoded_as_all_are(decoder: Decoder) -> None:
     """In groups of the same size, whose rows have other neighbours."""
-    latents, options = LatentsInMemory(LATENTS), RunOptions()
-    every = np.concatenate(
-        [pixels for _, pixels in decode_groups(decoder, latents, range(5), 2, options)]
-    )
-    found = [*decode_groups(decoder, latents, [4, 0, 3], 2, options)]
-    assert [images for images, _ in found] == [[4, 0], [3]]
+    latents, options = Latents.in_memory(LATENTS), RunOptions(batch_size=2)
+
+    def decode(*todo: int) -> list[tuple[list[int], np.ndarray]]:
+        groups = grouped(decoder, latents, todo, options)
+        decoded = decode_groups(decoder, latents, groups, options)
+        return [(group.own, pixels) for group, pixels in decoded]
+
+    every = np.concatenate([pixels for _, pixels in decode(*range(5))])
+    found = decode(4, 0, 3)
+    assert [images for images, _ in found] == [[0, 3], [4]]
     for images, pixels in found:
         np.testing.assert_array_equal(pixels, every[images])
-    assert [*decode_groups(decoder, latents, [], 2, options)] == []
+    assert decode() == []
+
+
+def test_images_of_several_sizes_are_decoded_by_size(decoder: Decoder) -> None:
+    """As many at once as all images of that size are, at most the batch."""
+    of_sizes = [random_latents(3, 4, 6, 4), random_latents(1, 4, 4, 6)]
+    sizes = [[0, 2, 3], [1]]
+
+    def read(images: Sequence[int]) -> np.ndarray:
+        number = int(images[0] == 1)
+        return of_sizes[number][[sizes[number].index(image) for image in images]]
+
+    latents, options = Latents(read, sizes), RunOptions(batch_size=2)
+    groups = grouped(decoder, latents, [1, 2, 3], options)
+    assert [(group.own, group.computed) for group in groups] == [([2, 3], [2, 3]), ([1], [1])]
+    for group, pixels in decode_groups(decoder, latents, groups, options):
+        expected = decode_all(decoder, read(group.own), options)
+        np.testing.assert_array_equal(pixels, expected)
 
 
 def test_it_measures_what_is_asked_for(decoder: Decoder, tmp_path: Path) -> None:
-    assert measure(decoder, LatentsInMemory(LATENTS), RunOptions(), tmp_path / "profile") is None
+    latents = Latents.in_memory(LATENTS)
+    assert measure(decoder, latents, RunOptions(), tmp_path / "profile") is None
     assert decoder.runner.report.repeats == [] and not (tmp_path / "profile").exists()
     options = RunOptions(repeat=3, profile=True, batch_size=2)
-    profile = measure(decoder, LatentsInMemory(LATENTS), options, tmp_path / "profile")
+    profile = measure(decoder, latents, options, tmp_path / "profile")
     assert len(decoder.runner.report.repeats) == 3
     assert profile is not None and profile.steps is None
     assert any(o.module.startswith("vae.decoder") for o in profile.operations)
