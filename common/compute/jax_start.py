@@ -12,6 +12,7 @@ from common.compute.compile_cache import use_compile_cache
 from common.compute.platforms import has_only_cpus, usable_cores
 from common.compute.processes import join_processes
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line, shorten
+from common.models.model_settings import PROJECT_DIR
 
 # jax's devices are those that it started with, alone or with other processes: for good.
 _has_started = False
@@ -55,6 +56,13 @@ def _choose_devices() -> None:
     if not asked and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with suppress(RuntimeError):  # whoever holds this process has used jax before
             jax.config.update("jax_num_cpu_devices", usable_cores())
+    if jax.config.jax_hlo_source_file_canonicalization_regex is None:  # type: ignore[attr-defined]
+        # A kernel for TPUs holds the places of its code, and the compile cache's key the kernel:
+        # without this a checkout or an environment in another folder compiles all anew.
+        jax.config.update(
+            "jax_hlo_source_file_canonicalization_regex",
+            f"^.*/site-packages/|^{re.escape(str(PROJECT_DIR))}/",
+        )
     if has_only_cpus():
         # libtpu would look for chips, and complain at length that there are none.
         jax.config.update("jax_platforms", "cpu")

@@ -93,6 +93,8 @@ class Programs(_Fields):
 
     compiled: int = 0
     from_cache: int = 0
+    from_store: int = 0
+    """Whose trace was read: what an earlier process traced."""
     each: list[Program] = []
 
 

@@ -22,7 +22,8 @@ from common.compute.devices import ModelOnDevices, device_facts, fetch
 from common.compute.fast_ops import finish, norm_weights, products_for, replacements
 from common.compute.jax_profiler import JaxProfiler
 from common.compute.options import RunOptions
-from common.compute.programs import CompiledProgram, compile_program
+from common.compute.program_store import ToCompile, lower_stored
+from common.compute.programs import CompiledProgram, compile_program, compiled_in
 from common.compute.sharding import (
     ActivationLayout,
     replicated,
@@ -191,7 +192,7 @@ class JaxDenoiser(Denoiser):
             key = self._program_key(program)
             if key not in self.programs:
                 self.programs[key] = compile_program(
-                    partial(self.lower, program), self._program_name(program), self.report
+                    partial(self.lower_stored, program), self._program_name(program), self.report
                 )
             self.used[program] = self.programs[key]
 
@@ -204,27 +205,42 @@ class JaxDenoiser(Denoiser):
         spread = frozenset(self.spread.items())  # their order is a file's
         return program, type(self.guidance), conditions, shapes, asked, spread
 
+    def lower(self, program: StepProgram) -> Any:
+        """Trace a program for the group's shapes."""
+        return self._to_compile(program).lower()
+
+    def lower_stored(self, program: StepProgram) -> Any:
+        """The same by way of the store of traced programs."""
+        traced_in = (
+            compiled_in(self.unet, self.mesh, self.operations),
+            self._program_key(program),
+        )
+        return lower_stored(self._to_compile(program), traced_in, self.unet, self.report)
+
     def _program_name(self, program: StepProgram) -> str:
         return f"{'predict' if self.tables is None else 'denoise'}_{program.kind}"
 
-    def lower(self, program: StepProgram) -> Any:
-        """Trace a program for the group's shapes."""
+    def _to_compile(self, program: StepProgram) -> ToCompile:
+        """A program for the group's shapes."""
         name = self._program_name(program)
         if self.tables is None:
-            predict = jax.jit(_named(name, self._predicting(program)))
             zeros = np.zeros((len(self.seeds), *self.latent_shape), np.float32)
-            return predict.lower(*self._predict_arguments(zeros, 0.0, program))
+            return ToCompile(
+                name=name,
+                function=self._predicting(program),
+                arguments=self._predict_arguments(zeros, 0.0, program),
+            )
         latents, history, step = self.state
         current = latents, history
-        shardings = jax.tree.map(lambda array: array.sharding, (current, step))
         steps = self._range_of_steps if self.loops_on_device else self._one_step
-        denoise = jax.jit(
-            _named(name, steps(self._predicting(program))),
-            donate_argnums=1,
-            out_shardings=shardings,
-        )
         index = (np.int32(0),) * (2 if self.loops_on_device else 1)
-        return denoise.lower(self.parameters, current, self._arguments(program), *index)
+        return ToCompile(
+            name=name,
+            function=steps(self._predicting(program)),
+            arguments=(self.parameters, current, self._arguments(program), *index),
+            donated=1,
+            out_shardings=jax.tree.map(lambda array: array.sharding, (current, step)),
+        )
 
     def _predicting(self, program: StepProgram) -> Callable[..., Array]:
         """One model evaluation with guidance, [B, C, h, w] float32 to the same.
@@ -345,13 +361,3 @@ class JaxDenoiser(Denoiser):
 
     def profiler(self, folder: Path, steps: range) -> JaxProfiler:
         return JaxProfiler(folder, steps, self.report, self.used, self.unet)
-
-
-def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a program the name under which compile logs and traces show it."""
-
-    def program(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    program.__name__ = program.__qualname__ = name
-    return program

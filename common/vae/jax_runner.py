@@ -14,7 +14,8 @@ from common.compute.clock import StageReport
 from common.compute.devices import ModelOnDevices, device_facts, fetch
 from common.compute.fast_ops import finish, products_for, replacements
 from common.compute.jax_profiler import JaxProfiler
-from common.compute.programs import CompiledProgram, compile_program
+from common.compute.program_store import ToCompile, lower_stored
+from common.compute.programs import CompiledProgram, compile_program, compiled_in
 from common.compute.sharding import ActivationLayout, split_latents
 from common.compute.torchax_runtime import Parameters, as_jax_function
 from common.vae.runner import Program, VaeRunner, encode_moments
@@ -37,8 +38,15 @@ class JaxRunner(VaeRunner):
 
     def lower(self, program: Program, shape: tuple[int, ...]) -> Any:
         """Trace a program for latents [B, C, h, w] or pictures [B, 3, H, W], float32."""
+        return self._to_compile(program, shape).lower()
+
+    def _to_compile(self, program: Program, shape: tuple[int, ...]) -> ToCompile:
         given = self.vae.devices.describe(shape, "float32", split_latents(self.mesh))
-        return jax.jit(self._function(program)).lower(self.vae.parameters, given)
+        return ToCompile(
+            name=program,
+            function=self._function(program),
+            arguments=(self.vae.parameters, given),
+        )
 
     def _function(self, program: Program) -> Callable[..., Any]:
         """What is compiled."""
@@ -57,7 +65,6 @@ class JaxRunner(VaeRunner):
                 computed = half(parameters, given.astype(dtype)).astype(jnp.float32)
             return to_pixels(computed) if program == "decode_whole" else computed
 
-        compute.__name__ = compute.__qualname__ = program
         return compute
 
     def compute(self, program: Program, array: np.ndarray, *, warm_up: bool = False) -> Any:
@@ -79,8 +86,13 @@ class JaxRunner(VaeRunner):
 
     def _compiled(self, key: ProgramKey) -> CompiledProgram:
         if key not in self.programs:
-            name, _ = key
-            self.programs[key] = compile_program(partial(self.lower, *key), name, self.report)
+            to_compile, module = self._to_compile(*key), self.vae.module
+            traced_in = compiled_in(module, self.mesh, self.vae.operations)
+            self.programs[key] = compile_program(
+                partial(lower_stored, to_compile, traced_in, module, self.report),
+                to_compile.name,
+                self.report,
+            )
         return self.programs[key]
 
     def facts(self) -> dict[str, Any]:

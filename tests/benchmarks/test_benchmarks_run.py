@@ -36,6 +36,14 @@ def rows_of(*command: object) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+def test_tracing() -> None:
+    (row,) = rows_of(
+        *(BENCHMARKS / "tracing.py", "--model", "models/demo", "--size", 64, "--rounds", 1)
+    )
+    assert 0 < float(row["later / without"]) < 1
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_side_by_side() -> None:
     """The peers that do not take long to compile; all give diffusers' result."""
