@@ -177,7 +177,9 @@ def _in_order(value: Any) -> str:
     if isinstance(value, jax.sharding.NamedSharding):
         return f"{_in_order(value.mesh)} {value.spec} {value.memory_kind}"
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
+        file = _file_of(value.__module__)
+        code = "" if file is None else _hash_of(file)
+        return f"{value.__module__}.{value.__qualname__} {code}"
     if is_dataclass(value):
         own = ((each.name, getattr(value, each.name)) for each in fields(value))
         return f"{type(value).__name__}({', '.join(f'{n}={_in_order(v)}' for n, v in own)})"
@@ -210,11 +212,15 @@ def _flags() -> list[str]:
 
 def _files_of(module: Any) -> Iterator[str]:
     """The files whose code a module is of."""
-    modules = {type(each).__module__ for each in module.modules()}
-    for name in modules:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file is not None:
+    for name in {type(each).__module__ for each in module.modules()}:
+        if (file := _file_of(name)) is not None:
             yield file
+
+
+def _file_of(name: str) -> str | None:
+    """The file of a module that is imported."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return file if file is not None and Path(file).is_file() else None
 
 
 @cache

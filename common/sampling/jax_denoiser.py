@@ -214,6 +214,7 @@ class JaxDenoiser(Denoiser):
         traced_in = (
             compiled_in(self.unet, self.mesh, self.operations),
             self._program_key(program),
+            tuple(type(condition) for condition in self.conditions),  # whose code is traced
         )
         return lower_stored(self._to_compile(program), traced_in, self.unet, self.report)
 

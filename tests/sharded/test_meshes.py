@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from common.compute import program_store
 from common.compute.devices import Devices
 from common.compute.platforms import usable_cores
 from common.compute.sharding import ActivationLayout
@@ -116,6 +117,7 @@ def test_activations_are_really_split(
         return x
 
     monkeypatch.setattr(ActivationLayout, "constrain", watch)
+    monkeypatch.setattr(program_store, "store_folder", lambda: None)  # what is watched is a trace
     config = make_config(
         model, height=128, width=64, num_inference_steps=1, num_images_per_prompt=8
     )
