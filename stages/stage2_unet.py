@@ -62,7 +62,7 @@ def main(run: StageRun) -> None:
     # 1. Settings: the run's, and what the flags override for this run of this stage
     config, checkpoint = run.read_settings()
     parts = parts_of(config)  # images with the same settings
-    check_sizes(parts, checkpoint.vae_scale_factor)
+    check_sizes(config, parts, checkpoint.vae_scale_factor)
     for part in parts:
         refuse_unfit_inputs(part.config, checkpoint)
     if run.options.save_trajectory is not None:

@@ -62,11 +62,15 @@ def settled_for(config: GenerationConfig, prompt: PromptSettings) -> GenerationC
     return validate(GenerationConfig, merged | own, where)
 
 
-def check_sizes(parts: Sequence[Part], size_factor: int) -> None:
-    """Raise `BadSettingError` where a side of images is no multiple of `size_factor` pixels."""
+def check_sizes(config: GenerationConfig, parts: Sequence[Part], size_factor: int) -> None:
+    """Raise `BadSettingError` where a side of images is no multiple of `size_factor` pixels.
+
+    Args:
+        config: the run's.
+    """
     for part in parts:
-        own = part.config.prompts[0]
-        whose = f"the prompt {own.prompt[:40]!r}: " if len(part.config.prompts) == 1 else "--"
+        own = part.config.prompts[0].prompt
+        whose = "--" if part.config is config else f"the prompt {own[:40]!r}: "
         check_size(part.config, size_factor, whose)
 
 

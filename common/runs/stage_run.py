@@ -25,7 +25,7 @@ from common.files.recipe import Recipe
 from common.files.report import Profile
 from common.files.rows import Rows, find_rows
 from common.files.run_lock import RunLock
-from common.files.stage_table import FIRST, LAST, Stage
+from common.files.stage_table import DENOISE, FIRST, LAST, Stage
 from common.messages import say, warn
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
@@ -112,7 +112,7 @@ class StageRun:
         )
         warn_of_seeds(config.prompts, self.given.settings())
         warn_of_own_settings(config, self.given.settings())
-        check_sizes(parts_of(config), checkpoint.vae_scale_factor)  # and settings go together
+        check_sizes(config, parts_of(config), checkpoint.vae_scale_factor)
         refuse_bad_names(config, self.run_dir)
         return config, checkpoint
 
@@ -307,9 +307,13 @@ Story = Callable[[StageRun], None]
 def run_script(stage: Stage, story: Story) -> NoReturn:
     """Run a stage's script, as a process of its own."""
 
-    def run(given: Given) -> None:
+    def run(given: Given) -> int | None:
+        if given.flags.serve is not None:
+            code: int = resolve_name("common.serving.worker:serve")(given)
+            return code
         with StageRun(stage, given, Kept(most_models=1)) as stage_run:
             _tell(story, stage_run)
+        return None
 
     run_command(command_of(stage, run, story.__doc__ or ""))
 
@@ -343,11 +347,17 @@ class ResidentStage:
     def open(self, *arguments: str) -> None:
         """Get ready for runs: import the libraries, start the backend that the flags ask for."""
         quiet_libraries()
-        for module in ("torch", "diffusers"):
+        for module in ("torch", "diffusers", *(["transformers"] if self.stage is FIRST else [])):
             import_module(module)
-        if self.stage is not FIRST:
-            with self.command.make_context(self.stage.name, list(arguments)) as context:
-                start_backend(Given(self.stage, context.params).options, torch_on_cpus=True)
+        if self.stage is FIRST:
+            return
+        with self.command.make_context(self.stage.name, list(arguments)) as context:
+            options = Given(self.stage, context.params).options
+        backend = start_backend(options, torch_on_cpus=self.stage is not DENOISE)
+        if self.stage is DENOISE:
+            backend.import_denoiser()
+        else:
+            backend.import_vae()
 
     def run(self, *arguments: str) -> None:
         """Do one run, by the flags of the stage's script.
