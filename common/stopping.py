@@ -70,7 +70,7 @@ def hold_signals() -> None:
 def stop_at_once_on_signals() -> None:
     """End the process with a sentence when a signal to stop comes, or one was held."""
     for number in heard_signals():
-        signal.signal(number, _stop)
+        signal.signal(number, stop_now)
     let_signals_through()
 
 
@@ -87,10 +87,10 @@ def finishing_first() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
         if _stops_at_once:
-            _stop(number, frame)
+            stop_now(number)
         if request.number is not None:
             if time.monotonic() - came > SECONDS_OF_ONE_SIGNAL:
-                _stop(number, frame)
+                stop_now(number)
             return
         request.number, came = number, time.monotonic()
         below_the_bar = "\n" if sys.stderr.isatty() else ""
@@ -148,12 +148,12 @@ def _watch(heard: int, doing: str, signals: set[int]) -> None:
             continue
         number = os.read(heard, 1)[0]
         if number in signals:
-            _stop(number, None)
+            stop_now(number)
         if number == 0:
             return
 
 
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+def stop_now(number: int, _frame: FrameType | None = None) -> NoReturn:
     """End the process at once, with a sentence; files appear whole or not at all.
 
     An exception in its place is lost, or crashes the process, where a library's own code is

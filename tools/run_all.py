@@ -8,6 +8,7 @@ the first failing stage's exit code is this program's.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -35,16 +36,14 @@ from common.messages import say, warn
 from common.models.hub import OFFLINE
 from common.process import run_command
 from common.runs.flags import add_flags, all_flags
-from common.runs.in_turn import (
-    begins_with_pictures,
-    flags_of_a_run,
-    plan,
-    run_stage_and_listen,
-)
+from common.runs.in_turn import flags_of_a_run, plan
 from common.runs.passes import HIRES_STRENGTH, Passes, Turns
 from common.runs.sweep import CellRun, parse_sweep, refuse_idle_seeds, run_sweep
+from common.serving.job_queue import Step
+from common.serving.stage_processes import StageProcesses
 from tools import report_page
 
+JOBS_FOLDER = ".jobs"  # in the run directory, while a sweep runs
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
@@ -173,21 +172,28 @@ def run_all_cells(
         raise BadSettingError(f"--{name} does not go with --sweep, which runs what is needed")
     swept = parse_sweep(text, given)
     refuse_idle_seeds(swept.axes, given)
+    shared = {n: v for n, v in given.items() if n != "output_dir"}
+    commands = {stage: command[2:] for stage, command in plan(shared, force=force).items()}
+    jobs_dir = run_dir / JOBS_FOLDER
+    shutil.rmtree(jobs_dir, ignore_errors=True)  # of a sweep that was killed
+    # Each stage is opened once; those on devices are one process, which holds a TPU's chips.
+    groups = [[FIRST], [stage for stage in STAGES if stage is not FIRST]]
+    with StageProcesses(jobs_dir, groups) as processes:
 
-    def run(needed: CellRun) -> tuple[int, str]:
-        shared = {n: v for n, v in given.items() if n != "output_dir"}
-        commands = plan(shared, force=force)
-        arguments = [f"--{name}={value}" for name, value in needed.values.items()]
-        arguments.append(f"--output_dir={needed.folder}")
-        if needed.stage is not FIRST:
-            arguments.append(f"--input_dir={needed.source}")
-        ended = run_stage_and_listen([*commands[needed.stage], *arguments])
-        if needed.stage is FIRST and ended[0] == 0 and begins_with_pictures(needed.folder):
-            output = f"--output_dir={needed.folder}"
-            ended = run_stage_and_listen([*commands[ENCODE_PICTURES], output])
-        return ended
+        def run(needed: CellRun) -> tuple[int, str]:
+            own = [f"--{name}={value}" for name, value in needed.values.items()]
+            own.append(f"--output_dir={needed.folder}")
+            if needed.stage is not FIRST:
+                own.append(f"--input_dir={needed.source}")
+            steps = [Step(needed.stage.number, [*commands[needed.stage], *own])]
+            if needed.stage is FIRST:
+                output = f"--output_dir={needed.folder}"
+                encoding = [*commands[ENCODE_PICTURES], output]
+                steps.append(Step(ENCODE_PICTURES.number, encoding))
+            return processes.do(needed.folder, steps)
 
-    code = run_sweep(run_dir, swept, run, say)
+        code = run_sweep(run_dir, swept, run, say)
+    shutil.rmtree(jobs_dir, ignore_errors=True)
     failed = sum(cell.exit_code != 0 for cell in swept.cells)
     say(f"sweep: {len(swept.cells) - failed} of {len(swept.cells)} cells done")
     try:

@@ -115,6 +115,33 @@ class StageFlags(Settings):
         alone=True,
         shown="",
     )
+    serve: str | None = option(
+        None,
+        "Stay and do these stages' jobs, as 0,2,3.",
+        metavar="N,…",
+        helps_make=ALL,
+        swept=False,
+        alone=True,
+        shown="",
+    )
+    jobs_dir: Path | None = option(
+        None,
+        "Where they are.",
+        metavar="DIR",
+        helps_make=ALL,
+        swept=False,
+        alone=True,
+        shown="",
+    )
+    keep: int = option(
+        2,
+        "Checkpoints to keep in memory.",
+        metavar="N",
+        helps_make=ALL,
+        swept=False,
+        alone=True,
+        ge=1,
+    )
     keep_overrides: bool = option(
         False,
         "Go on with what flags overrode.",
@@ -257,16 +284,16 @@ def all_flags() -> list[Flag]:
     return sorted(flags, key=lambda flag: GROUPS.index(flag.declared.group))
 
 
-def command_of(stage: Stage, run: "Callable[[Given], None]", text: str) -> TyperCommand:
+def command_of(stage: Stage, run: "Callable[[Given], int | None]", text: str) -> TyperCommand:
     """A stage's command.
 
     Args:
-        run: is handed what was given.
+        run: is handed what was given; returns the exit code, if it is another than 0.
         text: what the command does, for its help page.
     """
 
-    def command(context: typer.Context) -> None:
-        run(Given(stage, context.params))
+    def command(context: typer.Context) -> int:
+        return run(Given(stage, context.params)) or 0
 
     command.__doc__ = f"{inspect.cleandoc(text)}\n\n{IN_BRACKETS}"
     return add_flags(command, [flag for flag in all_flags() if flag.is_of(stage)])

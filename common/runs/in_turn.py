@@ -238,30 +238,14 @@ def begins_with_pictures(run_dir: Path) -> bool:
     return read_generation_config(run_dir).has_pictures
 
 
-def run_stage_and_listen(command: list[str]) -> tuple[int, str]:
-    """Run one stage; what it says of an error is kept. Returns its exit code and the error."""
-    heard: list[str] = []
-
-    def listen(line: str) -> None:
-        print(line, end="", file=sys.stderr, flush=True)
-        if line.startswith("error: "):
-            heard.append(line.removeprefix("error: ").strip())
-
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hold_signals)
-    code = wait_for_stage(process, listen)
-    return code, heard[-1] if heard else ""
-
-
 def wait_for_stage(
     process: "subprocess.Popen[str]",
-    listen: Callable[[str], None] | None = None,
     meanwhile: Callable[[], None] | None = None,
     beside: _Beside | None = None,
 ) -> int:
     """Wait for a stage. Returns its exit code, or that of a signal to stop.
 
     Args:
-        listen: is given each line of the stage's messages, which otherwise go to the terminal.
         meanwhile: called when the stage has more to do than to see that its outputs are fresh.
         beside: another stage that is to be started while this one runs.
     """
@@ -274,9 +258,6 @@ def wait_for_stage(
 
     before = {number: signal.signal(number, pass_on) for number in heard_signals()}
     try:
-        if listen is not None and process.stderr is not None:
-            for line in process.stderr:
-                listen(line)
         try:
             code = process.wait(timeout=SECONDS_OF_A_FRESH_STAGE)
         except subprocess.TimeoutExpired:

@@ -1,15 +1,21 @@
 """Sweeps: which stages run where, and what a failing cell leaves."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from common.errors import BadInputFileError, BadSettingError
 from common.runs.sweep import CellRun, parse_sweep, read_sweep, run_sweep
-from tests.conftest import Run
+from common.stopping import STOP_SIGNALS
+from tests.conftest import RUN_ALL, Run
 
 
 def ran(tmp_path: Path, text: str, failing: str = "") -> tuple[list[tuple[int, str]], int]:
@@ -137,3 +143,27 @@ def test_six_cells_run_stage_1_once(run_all: Run, tmp_path: Path) -> None:
         *("--sweep", "scheduler=euler num_inference_steps=1,2,3"),
     )
     assert again.returncode == 0 and again.stdout.count("fresh") == 1 + 3 + 3
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(
+    run_all: Run, tmp_path: Path
+) -> None:
+    flags = ("--output_dir", tmp_path, "--height", 64, "--width", 64, "--num_images_per_prompt", 3)
+    flags += ("--batch_size", 1, "--sweep", "num_inference_steps=60,61")
+    command = [sys.executable, str(RUN_ALL), *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 120
+    while not [*tmp_path.glob("sweep/*/stage2_progress/*")]:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == STOP_SIGNALS[signal.SIGINT][1], said
+    assert not any(child.is_running() for child in children)
+    assert not (tmp_path / ".jobs").exists()
+    again = run_all(*flags)
+    assert again.returncode == 0, again.stderr
+    assert "goes on after" in again.stdout and "2 of 2 cells done" in again.stdout

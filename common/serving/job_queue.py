@@ -1,0 +1,343 @@
+"""Jobs that wait for stages, in one SQLite file of a jobs folder: what is accepted is on the disk.
+
+A job is a run directory and the stages that are to run in it, one after the other. Whoever serves a
+stage claims a job whose turn that stage is, works, and hands it on. Every change is a transaction
+that begins as a writer (`BEGIN IMMEDIATE`), with a rollback journal and `synchronous=FULL`: before
+3.51.3 SQLite can lose commits of several writers on a WAL file, and a transaction that becomes a
+writer later fails at once where another one was faster (https://www.sqlite.org/wal.html).
+"""
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from filelock import FileLock, Timeout
+
+from common.errors import BadSettingError, UnfitEnvironmentError
+
+JOBS_FILE = "jobs.sqlite3"
+WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
+MOST_ATTEMPTS = 3  # of a job whose stage's process dies at it
+SECONDS_TO_WAIT_FOR_A_WRITER = 30.0
+SECONDS_BETWEEN_LOOKS = 0.01
+# Where locks of files are not those of one machine, or are not kept at all.
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "ceph", "glusterfs", "beegfs"),
+    *("fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "fuse.glusterfs", "afs", "gpfs"),
+)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT UNIQUE,
+    run_dir TEXT NOT NULL,
+    steps TEXT NOT NULL,
+    place INTEGER NOT NULL DEFAULT 0,
+    stage INTEGER,
+    state TEXT NOT NULL,
+    priority INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    worker TEXT,
+    cancel_asked INTEGER NOT NULL DEFAULT 0,
+    exit_code INTEGER,
+    error TEXT NOT NULL DEFAULT '',
+    accepted_at REAL NOT NULL,
+    began_at REAL,
+    ended_at REAL
+);
+CREATE INDEX IF NOT EXISTS waiting ON jobs (state, stage, priority DESC, number);
+"""
+
+
+class State(StrEnum):
+    """Of a job."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = (State.DONE, State.FAILED, State.CANCELLED)
+
+
+class Step(NamedTuple):
+    """A stage that is to run for a job."""
+
+    stage: int
+    arguments: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as it is now."""
+
+    number: int
+    key: str | None  # of the request that it is for: the same one makes no second job
+    run_dir: Path
+    steps: list[Step]
+    place: int  # among the steps: which one's turn it is
+    state: State
+    priority: int  # those with more come first
+    attempts: int  # that ended with the process
+    worker: str | None  # which runs it
+    cancel_asked: bool
+    exit_code: int | None
+    error: str
+    accepted_at: float  # seconds since the epoch, as the other times
+    began_at: float | None
+    ended_at: float | None
+
+    @property
+    def step(self) -> Step:
+        """Whose turn it is."""
+        return self.steps[self.place]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is to come."""
+        return self.state in ENDED
+
+
+class QueueFullError(UnfitEnvironmentError):
+    """As many jobs wait as may."""
+
+
+class JobQueue:
+    """The jobs of a folder, for one thread of a process."""
+
+    def __init__(self, folder: Path, *, most_waiting: int = 10_000) -> None:
+        """
+        Args:
+            folder: made where it is not there, readable by its owner alone.
+            most_waiting: jobs that have not ended; further ones are refused.
+
+        Raises:
+            BadSettingError: the folder is on a network file system.
+            UnfitEnvironmentError: it cannot be written.
+        """
+        self.folder, self._most = folder, most_waiting
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / WORKERS_FOLDER).mkdir(exist_ok=True)
+            refuse_network_file_system(folder)
+            self._connection = sqlite3.connect(
+                folder / JOBS_FILE, timeout=SECONDS_TO_WAIT_FOR_A_WRITER, isolation_level=None
+            )
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode = DELETE")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            with self._change() as change:
+                for statement in _SCHEMA.split(";"):
+                    change(statement)
+        except (OSError, sqlite3.Error) as error:
+            raise UnfitEnvironmentError(
+                f"the jobs folder {folder} cannot be used ({error}): choose another, or free it"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[Callable[..., Any]]:
+        """A transaction; the block is given a function that executes a statement."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield lambda statement, *values: self._connection.execute(statement, values)
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    # --- who asks -------------------------------------------------------------------------------
+
+    def add(
+        self, run_dir: Path, steps: Sequence[Step], *, priority: int = 0, key: str | None = None
+    ) -> Job:
+        """Accept a job; when this returns it is on the disk.
+
+        Args:
+            key: of the request; a job that has it already is returned in place of a second one.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        with self._change() as change:
+            known = None if key is None else change("SELECT * FROM jobs WHERE key = ?", key)
+            if known is not None and (row := known.fetchone()) is not None:
+                return _job_of(row)
+            (waiting,) = change(
+                "SELECT count(*) FROM jobs WHERE state IN (?, ?)", State.WAITING, State.RUNNING
+            ).fetchone()
+            if waiting >= self._most:
+                raise QueueFullError(f"{waiting} jobs wait, as many as may: try again later")
+            row = change(
+                "INSERT INTO jobs (key, run_dir, steps, stage, state, priority, accepted_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING *",
+                *(key, os.fspath(run_dir), json.dumps(steps), steps[0].stage, State.WAITING),
+                *(priority, time.time()),
+            ).fetchone()
+        return _job_of(row)
+
+    def get(self, number: int) -> Job | None:
+        """A job by its number."""
+        query = "SELECT * FROM jobs WHERE number = ?"
+        row = self._connection.execute(query, (number,)).fetchone()
+        return None if row is None else _job_of(row)
+
+    def jobs(self, *states: State) -> list[Job]:
+        """Those in some states, or all, in the order in which they were accepted."""
+        chosen = states or tuple(State)
+        marks = ", ".join("?" * len(chosen))
+        query = f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY number"
+        return [_job_of(row) for row in self._connection.execute(query, chosen)]
+
+    def cancel(self, number: int) -> None:
+        """Ask that a job ends: one that waits ends now, one that runs when its stage hears it."""
+        with self._change() as change:
+            change("UPDATE jobs SET cancel_asked = 1 WHERE number = ?", number)
+            change(
+                "UPDATE jobs SET state = ?, stage = NULL, ended_at = ? "
+                "WHERE number = ? AND state = ?",
+                *(State.CANCELLED, time.time(), number, State.WAITING),
+            )
+
+    def changes(self) -> int:
+        """A number that is another one when another connection has changed the file."""
+        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return int(version)
+
+    # --- who serves -----------------------------------------------------------------------------
+
+    def claim(self, stages: Sequence[int], worker: str) -> Job | None:
+        """Take the next job whose turn one of some stages is; None where none waits."""
+        marks = ", ".join("?" * len(stages))
+        with self._change() as change:
+            row = change(
+                "UPDATE jobs SET state = ?, worker = ?, began_at = coalesce(began_at, ?) "
+                "WHERE number = (SELECT number FROM jobs WHERE state = ? AND stage IN "
+                f"({marks}) ORDER BY priority DESC, number LIMIT 1) RETURNING *",
+                *(State.RUNNING, worker, time.time(), State.WAITING, *stages),
+            ).fetchone()
+        return None if row is None else _job_of(row)
+
+    def hand_on(self, job: Job) -> None:
+        """A step is done: the next one's turn has come, or all is done."""
+        place = job.place + 1
+        is_last = place == len(job.steps)
+        following = State.DONE if is_last else State.WAITING
+        stage = None if is_last else job.steps[place].stage
+        ended_at, code = (time.time(), 0) if is_last else (None, None)
+        with self._change() as change:
+            change(
+                "UPDATE jobs SET place = ?, stage = ?, state = ?, worker = NULL, attempts = 0, "
+                "ended_at = ?, exit_code = ? WHERE number = ? AND worker = ?",
+                *(job.place if is_last else place, stage, following),
+                *(ended_at, code, job.number, job.worker),
+            )
+            if not is_last:  # which nobody runs now
+                change(
+                    "UPDATE jobs SET state = ?, stage = NULL, ended_at = ? "
+                    "WHERE number = ? AND cancel_asked = 1 AND state = ?",
+                    *(State.CANCELLED, time.time(), job.number, State.WAITING),
+                )
+
+    def end(self, job: Job, code: int, error: str) -> None:
+        """A step has failed, or was cancelled."""
+        state = State.CANCELLED if job.cancel_asked else State.FAILED
+        with self._change() as change:
+            change(
+                "UPDATE jobs SET state = ?, stage = NULL, worker = NULL, exit_code = ?, error = ?, "
+                "ended_at = ? WHERE number = ? AND worker = ?",
+                *(state, code, error, time.time(), job.number, job.worker),
+            )
+
+    def give_back(self, job: Job) -> None:
+        """Let another process go on with a job from what this one has kept."""
+        with self._change() as change:
+            change(
+                "UPDATE jobs SET state = ?, worker = NULL WHERE number = ? AND worker = ?",
+                *(State.WAITING, job.number, job.worker),
+            )
+
+    def take_from_the_dead(self) -> list[Job]:
+        """Let jobs wait again whose process is no more; one that has met that often fails.
+
+        Returns those that ended so.
+        """
+        workers = {job.worker for job in self.jobs(State.RUNNING)}
+        dead = [worker for worker in workers if worker is not None and not self._lives(worker)]
+        ended: list[Job] = []
+        for worker in dead:
+            with self._change() as change:
+                rows = change(
+                    "UPDATE jobs SET attempts = attempts + 1, worker = NULL, "
+                    "state = CASE WHEN cancel_asked = 1 THEN ? WHEN attempts + 1 >= ? THEN ? "
+                    "ELSE ? END WHERE worker = ? AND state = ? RETURNING *",
+                    *(State.CANCELLED, MOST_ATTEMPTS, State.FAILED, State.WAITING, worker),
+                    State.RUNNING,
+                ).fetchall()
+                for job in map(_job_of, rows):
+                    if job.state is State.WAITING:
+                        continue
+                    error = f"the process of stage {job.step.stage} ended {job.attempts} times"
+                    change(
+                        "UPDATE jobs SET stage = NULL, exit_code = 137, error = ?, ended_at = ? "
+                        "WHERE number = ?",
+                        *(error, time.time(), job.number),
+                    )
+                    ended.append(job)
+        return ended
+
+    def lock_of(self, worker: str) -> FileLock:
+        """Held by a process that serves for as long as it lives."""
+        return FileLock(self.folder / WORKERS_FOLDER / f"{worker}.lock", timeout=0)
+
+    def _lives(self, worker: str) -> bool:
+        lock = self.lock_of(worker)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+
+def _job_of(row: sqlite3.Row) -> Job:
+    values = dict(row)
+    del values["stage"]
+    return Job(
+        **values
+        | {
+            "run_dir": Path(values["run_dir"]),
+            "steps": [Step(*step) for step in json.loads(values["steps"])],
+            "state": State(values["state"]),
+            "cancel_asked": bool(values["cancel_asked"]),
+        }
+    )
+
+
+def refuse_network_file_system(folder: Path) -> None:
+    """Raise `BadSettingError` where a folder's locks would not hold."""
+    path = folder.resolve()
+    found = [
+        each for each in psutil.disk_partitions(all=True) if path.is_relative_to(each.mountpoint)
+    ]
+    if not found:
+        return
+    mount = max(found, key=lambda each: len(each.mountpoint))
+    if mount.fstype in NETWORK_FILE_SYSTEMS:
+        raise BadSettingError(
+            f"the jobs folder {folder} is on a network file system ({mount.fstype}), where SQLite "
+            "cannot lock its file: choose a folder on a disk of this machine"
+        )

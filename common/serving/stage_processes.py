@@ -1,0 +1,158 @@
+"""The processes that serve stages: started, waited for, begun again where they die, stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from common.errors import StageError, UnfitEnvironmentError
+from common.files.stage_table import Stage
+from common.messages import say
+from common.runs.in_turn import script_of
+from common.serving.job_queue import (
+    SECONDS_BETWEEN_LOOKS,
+    WORKERS_FOLDER,
+    Job,
+    JobQueue,
+    Step,
+)
+from common.serving.worker import STARTED_BY
+from common.stopping import STOP_SIGNALS, heard_signals, hold_signals
+
+MOST_STARTS = 5  # of a process that ends before it serves
+SECONDS_TO_END = 60.0  # after a signal to stop; then it is killed
+
+
+class StageProcesses:
+    """A process for each group of stages, with the queue that they serve.
+
+    Within `with` signals to stop are passed on to them, and end what is waited for.
+    """
+
+    def __init__(
+        self, jobs_dir: Path, groups: Sequence[Sequence[Stage]], arguments: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            groups: the stages of each process.
+            arguments: further flags of each.
+        """
+        self.queue = JobQueue(jobs_dir)
+        self._jobs_dir, self._arguments = jobs_dir, arguments
+        self._groups = [tuple(group) for group in groups]
+        self._processes: dict[tuple[Stage, ...], subprocess.Popen[bytes]] = {}
+        self._starts = dict.fromkeys(self._groups, 0)
+        self._received: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._before = {n: signal.signal(n, self._pass_on) for n in heard_signals()}
+        for group in self._groups:
+            self._start(group)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.queue.close()
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal to stop that has come."""
+        return self._received[0] if self._received else None
+
+    def _pass_on(self, number: int, _: object) -> None:
+        self._received.append(number)
+        for process in self._processes.values():
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def _start(self, group: tuple[Stage, ...]) -> None:
+        numbers = ",".join(str(stage.number) for stage in group)
+        command = [sys.executable, script_of(group[-1]), f"--serve={numbers}"]
+        environment = {**os.environ, STARTED_BY: str(os.getpid())}
+        self._starts[group] += 1
+        self._processes[group] = subprocess.Popen(
+            [*command, f"--jobs_dir={self._jobs_dir}", *self._arguments],
+            env=environment,
+            preexec_fn=hold_signals,
+        )
+
+    def see_to_them(self) -> None:
+        """Begin processes again that have died.
+
+        Raises:
+            UnfitEnvironmentError: one ends again and again.
+        """
+        for group, process in list(self._processes.items()):
+            if process.poll() is None or self._received:
+                continue
+            self.queue.take_from_the_dead()
+            named = ", ".join(stage.name for stage in group)
+            if self._starts[group] >= MOST_STARTS:
+                raise UnfitEnvironmentError(
+                    f"the process of {named} ended {MOST_STARTS} times, the last time with "
+                    f"{process.returncode}: see what it said above"
+                )
+            say(f"the process of {named} ended with {process.returncode}: it is begun again")
+            self._start(group)
+
+    def are_ready(self) -> bool:
+        """Whether all of them have opened their stages."""
+        said = {path.stem for path in (self._jobs_dir / WORKERS_FOLDER).glob("*.json")}
+        return all(
+            f"{'_'.join(str(stage.number) for stage in group)}-{process.pid}" in said
+            for group, process in self._processes.items()
+        )
+
+    def do(self, run_dir: Path, steps: Sequence[Step]) -> tuple[int, str]:
+        """Have a job done. Returns its exit code, and its error in words."""
+        job = self.queue.add(run_dir, steps)
+        while not job.has_ended and not self._received:
+            self.see_to_them()
+            seen = self.queue.changes()
+            job = self._look_at(job)
+            until = time.monotonic() + 1.0
+            while (
+                not (job.has_ended or self._received)
+                and self.queue.changes() == seen
+                and time.monotonic() < until
+            ):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        if self._received and not job.has_ended:
+            self.stop()
+            job = self._look_at(job)
+        if job.exit_code is not None:
+            return job.exit_code, job.error
+        word, code = STOP_SIGNALS[self._received[0]]
+        return code, f"{word}; the same command goes on from what is kept"
+
+    def _look_at(self, job: Job) -> Job:
+        found = self.queue.get(job.number)
+        if found is None:
+            raise StageError(f"{self._jobs_dir}: job {job.number} is no more")
+        return found
+
+    def stop(self) -> None:
+        """Let all of them end, what runs first where that is kept."""
+        for process in self._processes.values():
+            if process.poll() is None and not self._received:
+                process.terminate()
+        until = time.monotonic() + SECONDS_TO_END
+        for process in self._processes.values():
+            try:
+                process.wait(timeout=max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,178 @@
+"""A process that serves stages: it opens them once and then does jobs, until it is to stop."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from common.compute.kept import Kept
+from common.errors import BadSettingError
+from common.files.stage_table import STAGES, Stage, numbered
+from common.messages import say
+from common.process import run_in_process
+from common.runs.flags import Given
+from common.runs.in_turn import begins_with_pictures
+from common.runs.stage_run import ResidentStage
+from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, Job, JobQueue
+from common.stopping import (
+    SECONDS_OF_ONE_SIGNAL,
+    STOP_SIGNALS,
+    StopRequest,
+    heard_signals,
+    stop_now,
+)
+from common.whole_files import remove_file, write_text_whole
+
+# The process that started this one, without which it is to end.
+STARTED_BY = "STAGED_DIFFUSION_STARTED_BY"
+SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD = 1.0
+SECONDS_BETWEEN_LOOKS_AT_CANCELS = 0.2
+SECONDS_UNTIL_RARE = 5.0  # without a job, after which it is looked for less often
+SECONDS_BETWEEN_RARE_LOOKS = 0.05
+
+
+class Worker:
+    """Stages that stay in this process, and the jobs that it does with them."""
+
+    def __init__(self, jobs_dir: Path, stages: Sequence[Stage], keep: int) -> None:
+        """
+        Args:
+            stages: that it serves.
+            keep: checkpoints that stay in memory.
+        """
+        self.name = f"{'_'.join(str(stage.number) for stage in stages)}-{os.getpid()}"
+        self.stages, self.stop = stages, StopRequest()
+        self._queue = JobQueue(jobs_dir)
+        self._lock = self._queue.lock_of(self.name)
+        self._says_ready = jobs_dir / WORKERS_FOLDER / f"{self.name}.json"
+        # Models of a checkpoint: the UNet and the VAE, or the text encoders.
+        kept = Kept(most_models=keep * min(len(stages), 2))
+        self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
+        self._running: Job | None = None
+        self._heard_at = 0.0  # when the first signal to stop came
+        self._parent = os.environ.pop(STARTED_BY, None)
+
+    def serve(self, *arguments: str) -> int:
+        """Open the stages and do jobs. Returns the exit code of what stopped it.
+
+        Args:
+            arguments: flags of the backend to start.
+        """
+        before = {number: signal.signal(number, self._hear) for number in heard_signals()}
+        self._lock.acquire()
+        try:
+            for resident in self._residents.values():
+                resident.open(*arguments)
+            ready = {"pid": os.getpid(), "stages": [stage.number for stage in self.stages]}
+            write_text_whole(self._says_ready, json.dumps(ready))
+            say(f"serving {', '.join(stage.name for stage in self.stages)}")
+            self._do_jobs()
+        finally:
+            remove_file(self._says_ready)
+            self._lock.release()
+            self._queue.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 0 if self.stop.number is None else STOP_SIGNALS[self.stop.number][1]
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal to stop: what runs is finished where that is kept, else to its end."""
+        if (
+            self.stop.number is not None
+            and time.monotonic() - self._heard_at > SECONDS_OF_ONE_SIGNAL
+        ):
+            stop_now(number)
+        if self.stop.number is None:
+            self.stop.number, self._heard_at = number, time.monotonic()
+            for resident in self._residents.values():
+                resident.stop.number = number
+
+    def _is_orphan(self) -> bool:
+        return self._parent is not None and str(os.getppid()) != self._parent
+
+    def _do_jobs(self) -> None:
+        numbers = [stage.number for stage in self.stages]
+        seen, looked_at = -1, 0.0
+        idle_since = time.monotonic()
+        while self.stop.number is None and not self._is_orphan():
+            now = time.monotonic()
+            if now - looked_at > SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD:
+                self._queue.take_from_the_dead()
+                seen, looked_at = -1, now
+            if (version := self._queue.changes()) != seen:
+                job = self._queue.claim(numbers, self.name)
+                if job is not None:
+                    self._do(job)
+                    idle_since = time.monotonic()
+                    continue
+                seen = version
+            rare = now - idle_since > SECONDS_UNTIL_RARE
+            time.sleep(SECONDS_BETWEEN_RARE_LOOKS if rare else SECONDS_BETWEEN_LOOKS)
+
+    def _do(self, job: Job) -> None:
+        """A job's step."""
+        stage = numbered(job.step.stage)
+        if stage.of_pictures and not begins_with_pictures(job.run_dir):
+            self._queue.hand_on(job)
+            return
+        resident = self._residents[stage.number]
+        resident.stop.number = self.stop.number
+        ended = threading.Event()
+        watching = threading.Thread(target=self._watch_for_cancel, args=(job, resident, ended))
+        watching.start()
+        try:
+            code, error = run_in_process(resident.command, job.step.arguments, stage.command)
+        finally:
+            ended.set()
+            watching.join()
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        now = self._queue.get(job.number)
+        was_cancelled = now is not None and now.cancel_asked
+        if code == 0:
+            self._queue.hand_on(job)
+        elif self.stop.number is not None and not was_cancelled and _was_stopped(code):
+            self._queue.give_back(job)
+        else:
+            self._queue.end(now or job, code, error or "")
+
+    def _watch_for_cancel(self, job: Job, resident: ResidentStage, ended: threading.Event) -> None:
+        """Let what runs end where its job is cancelled."""
+        queue = JobQueue(self._queue.folder)
+        while not ended.wait(SECONDS_BETWEEN_LOOKS_AT_CANCELS):
+            now = queue.get(job.number)
+            if now is not None and now.cancel_asked:
+                resident.stop.number = signal.SIGINT
+                break
+        queue.close()
+
+
+def serve(given: Given) -> int:
+    """Serve the stages that `--serve` names, as a script does. Returns the exit code.
+
+    Raises:
+        BadSettingError: no such stages, or no `--jobs_dir`.
+    """
+    assert given.flags.serve is not None
+    if given.flags.jobs_dir is None:
+        raise BadSettingError("--serve: give --jobs_dir, where the jobs are, as well")
+    known = {str(stage.number): stage for stage in STAGES}
+    asked = [number.strip() for number in given.flags.serve.split(",")]
+    if unknown := [number for number in asked if number not in known]:
+        raise BadSettingError(
+            f"--serve {given.flags.serve}: there is no stage {unknown[0]!r}: give some of "
+            f"{', '.join(known)}"
+        )
+    stages = [stage for number, stage in known.items() if number in asked]
+    arguments = [] if given.options.backend == "auto" else [f"--backend={given.options.backend}"]
+    return Worker(given.flags.jobs_dir, stages, given.flags.keep).serve(*arguments)
+
+
+def _was_stopped(code: int) -> bool:
+    """Whether an exit code is that of a signal to stop."""
+    return code in {own for _, own in STOP_SIGNALS.values()}
