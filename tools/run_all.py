@@ -43,8 +43,10 @@ from common.serving.job_queue import Step
 from common.serving.stage_processes import StageProcesses
 from tools import report_page
 
-JOBS_FOLDER = ".jobs"  # in the run directory, while a sweep runs
+JOBS_FOLDER = ".jobs"  # in the run directory, while a sweep runs; of a server where none is named
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
+SERVING = "A server"
+OF_SERVERS = {"serve", "host", "port", "api_key"}
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
 
@@ -63,6 +65,14 @@ def main(
     sweep: Annotated[
         str | None,
         flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
+    ] = None,
+    serve: Annotated[bool, flag("serve", " ", SERVING, "Stay, and answer HTTP requests.")] = False,
+    host: Annotated[
+        str, flag("host", "NAME", SERVING, "Where it listens; others need --api_key. [127.0.0.1]")
+    ] = "127.0.0.1",
+    port: Annotated[int, flag("port", "N", SERVING, "0: one that is free. [8000]")] = 8000,
+    api_key: Annotated[
+        str | None, flag("api_key", "KEY", SERVING, "What requests must have.")
     ] = None,
     hires: Annotated[
         float | None, flag("hires", "X", PASSES, "Again, so many times larger.")
@@ -85,6 +95,7 @@ def main(
     """
     began = time.monotonic()
     own = {"from_stage", "to_stage", "force", "stream", "sweep", *Passes.__dataclass_fields__}
+    own |= OF_SERVERS
     passes = Passes(
         hires=hires,
         hires_strength=hires_strength,
@@ -98,6 +109,16 @@ def main(
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
     asked = [name for name in ("from_stage", "to_stage", "stream") if was_given(context, name)]
+    if serve:
+        refuse_unserved(given, [*asked, *(["sweep"] if sweep else []), *passes.names])
+        from common.serving import server
+
+        shared = {name: value for name, value in given.items() if name != "output_dir"}
+        jobs_dir = Path(given.get("output_dir") or DEFAULT_OUTPUT_DIR / JOBS_FOLDER)
+        return server.serve(jobs_dir, shared, host=host, port=port, api_key=api_key)
+    for name in OF_SERVERS:
+        if was_given(context, name):
+            raise BadSettingError(f"--{name} is for --serve: give that as well, or leave it out")
     if "only" in given and "from_stage" not in asked and goes_on(given):
         from_stage = str(DENOISE.number)  # of the run that is there
         say("--only: by the settings of the run that is there, from stage 2")
@@ -127,6 +148,13 @@ def main(
     if code == 0 and picture is not None:
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return code
+
+
+def refuse_unserved(given: Mapping[str, Any], asked: list[str]) -> None:
+    """Raise `BadSettingError` for what is of one run, or of a part of it."""
+    of_prompts = ("prompt", "prompt_2", "prompts_file", "image", "mask_image", "only", "input_dir")
+    for name in (*asked, *(name for name in of_prompts if name in given)):
+        raise BadSettingError(f"--{name} does not go with --serve: requests say what is to be made")
 
 
 def goes_on(given: Mapping[str, Any]) -> bool:

@@ -69,7 +69,7 @@ def page(flags: Sequence[Flag]) -> str:
         rows = [row_of(flag) for flag in flags if flag.declared.group == group]
         if rows:
             lines += [f"## {group}\n", *table_of([COLUMNS, *rows]), ""]
-    for panel in (run_all.RUN_ALL, run_all.PASSES):
+    for panel in (run_all.RUN_ALL, run_all.SERVING, run_all.PASSES):
         lines += [f"## {panel}\n", *_own_of_run_all(panel), ""]
     lines += ["## Schedulers\n", *_schedulers()]
     lines += ["", "## Tensors that the stages exchange\n", tensor_table().rstrip()]

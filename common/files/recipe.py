@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -65,7 +66,13 @@ def to_json(value: Any) -> str:
 
 def package_versions(*packages: str) -> dict[str, str]:
     """Versions of the packages whose arithmetic a stage's result depends on."""
-    return {package: version(package) for package in packages}
+    return {package: _version(package) for package in packages}
+
+
+@cache
+def _version(package: str) -> str:
+    """Of a package of this process, which stays."""
+    return version(package)
 
 
 def age_of_format(found: Any) -> str | None:

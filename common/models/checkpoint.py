@@ -338,10 +338,22 @@ def weights_name(variant: str | None) -> re.Pattern[str]:
     return re.compile(rf"(diffusion_pytorch_model|model)({names})")
 
 
+# What this process has hashed or looked up: path and identity → sha256.
+_hashed: dict[tuple[str, tuple[int, ...]], str] = {}
+
+
 def hash_large_file(path: Path) -> str:
     """sha256 of a file's content, remembered as long as its size, time and inode stay."""
     status = path.stat()
     identity = [status.st_size, status.st_mtime_ns, status.st_ino]
+    asked = str(path.resolve()), tuple(identity)
+    if asked not in _hashed:
+        _hashed[asked] = _look_up_or_hash(path, identity)
+    return _hashed[asked]
+
+
+def _look_up_or_hash(path: Path, identity: list[int]) -> str:
+    """The hash in the user's cache, or that of the content."""
     memory = private_cache.folder() / "file_hashes.json"
     try:
         known = dict(parse_json(read_text(memory)))

@@ -191,8 +191,22 @@ class JobQueue:
 
     def get(self, number: int) -> Job | None:
         """A job by its number."""
-        query = "SELECT * FROM jobs WHERE number = ?"
-        row = self._connection.execute(query, (number,)).fetchone()
+        return self._first("SELECT * FROM jobs WHERE number = ?", number)
+
+    def find(self, run_dir: Path) -> Job | None:
+        """The job of a run directory."""
+        return self._first("SELECT * FROM jobs WHERE run_dir = ?", os.fspath(run_dir))
+
+    def last_of(self, key: str, since: float) -> Job | None:
+        """The last job that was accepted since a time, and whose key begins so."""
+        query = (
+            "SELECT * FROM jobs WHERE accepted_at >= ? AND substr(key, 1, ?) = ? "
+            "ORDER BY number DESC LIMIT 1"
+        )
+        return self._first(query, since, len(key), key)
+
+    def _first(self, query: str, *values: Any) -> Job | None:
+        row = self._connection.execute(query, values).fetchone()
         return None if row is None else _job_of(row)
 
     def jobs(self, *states: State) -> list[Job]:

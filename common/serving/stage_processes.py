@@ -90,7 +90,7 @@ class StageProcesses:
         )
 
     def see_to_them(self) -> None:
-        """Begin processes again that have died.
+        """Begin processes again that have died; they take up the jobs of those.
 
         Raises:
             UnfitEnvironmentError: one ends again and again.
@@ -98,7 +98,6 @@ class StageProcesses:
         for group, process in list(self._processes.items()):
             if process.poll() is None or self._received:
                 continue
-            self.queue.take_from_the_dead()
             named = ", ".join(stage.name for stage in group)
             if self._starts[group] >= MOST_STARTS:
                 raise UnfitEnvironmentError(

@@ -45,6 +45,20 @@ def test_tracing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_warm() -> None:
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "warm.py", "--rounds", "1", "--runs", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    apart = re.search(r"pictures at most (\d+)/255 apart", result.stdout)
+    assert apart is not None and int(apart[1]) <= 2
+    assert re.search(r"a sweep of six [\d.]+ s: [\d.]+$", result.stdout, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_side_by_side() -> None:
     """The peers that do not take long to compile; all give diffusers' result."""
     small = ["--repeat", "1", "--num_inference_steps", "2"]

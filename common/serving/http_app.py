@@ -1,0 +1,193 @@
+"""The HTTP server's application: who may ask, how much, and what errors look like."""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import StageError
+from common.serving.job_queue import Job, QueueFullError, State
+from common.serving.openai_api import JobFailedError, router_of
+from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
+
+OPEN_TO_ALL = ("/healthz", "/readyz")  # without the key: they tell nothing
+MOST_LISTED = 100  # jobs
+
+
+def make_app(
+    service: Service, models: list[str], api_key: str | None, is_ready: Callable[[], bool]
+) -> FastAPI:
+    """The application.
+
+    Args:
+        models: the names of checkpoints that a request may ask for.
+        api_key: that requests must have; None: no key.
+        is_ready: whether all stages are open.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(service.watch())
+        yield
+        service.ends = True
+        await watching
+
+    app = FastAPI(title="Stable Diffusion in stages", version="1", lifespan=lifespan)
+    app.include_router(router_of(service, models))
+    app.include_router(_router_of_health(is_ready))
+    app.include_router(_router_of_jobs(service))
+    _say_errors(app)
+    app.add_middleware(_Guard, api_key=api_key, most_bytes=service.bounds.body_bytes)
+    return app
+
+
+def _router_of_health(is_ready: Callable[[], bool]) -> APIRouter:
+    router = APIRouter(tags=["health"])
+
+    @router.get("/healthz")
+    async def health() -> dict[str, bool]:
+        """Whether the server lives."""
+        return {"ok": True}
+
+    @router.get("/readyz")
+    async def ready() -> Response:
+        """Whether all stages are open."""
+        now = is_ready()
+        return JSONResponse({"ready": now}, status_code=200 if now else 503)
+
+    return router
+
+
+def _router_of_jobs(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+    async def find(name: str) -> Job:
+        found = await service.find(name)
+        if found is None:
+            raise HTTPException(404, f"there is no job {name[:40]!r}")
+        return found
+
+    @router.get("")
+    async def jobs() -> list[dict[str, Any]]:
+        """The jobs, the last ones first."""
+        found = await service.jobs()
+        return [told(job) for job in found[: -MOST_LISTED - 1 : -1]]
+
+    @router.get("/{name}")
+    async def job(name: str) -> dict[str, Any]:
+        """A job."""
+        return told(await find(name))
+
+    @router.delete("/{name}")
+    async def cancel(name: str) -> dict[str, Any]:
+        """Cancel a job; one that runs ends when its stage has kept what it has."""
+        await service.cancel(await find(name))
+        return told(await find(name))
+
+    @router.get("/{name}/pictures/{number}")
+    async def picture(name: str, number: int) -> Response:
+        """A picture of a job that is done."""
+        found = await find(name)
+        files = pictures_of(found) if found.state is State.DONE else []
+        if not 0 <= number < len(files):
+            raise HTTPException(404, f"job {name} has no picture {number}")
+        return FileResponse(files[number])
+
+    return router
+
+
+def told(job: Job) -> dict[str, Any]:
+    """What is told of a job."""
+    running = None if job.has_ended else job.step.stage
+    return {
+        "id": job.run_dir.name,
+        "state": job.state,
+        "stage": running,
+        "accepted_at": job.accepted_at,
+        "began_at": job.began_at,
+        "ended_at": job.ended_at,
+        "error": without_paths(job.error) or None,
+        "pictures": [
+            f"/jobs/{job.run_dir.name}/pictures/{k}"
+            for k in range(len(pictures_of(job)) if job.state is State.DONE else 0)
+        ],
+    }
+
+
+def _say_errors(app: FastAPI) -> None:
+    """Errors in OpenAI's form, a sentence each."""
+
+    @app.exception_handler(StageError)
+    async def of_ours(_: Request, error: StageError) -> Response:
+        status = 400 if error.exit_code == 2 else 500
+        if isinstance(error, QueueFullError | ShuttingDownError):
+            status = 429 if isinstance(error, QueueFullError) else 503
+        return failure(status, without_paths(str(error)))
+
+    @app.exception_handler(JobFailedError)
+    async def of_jobs(_: Request, error: JobFailedError) -> Response:
+        return failure(error.status, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def of_requests(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if part != "body")
+        return failure(400, f"{name}: {first['msg']}" if name else str(first["msg"]))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(_: Request, error: HTTPException) -> Response:
+        return failure(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def of_the_program(_: Request, error: Exception) -> Response:
+        return failure(500, f"a defect of this program: {type(error).__name__}")
+
+
+def failure(status: int, sentence: str) -> JSONResponse:
+    """An error as OpenAI's clients read it; only what may pass is to be tried again."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    retry = "true" if status in (429, 503) else "false"
+    content = {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+    return JSONResponse(content, status, {"x-should-retry": retry})
+
+
+class _Guard:
+    """Refuses requests without the key, and bodies that are too long, before they are read."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, most_bytes: int) -> None:
+        self._app, self._key, self._most = app, api_key, most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
+        asks_for_key = self._key is not None and scope["path"] not in OPEN_TO_ALL
+        if asks_for_key and not hmac.compare_digest(given.encode(), str(self._key).encode()):
+            said = "give the server's key: Authorization: Bearer KEY"
+            await failure(401, said)(scope, receive, send)
+            return
+        too_long = failure(413, f"the request's body is longer than {self._most} bytes")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._most:
+            await too_long(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise HTTPException(413, f"the request's body is longer than {self._most} bytes")
+            return message
+
+        await self._app(scope, counted, send)

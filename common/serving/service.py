@@ -1,0 +1,160 @@
+"""What a server accepts as jobs: bounds, run directories, the wait for what comes of them."""
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.errors import BadSettingError, StageError
+from common.runs.in_turn import plan
+from common.serving.job_queue import Job, JobQueue, Step
+from common.serving.stages import Run
+
+RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
+SECONDS_BETWEEN_LOOKS = 0.01  # while somebody waits
+Given = TypeVar("Given")
+_PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)*([^\s/:'\"]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What one request may ask for."""
+
+    pixels: int = 2048 * 2048  # of a picture
+    steps: int = 150
+    images: int = 10
+    body_bytes: int = 20_000_000
+    waiting: int = 1000  # jobs
+
+
+class ShuttingDownError(StageError):
+    """The server ends; what it has accepted waits for the next one."""
+
+
+class Service:
+    """Jobs for an event loop: the queue's file is touched by a thread of its own alone."""
+
+    def __init__(
+        self, jobs_dir: Path, flags: Mapping[str, Any], bounds: Bounds | None = None
+    ) -> None:
+        """
+        Args:
+            flags: of every run, as `run_all.sh` takes them.
+        """
+        self.bounds, self._flags = bounds or Bounds(), dict(flags)
+        self._runs = jobs_dir.resolve() / RUNS_FOLDER
+        self._runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._thread = ThreadPoolExecutor(1, "jobs")
+        waiting = self.bounds.waiting
+        self._queue = self._thread.submit(JobQueue, jobs_dir, most_waiting=waiting).result()
+        self._changed = asyncio.Condition()
+        self._waiting = 0
+        self.ends = False  # and answers those who wait
+
+    async def _ask(self, function: Callable[..., Given], *arguments: Any, **more: Any) -> Given:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: function(*arguments, **more))
+
+    async def submit(self, flags: Mapping[str, Any], *, key: str | None = None) -> Job:
+        """Accept a job; when this returns it is on the disk.
+
+        Args:
+            flags: of this run, as `run_all.sh` takes them.
+            key: of the request; the same one makes no second job.
+
+        Raises:
+            BadSettingError: over the bounds, or flags that no stage takes.
+            QueueFullError: too many wait.
+        """
+        if self.ends:
+            raise ShuttingDownError("the server is shutting down: try again later")
+        given = {**self._flags, **{k: v for k, v in flags.items() if v is not None}}
+        self._refuse_too_much(given)
+        run_dir = self._runs / secrets.token_hex(8)
+        commands = plan({**given, "output_dir": run_dir})
+        steps = [Step(stage.number, command[2:]) for stage, command in commands.items()]
+        return await self._ask(self._queue.add, run_dir, steps, key=key)
+
+    def _refuse_too_much(self, given: Mapping[str, Any]) -> None:
+        sides = [given.get(name) for name in ("height", "width")]
+        pixels = (sides[0] or sides[1] or 0) * (sides[1] or sides[0] or 0)
+        asked = {
+            "pixels": pixels,
+            "steps": given.get("num_inference_steps") or 0,
+            "images": given.get("num_images_per_prompt") or 0,
+        }
+        for name, value in asked.items():
+            most = getattr(self.bounds, name)
+            if value > most:
+                raise BadSettingError(f"{value} {name} are more than the {most} that are allowed")
+
+    async def find(self, name: str) -> Job | None:
+        """The job whose run directory has a name."""
+        if not re.fullmatch(r"[0-9a-f]{16}", name):
+            return None
+        return await self._ask(self._queue.find, self._runs / name)
+
+    async def last_of(self, key: str, seconds: float) -> Job | None:
+        """The last job of the last seconds whose key begins so."""
+        return await self._ask(self._queue.last_of, key, time.time() - seconds)
+
+    async def jobs(self) -> list[Job]:
+        """Those that have not ended, and the last that have."""
+        return await self._ask(self._queue.jobs)
+
+    async def cancel(self, job: Job) -> None:
+        """Ask that a job ends."""
+        await self._ask(self._queue.cancel, job.number)
+
+    async def wait_for(self, job: Job) -> Job:
+        """A job once it has ended.
+
+        Raises:
+            ShuttingDownError: the server ends before that.
+        """
+        self._waiting += 1
+        try:
+            async with self._changed:
+                while True:
+                    found = await self._ask(self._queue.get, job.number)
+                    if found is None or found.has_ended:
+                        return found or replace(job, exit_code=1, error="the job is no more")
+                    if self.ends:
+                        raise ShuttingDownError(
+                            f"the server is shutting down: job {job.run_dir.name} is kept, and "
+                            "goes on when it is back"
+                        )
+                    await self._changed.wait()
+        finally:
+            self._waiting -= 1
+
+    async def watch(self) -> None:
+        """Tell those who wait when jobs change; for as long as the server runs."""
+        seen, told_the_end = -1, False
+        while not told_the_end:
+            version = await self._ask(self._queue.changes) if self._waiting else seen
+            if version != seen or self.ends:
+                seen, told_the_end = version, self.ends
+                async with self._changed:
+                    self._changed.notify_all()
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def close(self) -> None:
+        """Let go of the queue."""
+        self._thread.submit(self._queue.close)
+        self._thread.shutdown()
+
+
+def pictures_of(job: Job) -> list[Path]:
+    """The pictures' files of a job that is done."""
+    return Run(job.run_dir).files
+
+
+def without_paths(sentence: str) -> str:
+    """A sentence that tells no folders of this machine: of paths their last part."""
+    return _PATH.sub(r"\1", sentence)

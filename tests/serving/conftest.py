@@ -1,0 +1,55 @@
+"""A server of the demo checkpoint, in processes of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import RUN_ALL
+
+SMALL = ("--height=64", "--width=64", "--num_inference_steps=2", "--mesh=single")
+
+
+@dataclass(frozen=True)
+class Server:
+    process: "subprocess.Popen[str]"
+    url: str
+    jobs_dir: Path
+
+
+def start_server(jobs_dir: Path, *flags: object) -> Server:
+    """Begin one; it answers when this returns, and may not be ready yet."""
+    said = jobs_dir.with_suffix(".log")
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    with said.open("w") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, RUN_ALL, "--serve", "--port=0", "--output_dir", jobs_dir),
+                *(*SMALL, *map(str, flags)),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            text=True,
+        )
+    until = time.monotonic() + 120
+    while "ready: " not in said.read_text():
+        assert process.poll() is None and time.monotonic() < until, said.read_text()
+        time.sleep(0.05)
+    (line,) = (line for line in said.read_text().splitlines() if line.startswith("ready: "))
+    return Server(process, line.removeprefix("ready: "), jobs_dir)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    found = start_server(tmp_path_factory.mktemp("server") / "jobs")
+    assert httpx.get(f"{found.url}/readyz").json() == {"ready": True}
+    yield found
+    found.process.terminate()
+    found.process.wait(60)

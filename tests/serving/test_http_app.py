@@ -1,0 +1,101 @@
+"""Who may ask, how much, and what errors look like; no stage runs here."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from common.serving.http_app import make_app
+from common.serving.job_queue import JobQueue
+from common.serving.service import Bounds, Service
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    service = Service(tmp_path / "jobs", {}, Bounds(body_bytes=2000, waiting=2))
+    app = make_app(service, ["models/demo"], "secret", lambda: False)
+    with TestClient(app, raise_server_exceptions=False) as found:
+        yield found
+    service.close()
+
+
+def test_without_the_key_nothing_is_told(client: TestClient) -> None:
+    for headers in ({}, {"Authorization": "Bearer secres"}, {"Authorization": "Bearer ü"}):
+        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        answer = client.get("/jobs", headers=encoded)
+        assert answer.status_code == 401 and "server's key" in answer.json()["error"]["message"]
+    assert client.get("/jobs", headers=KEY).json() == []
+    assert client.get("/healthz").json() == {"ok": True}
+    assert client.get("/readyz").status_code == 503
+
+
+def test_long_bodies_are_refused(client: TestClient) -> None:
+    body = b'{"prompt": "' + b"a" * 3000 + b'"}'
+    url = "/v1/images/generations"
+    answer = client.post(url, content=body, headers=KEY)
+    assert answer.status_code == 413 and "longer than 2000 bytes" in answer.text
+
+    def in_parts() -> Iterator[bytes]:  # which tell no length before
+        yield from (body[start : start + 500] for start in range(0, len(body), 500))
+
+    answer = client.post(url, content=in_parts(), headers=KEY)
+    assert answer.status_code == 413 and "longer than 2000 bytes" in answer.text
+    odd = client.post(url, content=b"{", headers={**KEY, "content-length": "x"})
+    assert odd.status_code in (400, 413)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff", b'{"prompt": {"a": 1}}'])
+def test_what_is_no_request_is_refused_in_a_sentence(client: TestClient, body: bytes) -> None:
+    headers = {**KEY, "content-type": "application/json"}
+    answer = client.post("/v1/images/generations", content=body, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/jobs/x", "/jobs/..", "/jobs/0123456789abcdef", "/jobs/%2e%2e%2fx/pictures/0", "/nowhere"],
+)
+def test_what_is_not_there(client: TestClient, path: str) -> None:
+    answer = client.get(path, headers=KEY)
+    assert answer.status_code == 404 and answer.json()["error"]["message"]
+
+
+def test_jobs_are_listed_and_cancelled(client: TestClient, tmp_path: Path) -> None:
+    from tests.serving.test_job_queue import STEPS
+
+    queue = JobQueue(tmp_path / "jobs")
+    runs = (tmp_path / "jobs" / "runs").resolve()
+    job = queue.add(runs / "0123456789abcdef", STEPS)
+    (told,) = client.get("/jobs", headers=KEY).json()
+    assert (told["id"], told["state"], told["stage"]) == ("0123456789abcdef", "waiting", 1)
+    assert told == client.get("/jobs/0123456789abcdef", headers=KEY).json()
+    assert client.delete("/jobs/0123456789abcdef", headers=KEY).json()["state"] == "cancelled"
+    picture = client.get("/jobs/0123456789abcdef/pictures/0", headers=KEY)
+    assert picture.status_code == 404 and "has no picture 0" in picture.text
+    claimed = queue.claim([1], "w")
+    assert claimed is None
+    other = queue.add(runs / "1123456789abcdef", STEPS)
+    mine = queue.claim([1], "w")
+    assert mine is not None and mine.number == other.number != job.number
+    queue.end(mine, 5, f"{runs / 'x' / 'a.safetensors'} cannot be written: free it")
+    error = client.get("/jobs/1123456789abcdef", headers=KEY).json()["error"]
+    assert error == "a.safetensors cannot be written: free it"
+
+
+def test_a_queue_that_is_full_says_when_to_come_again(client: TestClient, tmp_path: Path) -> None:
+    from tests.serving.test_job_queue import STEPS
+
+    queue = JobQueue(tmp_path / "jobs")
+    for number in range(2):
+        queue.add(Path(str(number)), STEPS)
+    answer = client.post("/v1/images/generations", json={"prompt": "a"}, headers=KEY)
+    assert answer.status_code == 429 and answer.headers["x-should-retry"] == "true"
+
+
+def test_the_schema_is_told(client: TestClient) -> None:
+    schema = client.get("/openapi.json", headers=KEY).json()
+    assert "/v1/images/generations" in schema["paths"]

@@ -1,0 +1,110 @@
+"""The server as a process: what it refuses, that jobs outlive it, how it ends."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from common.errors import BadSettingError
+from common.serving.job_queue import WORKERS_FOLDER, JobQueue, State
+from common.serving.server import listening, refuse_open_address
+from tests.conftest import Run
+from tests.refusals import expect, refusal
+from tests.serving.conftest import Server, start_server
+
+
+def test_an_address_that_is_open_needs_a_key() -> None:
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        refuse_open_address(host, None)
+    for host in ("0.0.0.0", "::", "192.168.0.2", "example.org"):
+        with refusal(BadSettingError, f"--host {host}: others can reach it: give --api_key"):
+            refuse_open_address(host, None)
+        refuse_open_address(host, "key")
+
+
+def test_a_port_that_is_taken() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        refusal(BadSettingError, "cannot be used", "choose another port"),
+        listening("127.0.0.1", taken.getsockname()[1]),
+    ):
+        pass
+    with refusal(BadSettingError, "cannot be used"), listening("no.such.host.invalid", 1):
+        pass
+
+
+def test_flags_that_do_not_go_with_it(run_all: Run, tmp_path: Path) -> None:
+    folder = ("--output_dir", tmp_path / "jobs")
+    expect(run_all("--serve", *folder, "--prompt=a"), 2, "--prompt does not go with --serve")
+    expect(run_all("--serve", *folder, "--sweep=seed=1,2"), 2, "--sweep does not go with --serve")
+    expect(run_all("--port=81", *folder), 2, "--port is for --serve")
+    expect(run_all("--serve", *folder, "--host=0.0.0.0"), 2, "--host 0.0.0.0: others can reach")
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.slow
+def test_a_second_server_of_the_same_jobs(server: Server, run_all: Run) -> None:
+    result = run_all("--serve", "--port=0", "--output_dir", server.jobs_dir)
+    expect(result, 5, "another server has the jobs folder")
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_is_begun_again_and_the_picture_comes(server: Server) -> None:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"prompt": "a ring", "num_inference_steps": 150, "n": 10}
+        url = f"{server.url}/v1/images/generations"
+        answers.append(httpx.post(url, json=body, timeout=120))
+
+    asking, queue = threading.Thread(target=ask), JobQueue(server.jobs_dir)
+    asking.start()
+    until = time.monotonic() + 60
+    while not (at_work := [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(int(str(at_work[0].worker).split("-")[1]), signal.SIGKILL)
+    asking.join()
+    assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 10
+
+
+@pytest.mark.slow
+def test_it_drains_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
+    first = start_server(tmp_path / "jobs")
+    statuses: list[int] = []
+
+    def ask(number: int) -> None:
+        body = {"prompt": f"a ring {number}", "num_inference_steps": 150, "n": 10}
+        answer = httpx.post(f"{first.url}/v1/images/generations", json=body, timeout=120)
+        statuses.append(answer.status_code)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    queue = JobQueue(first.jobs_dir)
+    until = time.monotonic() + 60
+    while not [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    children = psutil.Process(first.process.pid).children()
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(90) == 143
+    for thread in threads:
+        thread.join(30)
+    assert not any(child.is_running() for child in children)
+    assert len(statuses) == 2 and set(statuses) <= {200, 503}
+    assert not list((first.jobs_dir / WORKERS_FOLDER).glob("*.json"))
+    second = start_server(tmp_path / "jobs")
+    until = time.monotonic() + 90
+    while not all(job.has_ended for job in queue.jobs()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert [job.state for job in queue.jobs()] == [State.DONE] * 2
+    second.process.terminate()
+    assert second.process.wait(60) == 143

@@ -1,0 +1,93 @@
+"""What is accepted as a job, and who waits for it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from common.errors import BadSettingError
+from common.serving.job_queue import Job, JobQueue, State
+from common.serving.service import Bounds, Service, ShuttingDownError, without_paths
+from tests.refusals import refusal
+
+
+def test_a_job_is_a_run_directory_of_its_own(tmp_path: Path) -> None:
+    service = Service(tmp_path / "jobs", {"height": 64, "width": 64, "mesh": "single"})
+
+    async def submit() -> list[Job]:
+        return [await service.submit({"prompt": ["a"], "seed": seed}) for seed in (1, 2)]
+
+    first, second = asyncio.run(submit())
+    service.close()
+    assert first.run_dir != second.run_dir and first.run_dir.parent == second.run_dir.parent
+    assert [step.stage for step in first.steps] == [1, 0, 2, 3]
+    assert "--seed=1" in first.steps[0].arguments and "--mesh=single" in first.steps[2].arguments
+    assert f"--output_dir={first.run_dir}" in first.steps[3].arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"height": 4096, "width": 4096}, "16777216 pixels are more than"),
+        ({"height": 4096}, "16777216 pixels are more than"),
+        ({"num_inference_steps": 151}, "151 steps are more than the 150"),
+        ({"num_images_per_prompt": 11}, "11 images are more than the 10"),
+        ({"colour": "red"}, "--colour: no stage from 1 to 3 takes it"),
+    ],
+    ids=str,
+)
+def test_what_is_too_much_is_refused(tmp_path: Path, flags: dict[str, object], said: str) -> None:
+    service = Service(tmp_path / "jobs", {}, Bounds())
+    with refusal(BadSettingError, said):
+        asyncio.run(service.submit(flags))
+    service.close()
+
+
+def test_who_waits_hears_of_the_end(tmp_path: Path) -> None:
+    service = Service(tmp_path / "jobs", {})
+
+    async def wait() -> Job:
+        watching = asyncio.create_task(service.watch())
+        job = await service.submit({"prompt": ["a"]})
+        waiting = asyncio.create_task(service.wait_for(job))
+        other = JobQueue(tmp_path / "jobs")
+        mine = other.claim([1], "w")
+        assert mine is not None
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        other.end(mine, 4, "not finite")
+        found = await asyncio.wait_for(waiting, 10)
+        service.ends = True
+        await asyncio.wait_for(watching, 10)
+        return found
+
+    found = asyncio.run(wait())
+    service.close()
+    assert (found.state, found.exit_code, found.error) == (State.FAILED, 4, "not finite")
+
+
+def test_where_the_server_ends_those_who_wait_are_told(tmp_path: Path) -> None:
+    service = Service(tmp_path / "jobs", {})
+
+    async def wait() -> None:
+        watching = asyncio.create_task(service.watch())
+        job = await service.submit({"prompt": ["a"]})
+        waiting = asyncio.create_task(service.wait_for(job))
+        await asyncio.sleep(0.05)
+        service.ends = True
+        await asyncio.wait_for(watching, 10)
+        with refusal(ShuttingDownError, f"job {job.run_dir.name} is kept, and goes on"):
+            await asyncio.wait_for(waiting, 10)
+        with refusal(ShuttingDownError, "the server is shutting down"):
+            await service.submit({"prompt": ["b"]})
+
+    asyncio.run(wait())
+    service.close()
+    queue = JobQueue(tmp_path / "jobs")
+    assert [job.state for job in queue.jobs()] == [State.WAITING]
+
+
+def test_sentences_without_folders() -> None:
+    assert without_paths("/a/b c/d.png is damaged") == "b c/d.png is damaged"
+    assert without_paths("--output_dir /home/x/jobs/runs/12ab: no") == "--output_dir 12ab: no"
+    assert without_paths("give 1/255, a/b and and/or") == "give 1/255, a/b and and/or"
