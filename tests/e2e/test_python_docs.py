@@ -54,5 +54,5 @@ def test_the_notebook_runs_and_shows_pictures(tmp_path: Path) -> None:
         for kind in output.get("data", {})
         if kind.startswith("image/")
     ]
-    assert len(shown) >= 4  # two pictures, the bars, the animation
+    assert len(shown) >= 5  # two pictures, a grid, the bars, the animation
     assert "output_image.png" in notebook.cells[-1]["outputs"][-1]["data"]["text/plain"]
