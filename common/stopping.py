@@ -6,10 +6,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import StageError
 from common.messages import say
@@ -45,6 +45,15 @@ class StopRequest:
         """Raise `StoppedError` if one has come; `said` says what is kept, and how to go on."""
         if self.number is not None:
             raise StoppedError(self.number, said)
+
+
+def ends_this_process(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a handler of a signal to stop as one of a process of ours, which the signal ends.
+
+    In a notebook, say, it ends what runs, not the process.
+    """
+    handler.ends_this_process = True  # type: ignore[attr-defined]
+    return handler
 
 
 def heard_signals() -> list[int]:
@@ -84,6 +93,7 @@ def finishing_first() -> Iterator[StopRequest]:
     """Within the block, a first signal to stop is only noted; a second one stops at once."""
     request, came = StopRequest(), 0.0
 
+    @ends_this_process
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
         if _stops_at_once:
@@ -116,13 +126,14 @@ def stopping_at_once(doing: str) -> Iterator[None]:
         doing: what is done, for a line that says how long it has been at it.
     """
     global _stops_at_once
-    if threading.current_thread() is not threading.main_thread():
+    ours = {n for n in heard_signals() if hasattr(signal.getsignal(n), "ends_this_process")}
+    if threading.current_thread() is not threading.main_thread() or not ours:
         yield  # signals are the main thread's
         return
     heard, said = os.pipe()
     os.set_blocking(said, False)
     before = signal.set_wakeup_fd(said, warn_on_full_buffer=False)
-    arguments = heard, doing, set(heard_signals())
+    arguments = heard, doing, ours
     watching = threading.Thread(target=_watch, args=arguments, daemon=True)
     watching.start()
     _stops_at_once += 1
@@ -153,6 +164,7 @@ def _watch(heard: int, doing: str, signals: set[int]) -> None:
             return
 
 
+@ends_this_process
 def stop_now(number: int, _frame: FrameType | None = None) -> NoReturn:
     """End the process at once, with a sentence; files appear whole or not at all.
 

@@ -19,6 +19,7 @@ from common.stopping import (
     StoppedError,
     StopRequest,
     hold_signals,
+    stop_now,
     stopping_at_once,
 )
 from tests.conftest import LONG, PROJECT_DIR, STAGES, file_contents
@@ -95,7 +96,7 @@ def test_a_stop_that_was_asked_for_has_its_signals_code(number: int, word: str, 
 
 STEPS = """
 import sys, time
-from common.stopping import finishing_first, stop_at_once_on_signals, stopping_at_once
+from common.stopping import finishing_first, stop_at_once_on_signals, stop_now, stopping_at_once
 
 stop_at_once_on_signals()
 print("begun", flush=True)
@@ -229,7 +230,19 @@ def test_what_a_shell_starts_beside_itself_hears_an_interruption() -> None:
 
 def test_what_stops_at_once_leaves_no_thread_and_no_open_file() -> None:
     before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
-    for _ in range(3):
-        with stopping_at_once("nothing"):
-            assert threading.active_count() == before[0] + 1
+    handler = signal.signal(signal.SIGTERM, stop_now)
+    try:
+        for _ in range(3):
+            with stopping_at_once("nothing"):
+                assert threading.active_count() == before[0] + 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+
+
+def test_in_a_process_of_somebody_else_signals_stay_theirs() -> None:
+    """As in a notebook, whose kernel an interruption is not to end."""
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), stopping_at_once("nothing"):
+        assert threading.active_count() == before
+        signal.raise_signal(signal.SIGINT)

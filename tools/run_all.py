@@ -8,8 +8,8 @@ the first failing stage's exit code is this program's.
 """
 
 import os
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,10 +40,11 @@ from common.runs.in_turn import flags_of_a_run, plan
 from common.runs.passes import HIRES_STRENGTH, Passes, Turns
 from common.runs.sweep import CellRun, parse_sweep, refuse_idle_seeds, run_sweep
 from common.serving.job_queue import Step
-from common.serving.stage_processes import StageProcesses
+from common.serving.stage_processes import GROUPS, StageProcesses, flags_of_processes
 from tools import report_page
 
-JOBS_FOLDER = ".jobs"  # in the run directory, while a sweep runs; of a server where none is named
+JOBS_FOLDER = ".jobs"  # of a server, where none is named
+API_KEY = "STAGED_DIFFUSION_API_KEY"  # the flag's value, which other users of the machine see not
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 SERVING = "A server"
 OF_SERVERS = {"serve", "host", "port", "api_key"}
@@ -110,8 +111,14 @@ def main(
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
     asked = [name for name in ("from_stage", "to_stage", "stream") if was_given(context, name)]
     if serve:
-        refuse_unserved(given, [*asked, *(["sweep"] if sweep else []), *passes.names])
+        others = {"force": force, "sweep": sweep is not None}
+        others_asked = [name for name, is_asked in others.items() if is_asked]
+        refuse_unserved(given, [*asked, *others_asked, *passes.names])
+        if given.get("offline"):
+            os.environ[OFFLINE] = "1"
         from common.serving import server
+
+        api_key = api_key or os.environ.get(API_KEY)
 
         shared = {name: value for name, value in given.items() if name != "output_dir"}
         jobs_dir = Path(given.get("output_dir") or DEFAULT_OUTPUT_DIR / JOBS_FOLDER)
@@ -152,7 +159,10 @@ def main(
 
 def refuse_unserved(given: Mapping[str, Any], asked: list[str]) -> None:
     """Raise `BadSettingError` for what is of one run, or of a part of it."""
-    of_prompts = ("prompt", "prompt_2", "prompts_file", "image", "mask_image", "only", "input_dir")
+    of_prompts = (
+        *("prompt", "prompt_2", "prompts_file", "prompt_syntax", "wildcards", "seed", "same_seed"),
+        *("image", "mask_image", "only", "input_dir", "init_latents", "name_template"),
+    )
     for name in (*asked, *(name for name in of_prompts if name in given)):
         raise BadSettingError(f"--{name} does not go with --serve: requests say what is to be made")
 
@@ -202,11 +212,11 @@ def run_all_cells(
     refuse_idle_seeds(swept.axes, given)
     shared = {n: v for n, v in given.items() if n != "output_dir"}
     commands = {stage: command[2:] for stage, command in plan(shared, force=force).items()}
-    jobs_dir = run_dir / JOBS_FOLDER
-    shutil.rmtree(jobs_dir, ignore_errors=True)  # of a sweep that was killed
-    # Each stage is opened once; those on devices are one process, which holds a TPU's chips.
-    groups = [[FIRST], [stage for stage in STAGES if stage is not FIRST]]
-    with StageProcesses(jobs_dir, groups) as processes:
+    # Each stage is opened once; the queue is of this sweep alone.
+    with (
+        tempfile.TemporaryDirectory(prefix="staged-diffusion-") as jobs_dir,
+        StageProcesses(Path(jobs_dir), GROUPS, flags_of_processes(given)) as processes,
+    ):
 
         def run(needed: CellRun) -> tuple[int, str]:
             own = [f"--{name}={value}" for name, value in needed.values.items()]
@@ -221,7 +231,6 @@ def run_all_cells(
             return processes.do(needed.folder, steps)
 
         code = run_sweep(run_dir, swept, run, say)
-    shutil.rmtree(jobs_dir, ignore_errors=True)
     failed = sum(cell.exit_code != 0 for cell in swept.cells)
     say(f"sweep: {len(swept.cells) - failed} of {len(swept.cells)} cells done")
     try:

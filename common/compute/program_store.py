@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 from jax import export
 
 from common import private_cache
@@ -80,7 +81,7 @@ def lower_stored(program: ToCompile, traced_in: Hashable, module: Any, report: S
         module: torch's, whose code is traced.
     """
     folder = store_folder()
-    if folder is None or jax.process_count() > 1:
+    if folder is None or jax.process_count() > 1 or _code_has_changed(module):
         return program.lower()
     path = folder / f"{_key(program, traced_in, module)}{ENDING}"
     exported = _read(path)
@@ -184,6 +185,17 @@ def _in_order(value: Any) -> str:
         own = ((each.name, getattr(value, each.name)) for each in fields(value))
         return f"{type(value).__name__}({', '.join(f'{n}={_in_order(v)}' for n, v in own)})"
     return repr(value)
+
+
+def _code_has_changed(module: Any) -> bool:
+    """Whether a file is newer than this process, which may have imported what it was before."""
+    own = (PROJECT_DIR / "common").rglob("*.py")
+    return any(
+        path.stat().st_mtime > _PROCESS_BEGAN for path in (*own, *map(Path, _files_of(module)))
+    )
+
+
+_PROCESS_BEGAN = psutil.Process().create_time()
 
 
 @cache

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -64,15 +64,12 @@ def to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
+version = cache(metadata.version)  # of a package that this process has, and so keeps
+
+
 def package_versions(*packages: str) -> dict[str, str]:
     """Versions of the packages whose arithmetic a stage's result depends on."""
-    return {package: _version(package) for package in packages}
-
-
-@cache
-def _version(package: str) -> str:
-    """Of a package of this process, which stays."""
-    return version(package)
+    return {package: version(package) for package in packages}
 
 
 def age_of_format(found: Any) -> str | None:

@@ -18,6 +18,7 @@ from common.compute.backends import Backend, refuse_unknown_options, start_backe
 from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.sharding import parse_mesh
+from common.errors import BadSettingError
 from common.files import artifacts, row_reader
 from common.files.artifacts import Artifact
 from common.files.kept_progress import Progress, remove_progress
@@ -311,6 +312,11 @@ def run_script(stage: Stage, story: Story) -> NoReturn:
         if given.flags.serve is not None:
             code: int = resolve_name("common.serving.worker:serve")(given)
             return code
+        for name in ("jobs_dir", "keep"):
+            if name in given.parameters:
+                raise BadSettingError(
+                    f"--{name} is for --serve: give that as well, or leave it out"
+                )
         with StageRun(stage, given, Kept(most_models=1)) as stage_run:
             _tell(story, stage_run)
         return None

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,13 +13,16 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import StageError
+from common.errors import StageError, shorten
 from common.serving.job_queue import Job, QueueFullError, State
 from common.serving.openai_api import JobFailedError, router_of
 from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
 
 OPEN_TO_ALL = ("/healthz", "/readyz")  # without the key: they tell nothing
-MOST_LISTED = 100  # jobs
+MOST_SAID = 300  # characters of an error
+# By which a browser reaches a server of this machine; another name may be a page's that has turned
+# its own name into this machine's address.
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def make_app(
@@ -39,7 +43,14 @@ def make_app(
         service.ends = True
         await watching
 
-    app = FastAPI(title="Stable Diffusion in stages", version="1", lifespan=lifespan)
+    # Its own pages of the API load scripts from elsewhere; /openapi.json is the same.
+    app = FastAPI(
+        title="Stable Diffusion in stages",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.include_router(router_of(service, models))
     app.include_router(_router_of_health(is_ready))
     app.include_router(_router_of_jobs(service))
@@ -77,18 +88,26 @@ def _router_of_jobs(service: Service) -> APIRouter:
     @router.get("")
     async def jobs() -> list[dict[str, Any]]:
         """The jobs, the last ones first."""
-        found = await service.jobs()
-        return [told(job) for job in found[: -MOST_LISTED - 1 : -1]]
+        return [told(job) for job in await service.jobs()]
 
     @router.get("/{name}")
     async def job(name: str) -> dict[str, Any]:
-        """A job."""
-        return told(await find(name))
+        """A job, and where its pictures are."""
+        found = await find(name)
+        files = pictures_of(found) if found.state is State.DONE else []
+        return told(found) | {"pictures": [f"/jobs/{name}/pictures/{k}" for k in range(len(files))]}
 
     @router.delete("/{name}")
     async def cancel(name: str) -> dict[str, Any]:
-        """Cancel a job; one that runs ends when its stage has kept what it has."""
-        await service.cancel(await find(name))
+        """Cancel a job; one that runs ends when its stage has kept what it has.
+
+        One that has ended is forgotten, with its run directory.
+        """
+        found = await find(name)
+        if found.has_ended:
+            await service.forget(found)
+            return told(found)
+        await service.cancel(found)
         return told(await find(name))
 
     @router.get("/{name}/pictures/{number}")
@@ -114,10 +133,6 @@ def told(job: Job) -> dict[str, Any]:
         "began_at": job.began_at,
         "ended_at": job.ended_at,
         "error": without_paths(job.error) or None,
-        "pictures": [
-            f"/jobs/{job.run_dir.name}/pictures/{k}"
-            for k in range(len(pictures_of(job)) if job.state is State.DONE else 0)
-        ],
     }
 
 
@@ -154,7 +169,14 @@ def failure(status: int, sentence: str) -> JSONResponse:
     """An error as OpenAI's clients read it; only what may pass is to be tried again."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     retry = "true" if status in (429, 503) else "false"
-    content = {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+    content = {
+        "error": {
+            "message": shorten(sentence, MOST_SAID),
+            "type": kind,
+            "param": None,
+            "code": None,
+        }
+    }
     return JSONResponse(content, status, {"x-should-retry": retry})
 
 
@@ -169,11 +191,18 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         asks_for_key = self._key is not None and scope["path"] not in OPEN_TO_ALL
-        if asks_for_key and not hmac.compare_digest(given.encode(), str(self._key).encode()):
+        wanted = str(self._key).encode()
+        is_right = scheme.lower() == b"bearer" and hmac.compare_digest(given, wanted)
+        if asks_for_key and not is_right:
             said = "give the server's key: Authorization: Bearer KEY"
             await failure(401, said)(scope, receive, send)
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._key is None and re.sub(r":\d+$", "", host) not in LOCAL_NAMES:
+            said = "without a key the server answers for this machine's own names alone"
+            await failure(400, said)(scope, receive, send)
             return
         too_long = failure(413, f"the request's body is longer than {self._most} bytes")
         length = headers.get(b"content-length", b"0")

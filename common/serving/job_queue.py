@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -53,6 +53,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     began_at REAL,
     ended_at REAL
 );
+CREATE INDEX IF NOT EXISTS folders ON jobs (run_dir);
+CREATE INDEX IF NOT EXISTS times ON jobs (accepted_at);
 CREATE INDEX IF NOT EXISTS waiting ON jobs (state, stage, priority DESC, number);
 """
 
@@ -130,6 +132,7 @@ class JobQueue:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / WORKERS_FOLDER).mkdir(exist_ok=True)
             refuse_network_file_system(folder)
+            os.close(os.open(folder / JOBS_FILE, os.O_CREAT | os.O_RDWR, 0o600))  # it has prompts
             self._connection = sqlite3.connect(
                 folder / JOBS_FILE, timeout=SECONDS_TO_WAIT_FOR_A_WRITER, isolation_level=None
             )
@@ -151,13 +154,26 @@ class JobQueue:
     @contextmanager
     def _change(self) -> Iterator[Callable[..., Any]]:
         """A transaction; the block is given a function that executes a statement."""
-        self._connection.execute("BEGIN IMMEDIATE")
+        with self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield lambda statement, *values: self._connection.execute(statement, values)
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    with suppress(sqlite3.Error):
+                        self._connection.execute("ROLLBACK")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What SQLite refuses in the block is an error of ours."""
         try:
-            yield lambda statement, *values: self._connection.execute(statement, values)
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+            yield
+        except sqlite3.Error as error:
+            raise UnfitEnvironmentError(
+                f"the jobs folder {self.folder} cannot be used ({error}): free its disk, or end "
+                "what holds it"
+            ) from None
 
     # --- who asks -------------------------------------------------------------------------------
 
@@ -206,7 +222,8 @@ class JobQueue:
         return self._first(query, since, len(key), key)
 
     def _first(self, query: str, *values: Any) -> Job | None:
-        row = self._connection.execute(query, values).fetchone()
+        with self._told():
+            row = self._connection.execute(query, values).fetchone()
         return None if row is None else _job_of(row)
 
     def jobs(self, *states: State) -> list[Job]:
@@ -214,7 +231,22 @@ class JobQueue:
         chosen = states or tuple(State)
         marks = ", ".join("?" * len(chosen))
         query = f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY number"
-        return [_job_of(row) for row in self._connection.execute(query, chosen)]
+        with self._told():
+            return [_job_of(row) for row in self._connection.execute(query, chosen)]
+
+    def last(self, most: int) -> list[Job]:
+        """The last jobs that were accepted, the last one first."""
+        query = "SELECT * FROM jobs ORDER BY number DESC LIMIT ?"
+        with self._told():
+            return [_job_of(row) for row in self._connection.execute(query, (most,))]
+
+    def forget(self, number: int) -> None:
+        """Let go of a job that has ended; its run directory is the caller's."""
+        with self._change() as change:
+            change(
+                f"DELETE FROM jobs WHERE number = ? AND state IN ({', '.join('?' * len(ENDED))})",
+                *(number, *ENDED),
+            )
 
     def cancel(self, number: int) -> None:
         """Ask that a job ends: one that waits ends now, one that runs when its stage hears it."""
@@ -228,7 +260,8 @@ class JobQueue:
 
     def changes(self) -> int:
         """A number that is another one when another connection has changed the file."""
-        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        with self._told():
+            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
         return int(version)
 
     # --- who serves -----------------------------------------------------------------------------
@@ -259,21 +292,17 @@ class JobQueue:
                 *(job.place if is_last else place, stage, following),
                 *(ended_at, code, job.number, job.worker),
             )
-            if not is_last:  # which nobody runs now
-                change(
-                    "UPDATE jobs SET state = ?, stage = NULL, ended_at = ? "
-                    "WHERE number = ? AND cancel_asked = 1 AND state = ?",
-                    *(State.CANCELLED, time.time(), job.number, State.WAITING),
-                )
+            _cancel_if_asked(change, job)
 
     def end(self, job: Job, code: int, error: str) -> None:
         """A step has failed, or was cancelled."""
-        state = State.CANCELLED if job.cancel_asked else State.FAILED
         with self._change() as change:
             change(
-                "UPDATE jobs SET state = ?, stage = NULL, worker = NULL, exit_code = ?, error = ?, "
-                "ended_at = ? WHERE number = ? AND worker = ?",
-                *(state, code, error, time.time(), job.number, job.worker),
+                "UPDATE jobs SET state = CASE WHEN cancel_asked = 1 THEN ? ELSE ? END, "
+                "stage = NULL, worker = NULL, exit_code = ?, error = ?, ended_at = ? "
+                "WHERE number = ? AND worker = ?",
+                *(State.CANCELLED, State.FAILED, code, error, time.time()),
+                *(job.number, job.worker),
             )
 
     def give_back(self, job: Job) -> None:
@@ -283,11 +312,15 @@ class JobQueue:
                 "UPDATE jobs SET state = ?, worker = NULL WHERE number = ? AND worker = ?",
                 *(State.WAITING, job.number, job.worker),
             )
+            _cancel_if_asked(change, job)
 
-    def take_from_the_dead(self) -> list[Job]:
+    def take_from_the_dead(self, *, counts: bool = True) -> list[Job]:
         """Let jobs wait again whose process is no more; one that has met that often fails.
 
         Returns those that ended so.
+
+        Args:
+            counts: False where processes were stopped.
         """
         workers = {job.worker for job in self.jobs(State.RUNNING)}
         dead = [worker for worker in workers if worker is not None and not self._lives(worker)]
@@ -295,11 +328,11 @@ class JobQueue:
         for worker in dead:
             with self._change() as change:
                 rows = change(
-                    "UPDATE jobs SET attempts = attempts + 1, worker = NULL, "
-                    "state = CASE WHEN cancel_asked = 1 THEN ? WHEN attempts + 1 >= ? THEN ? "
+                    "UPDATE jobs SET attempts = attempts + ?, worker = NULL, "
+                    "state = CASE WHEN cancel_asked = 1 THEN ? WHEN attempts + ? >= ? THEN ? "
                     "ELSE ? END WHERE worker = ? AND state = ? RETURNING *",
-                    *(State.CANCELLED, MOST_ATTEMPTS, State.FAILED, State.WAITING, worker),
-                    State.RUNNING,
+                    *(int(counts), State.CANCELLED, int(counts), MOST_ATTEMPTS, State.FAILED),
+                    *(State.WAITING, worker, State.RUNNING),
                 ).fetchall()
                 for job in map(_job_of, rows):
                     if job.state is State.WAITING:
@@ -323,8 +356,18 @@ class JobQueue:
             lock.acquire()
         except Timeout:
             return True
+        Path(lock.lock_file).unlink(missing_ok=True)  # no other process has its name
         lock.release()
         return False
+
+
+def _cancel_if_asked(change: Callable[..., Any], job: Job) -> None:
+    """End a job that nobody runs now, where that was asked for while it ran."""
+    change(
+        "UPDATE jobs SET state = ?, stage = NULL, ended_at = ? "
+        "WHERE number = ? AND cancel_asked = 1 AND state = ?",
+        *(State.CANCELLED, time.time(), job.number, State.WAITING),
+    )
 
 
 def _job_of(row: sqlite3.Row) -> Job:

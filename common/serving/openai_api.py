@@ -5,6 +5,7 @@ sentence, not dropped. Fields of ours that it does not have (`seed`, `negative_p
 as well; its Python client sends them by `extra_body`.
 """
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -14,12 +15,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.errors import BadSettingError
+from common.errors import BadInputFileError, BadSettingError, shorten
 from common.serving.job_queue import Job
 from common.serving.service import Service, pictures_of, without_paths
 
+MOST_NAMED = 60  # characters of what is refused
 FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # its name → ours
-SECONDS_OF_RETRIES = 900  # in which a client's retry means the request before
+SECONDS_OF_REQUESTS = 900  # in which a client's retry means the request before
 
 
 class GenerationRequest(BaseModel):
@@ -98,18 +100,20 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
     ) -> dict[str, Any]:
         """Pictures of a prompt."""
         if asked.model not in (None, *models):
-            raise BadSettingError(f"model {asked.model!r} is not here: {', '.join(models)} are")
+            name = shorten(asked.model or "", MOST_NAMED)
+            raise BadSettingError(f"model {name!r} is not here: there is {', '.join(models)}")
         digest = hashlib.sha256(await request.body()).hexdigest()
         # Another request is another picture, unless it says its seed; a retry is the same one.
         is_retry = x_stainless_retry_count not in (None, "0")
-        known = await service.last_of(digest, SECONDS_OF_RETRIES) if is_retry else None
+        known = await service.last_of(digest, SECONDS_OF_REQUESTS) if is_retry else None
         job = known or await service.submit(
             asked.flags(seed=time.time_ns() % 2**32), key=f"{digest} {time.time_ns()}"
         )
         job = await service.wait_for(job)
         if job.exit_code != 0:
             raise JobFailedError(job)
-        return {"created": int(job.accepted_at), "data": _data_of(job, asked.response_format)}
+        data = await asyncio.to_thread(_data_of, job, asked.response_format)
+        return {"created": int(job.accepted_at), "data": data}
 
     return router
 
@@ -125,6 +129,8 @@ class JobFailedError(Exception):
 def _data_of(job: Job, form: str | None) -> list[dict[str, str]]:
     """The pictures as the API has them; their addresses are paths on this server."""
     files = pictures_of(job)
+    if not files:
+        raise BadInputFileError(f"the pictures of job {job.run_dir.name} are gone: ask again")
     if form == "url":
         return [{"url": f"/jobs/{job.run_dir.name}/pictures/{k}"} for k in range(len(files))]
     return [{"b64_json": base64.b64encode(path.read_bytes()).decode()} for path in files]

@@ -1,7 +1,6 @@
 """`run_all.sh --serve`: the processes of the stages, and an HTTP server in front of them."""
 
 import ipaddress
-import os
 import secrets
 import socket
 import threading
@@ -15,12 +14,11 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from common.errors import BadSettingError, UnfitEnvironmentError
-from common.files.stage_table import FIRST, STAGES
 from common.messages import say
-from common.runs.generation import RunSettings
+from common.runs.generation import read_run_settings
 from common.serving.http_app import make_app
 from common.serving.service import Bounds, Service
-from common.serving.stage_processes import StageProcesses
+from common.serving.stage_processes import GROUPS, StageProcesses, flags_of_processes
 from common.stopping import STOP_SIGNALS
 
 SERVER_LOCK = "server.lock"
@@ -60,12 +58,9 @@ def serve(
 def _serve(
     jobs_dir: Path, flags: Mapping[str, Any], listener: socket.socket, api_key: str | None
 ) -> int:
-    # Those on devices are one process, which holds a TPU's chips.
-    groups = [[FIRST], [stage for stage in STAGES if stage is not FIRST]]
-    model = flags.get("model_id", RunSettings.model_fields["model_id"].default)
-    with StageProcesses(jobs_dir, groups) as processes:
+    with StageProcesses(jobs_dir, GROUPS, flags_of_processes(flags)) as processes:
         service = Service(jobs_dir, flags, Bounds())
-        app = make_app(service, [str(model)], api_key, processes.are_ready)
+        app = make_app(service, [model_name(flags)], api_key, processes.are_ready)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -74,6 +69,7 @@ def _serve(
         )
         server, failed = _Server(config), list[Exception]()
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
 
         def look_after() -> None:
             told = False
@@ -102,6 +98,17 @@ def _serve(
             raise failed[0]
     stopped_by = processes.stopped_by
     return 0 if stopped_by is None else STOP_SIGNALS[stopped_by][1]
+
+
+def model_name(flags: Mapping[str, Any]) -> str:
+    """What requests call the checkpoint: its name, of a folder elsewhere the last part alone.
+
+    Args:
+        flags: of every run.
+    """
+    own = {name: flags[name] for name in ("model_id",) if name in flags}
+    model = read_run_settings(flags.get("config"), own).model_id
+    return Path(model).name if Path(model).expanduser().is_absolute() else model
 
 
 class _Server(uvicorn.Server):
@@ -135,10 +142,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         found = socket.create_server((host, port), family=family)
-    except OSError as error:
-        said = os.strerror(error.errno) if error.errno else str(error)
+    except (OSError, OverflowError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
         raise BadSettingError(
-            f"--host {host} --port {port} cannot be used ({said}): choose another port"
+            f"--host {host} --port {port} cannot be used ({said}): choose another"
         ) from None
     with found:
         yield found

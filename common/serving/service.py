@@ -3,21 +3,25 @@
 import asyncio
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import BadSettingError, StageError
+from common.errors import BadSettingError, UnfitEnvironmentError
 from common.runs.in_turn import plan
 from common.serving.job_queue import Job, JobQueue, Step
 from common.serving.stages import Run
 
 RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
 SECONDS_BETWEEN_LOOKS = 0.01  # while somebody waits
-Given = TypeVar("Given")
+MOST_LISTED = 100  # jobs
+SECONDS_OF_RETRIES = 30.0  # that a client lets pass at most before it asks again
+Answer = TypeVar("Answer")
 _PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)*([^\s/:'\"]+)")
 
 
@@ -28,11 +32,11 @@ class Bounds:
     pixels: int = 2048 * 2048  # of a picture
     steps: int = 150
     images: int = 10
-    body_bytes: int = 20_000_000
+    body_bytes: int = 1_000_000
     waiting: int = 1000  # jobs
 
 
-class ShuttingDownError(StageError):
+class ShuttingDownError(UnfitEnvironmentError):
     """The server ends; what it has accepted waits for the next one."""
 
 
@@ -56,7 +60,7 @@ class Service:
         self._waiting = 0
         self.ends = False  # and answers those who wait
 
-    async def _ask(self, function: Callable[..., Given], *arguments: Any, **more: Any) -> Given:
+    async def _ask(self, function: Callable[..., Answer], *arguments: Any, **more: Any) -> Answer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: function(*arguments, **more))
 
@@ -100,12 +104,23 @@ class Service:
         return await self._ask(self._queue.find, self._runs / name)
 
     async def last_of(self, key: str, seconds: float) -> Job | None:
-        """The last job of the last seconds whose key begins so."""
-        return await self._ask(self._queue.last_of, key, time.time() - seconds)
+        """The last job of the last seconds whose key begins so.
+
+        One that ended a while ago was answered, and is no retry's.
+        """
+        found = await self._ask(self._queue.last_of, key, time.time() - seconds)
+        if found is not None and time.time() - (found.ended_at or time.time()) > SECONDS_OF_RETRIES:
+            return None
+        return found
 
     async def jobs(self) -> list[Job]:
-        """Those that have not ended, and the last that have."""
-        return await self._ask(self._queue.jobs)
+        """The last ones, the last one first."""
+        return await self._ask(self._queue.last, MOST_LISTED)
+
+    async def forget(self, job: Job) -> None:
+        """Let go of a job that has ended, and of its run directory."""
+        await self._ask(self._queue.forget, job.number)
+        await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
 
     async def cancel(self, job: Job) -> None:
         """Ask that a job ends."""
@@ -137,7 +152,10 @@ class Service:
         """Tell those who wait when jobs change; for as long as the server runs."""
         seen, told_the_end = -1, False
         while not told_the_end:
-            version = await self._ask(self._queue.changes) if self._waiting else seen
+            version = seen
+            if self._waiting:
+                with suppress(UnfitEnvironmentError):  # it may pass; those who wait hear later
+                    version = await self._ask(self._queue.changes)
             if version != seen or self.ends:
                 seen, told_the_end = version, self.ends
                 async with self._changed:

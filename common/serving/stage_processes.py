@@ -5,14 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from common.errors import StageError, UnfitEnvironmentError
-from common.files.stage_table import Stage
+from common.files.stage_table import FIRST, STAGES, Stage
 from common.messages import say
 from common.runs.in_turn import script_of
 from common.serving.job_queue import (
@@ -23,10 +23,19 @@ from common.serving.job_queue import (
     Step,
 )
 from common.serving.worker import STARTED_BY
-from common.stopping import STOP_SIGNALS, heard_signals, hold_signals
+from common.stopping import STOP_SIGNALS, heard_signals
+from common.text_files import parse_json, read_text
+from common.whole_files import remove_file
 
+# Those on devices are one process, which holds a TPU's chips.
+GROUPS = ((FIRST,), tuple(stage for stage in STAGES if stage is not FIRST))
 MOST_STARTS = 5  # of a process that ends before it serves
 SECONDS_TO_END = 60.0  # after a signal to stop; then it is killed
+
+
+def flags_of_processes(given: Mapping[str, Any]) -> list[str]:
+    """What of a run's flags decides how its stages are opened."""
+    return [f"--backend={given['backend']}"] if "backend" in given else []
 
 
 class StageProcesses:
@@ -83,11 +92,17 @@ class StageProcesses:
         command = [sys.executable, script_of(group[-1]), f"--serve={numbers}"]
         environment = {**os.environ, STARTED_BY: str(os.getpid())}
         self._starts[group] += 1
-        self._processes[group] = subprocess.Popen(
-            [*command, f"--jobs_dir={self._jobs_dir}", *self._arguments],
-            env=environment,
-            preexec_fn=hold_signals,
-        )
+        # Held by the child until it hears them; not by a function that runs before it is a program,
+        # which may wait for ever for a lock that another thread of this process has.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._processes[group] = subprocess.Popen(
+                [*command, f"--jobs_dir={self._jobs_dir}", *self._arguments], env=environment
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self._received:  # before it was there to be told
+            self._processes[group].send_signal(self._received[0])
 
     def see_to_them(self) -> None:
         """Begin processes again that have died; they take up the jobs of those.
@@ -99,6 +114,9 @@ class StageProcesses:
             if process.poll() is None or self._received:
                 continue
             named = ", ".join(stage.name for stage in group)
+            if (said := self._ready_files().get(process.pid)) is not None:  # it has served
+                self._starts[group] = 0
+                remove_file(said)
             if self._starts[group] >= MOST_STARTS:
                 raise UnfitEnvironmentError(
                     f"the process of {named} ended {MOST_STARTS} times, the last time with "
@@ -109,11 +127,16 @@ class StageProcesses:
 
     def are_ready(self) -> bool:
         """Whether all of them have opened their stages."""
-        said = {path.stem for path in (self._jobs_dir / WORKERS_FOLDER).glob("*.json")}
-        return all(
-            f"{'_'.join(str(stage.number) for stage in group)}-{process.pid}" in said
-            for group, process in self._processes.items()
-        )
+        said = self._ready_files()
+        return all(process.pid in said for process in self._processes.values())
+
+    def _ready_files(self) -> dict[int, Path]:
+        """Process → the file by which it says that it serves."""
+        found = {}
+        for path in (self._jobs_dir / WORKERS_FOLDER).glob("*.json"):
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                found[int(parse_json(read_text(path))["pid"])] = path
+        return found
 
     def do(self, run_dir: Path, steps: Sequence[Step]) -> tuple[int, str]:
         """Have a job done. Returns its exit code, and its error in words."""
@@ -134,6 +157,8 @@ class StageProcesses:
             job = self._look_at(job)
         if job.exit_code is not None:
             return job.exit_code, job.error
+        if not self._received:
+            return STOP_SIGNALS[signal.SIGINT][1], "the job was cancelled"
         word, code = STOP_SIGNALS[self._received[0]]
         return code, f"{word}; the same command goes on from what is kept"
 
@@ -155,3 +180,7 @@ class StageProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._processes:
+            queue = JobQueue(self._jobs_dir)  # of this thread
+            queue.take_from_the_dead(counts=False)
+            queue.close()

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from common.compute.kept import MOST_MODELS, Kept
+from common.compute.kept import Kept
 from common.errors import BadSettingError
 from common.files.report import Report, read_report
 from common.files.run_files import DEFAULT_OUTPUT_DIR
@@ -15,6 +15,9 @@ from common.runs.stage_run import ResidentStage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+MODELS_OF_A_CHECKPOINT = 3  # its text encoders, its UNet, its VAE
 
 
 class Run:
@@ -68,7 +71,9 @@ class Stages:
             flags: of every run, by the names that `run_all.sh` has for them: `True` for a switch, a
                 list where a flag may be given again.
         """
-        kept = Kept(most_models=keep * MOST_MODELS)
+        if keep < 1:
+            raise BadSettingError(f"keep {keep}: give a number of checkpoints, at least 1")
+        kept = Kept(most_models=keep * MODELS_OF_A_CHECKPOINT)
         self._flags = flags
         self._residents = {stage: ResidentStage(stage, kept) for stage in STAGES}
 
@@ -83,7 +88,9 @@ class Stages:
             StageError: as the stage's script would end, with its exit code.
         """
         given = {**self._flags, **flags}
-        chosen = {name: value for name, value in given.items() if value not in (None, False)}
+        chosen = {
+            k: value for k, value in given.items() if value is not None and value is not False
+        }
         if wrong := [name for name in chosen if "-" in name]:
             raise BadSettingError(f"{wrong[0]}: flags have _ here in place of -")
         plan(chosen)  # a flag that no stage takes is refused before a folder is made

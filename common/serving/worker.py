@@ -2,18 +2,20 @@
 
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from common.compute.kept import Kept
-from common.errors import BadSettingError
-from common.files.stage_table import STAGES, Stage, numbered
-from common.messages import say
+from common.errors import BadSettingError, StageError, UnfitEnvironmentError
+from common.files.stage_table import LAST, STAGES, Stage, numbered
+from common.messages import say, warn
 from common.process import run_in_process
 from common.runs.flags import Given
 from common.runs.in_turn import begins_with_pictures
@@ -23,6 +25,7 @@ from common.stopping import (
     SECONDS_OF_ONE_SIGNAL,
     STOP_SIGNALS,
     StopRequest,
+    ends_this_process,
     heard_signals,
     stop_now,
 )
@@ -34,6 +37,8 @@ SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD = 1.0
 SECONDS_BETWEEN_LOOKS_AT_CANCELS = 0.2
 SECONDS_UNTIL_RARE = 5.0  # without a job, after which it is looked for less often
 SECONDS_BETWEEN_RARE_LOOKS = 0.05
+SECONDS_UNTIL_TRIED_AGAIN = 1.0  # where the queue cannot be written
+OF_SERVING = ("serve", "jobs_dir", "keep", "backend", "debug")  # flags
 
 
 class Worker:
@@ -45,13 +50,16 @@ class Worker:
             stages: that it serves.
             keep: checkpoints that stay in memory.
         """
-        self.name = f"{'_'.join(str(stage.number) for stage in stages)}-{os.getpid()}"
+        numbers = "_".join(str(stage.number) for stage in stages)
+        # Processes' numbers come again, after a restart of the machine or container.
+        self.name = f"{numbers}-{os.getpid()}-{secrets.token_hex(4)}"
         self.stages, self.stop = stages, StopRequest()
         self._queue = JobQueue(jobs_dir)
         self._lock = self._queue.lock_of(self.name)
         self._says_ready = jobs_dir / WORKERS_FOLDER / f"{self.name}.json"
-        # Models of a checkpoint: the UNet and the VAE, or the text encoders.
-        kept = Kept(most_models=keep * min(len(stages), 2))
+        # Models of a checkpoint: the text encoders, the UNet, the VAE of its two stages.
+        models = {LAST if stage.of_pictures else stage for stage in stages}
+        kept = Kept(most_models=keep * len(models))
         self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
         self._running: Job | None = None
         self._heard_at = 0.0  # when the first signal to stop came
@@ -74,12 +82,14 @@ class Worker:
             self._do_jobs()
         finally:
             remove_file(self._says_ready)
+            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
             self._queue.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return 0 if self.stop.number is None else STOP_SIGNALS[self.stop.number][1]
 
+    @ends_this_process
     def _hear(self, number: int, frame: FrameType | None) -> None:
         """Note a signal to stop: what runs is finished where that is kept, else to its end."""
         if (
@@ -101,24 +111,35 @@ class Worker:
         idle_since = time.monotonic()
         while self.stop.number is None and not self._is_orphan():
             now = time.monotonic()
-            if now - looked_at > SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD:
-                self._queue.take_from_the_dead()
-                seen, looked_at = -1, now
-            if (version := self._queue.changes()) != seen:
-                job = self._queue.claim(numbers, self.name)
-                if job is not None:
-                    self._do(job)
-                    idle_since = time.monotonic()
-                    continue
-                seen = version
+            job = None
+            try:
+                if now - looked_at > SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD:
+                    self._queue.take_from_the_dead()
+                    seen, looked_at = -1, now
+                if (version := self._queue.changes()) != seen:
+                    job = self._queue.claim(numbers, self.name)
+                    seen = version
+            except UnfitEnvironmentError as unfit:  # a full disk, say, which may pass
+                warn(str(unfit))
+                time.sleep(SECONDS_UNTIL_TRIED_AGAIN)
+            if job is not None:
+                self._do(job)
+                seen, idle_since = -1, time.monotonic()
+                continue
             rare = now - idle_since > SECONDS_UNTIL_RARE
             time.sleep(SECONDS_BETWEEN_RARE_LOOKS if rare else SECONDS_BETWEEN_LOOKS)
 
     def _do(self, job: Job) -> None:
         """A job's step."""
         stage = numbered(job.step.stage)
-        if stage.of_pictures and not begins_with_pictures(job.run_dir):
-            self._queue.hand_on(job)
+        try:
+            is_needed = not stage.of_pictures or begins_with_pictures(job.run_dir)
+        except StageError as gone:  # its settings are, or damaged
+            said, ending = str(gone), gone.exit_code
+            self._write(lambda: self._queue.end(job, ending, said))
+            return
+        if not is_needed:
+            self._write(lambda: self._queue.hand_on(job))
             return
         resident = self._residents[stage.number]
         resident.stop.number = self.stop.number
@@ -132,24 +153,33 @@ class Worker:
             watching.join()
         if error is not None:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        now = self._queue.get(job.number)
-        was_cancelled = now is not None and now.cancel_asked
         if code == 0:
-            self._queue.hand_on(job)
-        elif self.stop.number is not None and not was_cancelled and _was_stopped(code):
-            self._queue.give_back(job)
+            self._write(lambda: self._queue.hand_on(job))
+        elif self.stop.number is not None and _was_stopped(code):
+            self._write(lambda: self._queue.give_back(job))
         else:
-            self._queue.end(now or job, code, error or "")
+            self._write(lambda: self._queue.end(job, code, error or ""))
+
+    def _write(self, change: Callable[[], None]) -> None:
+        """Say how a job went, as soon as the queue can be written: nobody else will."""
+        while True:
+            try:
+                change()
+                return
+            except UnfitEnvironmentError as error:
+                warn(str(error))
+                time.sleep(SECONDS_UNTIL_TRIED_AGAIN)
 
     def _watch_for_cancel(self, job: Job, resident: ResidentStage, ended: threading.Event) -> None:
         """Let what runs end where its job is cancelled."""
-        queue = JobQueue(self._queue.folder)
-        while not ended.wait(SECONDS_BETWEEN_LOOKS_AT_CANCELS):
-            now = queue.get(job.number)
-            if now is not None and now.cancel_asked:
-                resident.stop.number = signal.SIGINT
-                break
-        queue.close()
+        with suppress(UnfitEnvironmentError):  # it is not heard then
+            queue = JobQueue(self._queue.folder)
+            while not ended.wait(SECONDS_BETWEEN_LOOKS_AT_CANCELS):
+                now = queue.get(job.number)
+                if now is not None and now.cancel_asked:
+                    resident.stop.number = signal.SIGINT
+                    break
+            queue.close()
 
 
 def serve(given: Given) -> int:
@@ -161,6 +191,8 @@ def serve(given: Given) -> int:
     assert given.flags.serve is not None
     if given.flags.jobs_dir is None:
         raise BadSettingError("--serve: give --jobs_dir, where the jobs are, as well")
+    for name in given.parameters.keys() - {*OF_SERVING}:
+        raise BadSettingError(f"--{name} does not go with --serve: jobs have flags of their own")
     known = {str(stage.number): stage for stage in STAGES}
     asked = [number.strip() for number in given.flags.serve.split(",")]
     if unknown := [number for number in asked if number not in known]:

@@ -40,6 +40,11 @@ class Counted:
             return jnp.sin(x) @ y, x + y
 
 
+@pytest.fixture(autouse=True)
+def files_are_not_newer_than_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_store, "_PROCESS_BEGAN", float("inf"))
+
+
 def compiled(
     function: Any,
     traced_in: Any = "key",
@@ -208,6 +213,17 @@ def test_a_kernel_tells_no_folder(cache: Path) -> None:
     (body,) = re.findall(r"\\22body\\22: \\22([A-Za-z0-9+/=]+)\\22", text)
     names = re.findall(rb"[\w./-]+\.py", base64.b64decode(body))
     assert names and not any(name.startswith(b"/") for name in names)
+
+
+def test_code_that_changed_since_it_was_imported_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash would be that of what this process does not run."""
+    monkeypatch.setattr(program_store, "_PROCESS_BEGAN", 0.0)
+    function = Counted()
+    compiled(function)
+    compiled(function)
+    assert function.traces == 2 and not entries(cache)
 
 
 def test_folders(cache: Path) -> None:

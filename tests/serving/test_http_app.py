@@ -23,11 +23,13 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
 
 
 def test_without_the_key_nothing_is_told(client: TestClient) -> None:
-    for headers in ({}, {"Authorization": "Bearer secres"}, {"Authorization": "Bearer ü"}):
+    wrong = ("Bearer secres", "Bearer ü", "secret", "Basic secret", "Bearer")
+    for headers in ({}, *({"Authorization": each} for each in wrong)):
         encoded = {name: value.encode("latin-1") for name, value in headers.items()}
         answer = client.get("/jobs", headers=encoded)
         assert answer.status_code == 401 and "server's key" in answer.json()["error"]["message"]
-    assert client.get("/jobs", headers=KEY).json() == []
+    for scheme in ("Bearer", "bearer"):
+        assert client.get("/jobs", headers={"Authorization": f"{scheme} secret"}).json() == []
     assert client.get("/healthz").json() == {"ok": True}
     assert client.get("/readyz").status_code == 503
 
@@ -72,12 +74,16 @@ def test_jobs_are_listed_and_cancelled(client: TestClient, tmp_path: Path) -> No
     job = queue.add(runs / "0123456789abcdef", STEPS)
     (told,) = client.get("/jobs", headers=KEY).json()
     assert (told["id"], told["state"], told["stage"]) == ("0123456789abcdef", "waiting", 1)
-    assert told == client.get("/jobs/0123456789abcdef", headers=KEY).json()
+    one = client.get("/jobs/0123456789abcdef", headers=KEY).json()
+    assert one == told | {"pictures": []}
     assert client.delete("/jobs/0123456789abcdef", headers=KEY).json()["state"] == "cancelled"
     picture = client.get("/jobs/0123456789abcdef/pictures/0", headers=KEY)
     assert picture.status_code == 404 and "has no picture 0" in picture.text
-    claimed = queue.claim([1], "w")
-    assert claimed is None
+    assert queue.claim([1], "w") is None
+    (runs / "0123456789abcdef").mkdir()
+    assert client.delete("/jobs/0123456789abcdef", headers=KEY).status_code == 200
+    assert client.get("/jobs/0123456789abcdef", headers=KEY).status_code == 404
+    assert not (runs / "0123456789abcdef").exists()
     other = queue.add(runs / "1123456789abcdef", STEPS)
     mine = queue.claim([1], "w")
     assert mine is not None and mine.number == other.number != job.number
@@ -94,6 +100,24 @@ def test_a_queue_that_is_full_says_when_to_come_again(client: TestClient, tmp_pa
         queue.add(Path(str(number)), STEPS)
     answer = client.post("/v1/images/generations", json={"prompt": "a"}, headers=KEY)
     assert answer.status_code == 429 and answer.headers["x-should-retry"] == "true"
+
+
+def test_without_a_key_only_this_machines_names_are_answered(tmp_path: Path) -> None:
+    """A page elsewhere can have its own name mean this machine."""
+    service = Service(tmp_path / "jobs", {})
+    app = make_app(service, ["models/demo"], None, lambda: True)
+    with TestClient(app) as client:
+        for host in ("127.0.0.1:8000", "localhost", "[::1]:80"):
+            assert client.get("/jobs", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
+            answer = client.get("/jobs", headers={"host": host})
+            assert answer.status_code == 400 and "own names alone" in answer.text
+    service.close()
+
+
+def test_nothing_is_loaded_from_elsewhere(client: TestClient) -> None:
+    for page in ("/docs", "/redoc"):
+        assert client.get(page, headers=KEY).status_code == 404
 
 
 def test_the_schema_is_told(client: TestClient) -> None:

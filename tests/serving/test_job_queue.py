@@ -147,6 +147,50 @@ def test_jobs_of_a_process_that_died_wait_again(queue: JobQueue) -> None:
     living.release()
 
 
+def test_a_queue_that_cannot_be_written_says_so_and_works_again(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(queue)
+    queue._connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(queue.folder / job_queue.JOBS_FILE, isolation_level=None)
+    for statement in ("BEGIN IMMEDIATE", "BEGIN"):  # a writer; a reader, which holds the COMMIT up
+        other.execute(statement)
+        other.execute("SELECT * FROM jobs").fetchall()
+        with refusal(UnfitEnvironmentError, "the jobs folder", "database is locked"):
+            add(queue)
+        other.execute("ROLLBACK")
+        add(queue)
+    assert len(queue.jobs()) == 3
+    other.close()
+
+
+def test_a_stop_is_no_death(queue: JobQueue) -> None:
+    job = add(queue)
+    for _ in range(MOST_ATTEMPTS + 1):
+        assert queue.claim([1], "of no process") is not None
+        assert queue.take_from_the_dead(counts=False) == []
+    found = queue.get(job.number)
+    assert found is not None and (found.state, found.attempts) == (State.WAITING, 0)
+
+
+def test_what_is_cancelled_while_it_is_given_back_ends(queue: JobQueue) -> None:
+    add(queue)
+    mine = queue.claim([1], "w")
+    assert mine is not None
+    queue.cancel(mine.number)
+    queue.give_back(mine)
+    assert state_of(queue, mine) is State.CANCELLED
+    queue.forget(mine.number)
+    assert queue.get(mine.number) is None
+
+
+def test_those_that_have_not_ended_are_not_forgotten(queue: JobQueue) -> None:
+    jobs = [add(queue) for _ in range(3)]
+    queue.forget(jobs[0].number)
+    assert [job.number for job in queue.last(2)] == [jobs[2].number, jobs[1].number]
+    assert len(queue.jobs()) == 3
+
+
 def test_changes_are_seen_by_others(queue: JobQueue) -> None:
     other = JobQueue(queue.folder)
     seen = other.changes()

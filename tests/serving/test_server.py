@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import BadSettingError
 from common.serving.job_queue import WORKERS_FOLDER, JobQueue, State
-from common.serving.server import listening, refuse_open_address
+from common.serving.server import listening, model_name, refuse_open_address
 from tests.conftest import Run
 from tests.refusals import expect, refusal
 from tests.serving.conftest import Server, start_server
@@ -28,15 +28,24 @@ def test_an_address_that_is_open_needs_a_key() -> None:
         refuse_open_address(host, "key")
 
 
+def test_a_checkpoint_is_told_without_its_folder(tmp_path: Path) -> None:
+    assert model_name({}) == "models/demo"
+    assert model_name({"model_id": "stabilityai/sdxl"}) == "stabilityai/sdxl"
+    assert model_name({"model_id": "/home/someone/sdxl.safetensors"}) == "sdxl.safetensors"
+    (tmp_path / "own.yaml").write_text("model_id: /home/someone/else")
+    assert model_name({"config": tmp_path / "own.yaml"}) == "else"
+
+
 def test_a_port_that_is_taken() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
-        refusal(BadSettingError, "cannot be used", "choose another port"),
+        refusal(BadSettingError, "cannot be used", "choose another"),
         listening("127.0.0.1", taken.getsockname()[1]),
     ):
         pass
-    with refusal(BadSettingError, "cannot be used"), listening("no.such.host.invalid", 1):
-        pass
+    for host, port in (("no.such.host.invalid", 1), ("127.0.0.1", 70_000), ("127.0.0.1", -1)):
+        with refusal(BadSettingError, "cannot be used"), listening(host, port):
+            pass
 
 
 def test_flags_that_do_not_go_with_it(run_all: Run, tmp_path: Path) -> None:
@@ -44,6 +53,8 @@ def test_flags_that_do_not_go_with_it(run_all: Run, tmp_path: Path) -> None:
     expect(run_all("--serve", *folder, "--prompt=a"), 2, "--prompt does not go with --serve")
     expect(run_all("--serve", *folder, "--sweep=seed=1,2"), 2, "--sweep does not go with --serve")
     expect(run_all("--port=81", *folder), 2, "--port is for --serve")
+    expect(run_all("--serve", *folder, "--seed=3"), 2, "--seed does not go with --serve")
+    expect(run_all("--serve", *folder, "--force"), 2, "--force does not go with --serve")
     expect(run_all("--serve", *folder, "--host=0.0.0.0"), 2, "--host 0.0.0.0: others can reach")
     assert not (tmp_path / "jobs").exists()
 

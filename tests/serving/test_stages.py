@@ -69,11 +69,20 @@ def test_folders_of_their_own(
     assert not np.array_equal(*map(np.asarray, (run.pictures[0] for run in runs)))
 
 
+def test_zero_is_a_value(stages: Stages, tmp_path: Path) -> None:
+    run = stages.run(prompt="a ring", seed=0, guidance_scale=0, offline=False, output_dir=tmp_path)
+    record = read_picture_record(run.files[0])
+    assert record is not None
+    assert (record["settings"]["seed"], record["settings"]["guidance_scale"]) == (0, 0)
+
+
 def test_what_is_refused(stages: Stages, tmp_path: Path) -> None:
     with refusal(BadSettingError, "--stepz: no stage from 1 to 3 takes it"):
         stages.run(stepz=3, output_dir=tmp_path / "run")
     with refusal(BadSettingError, "flags have _ here"):
         stages.run(**{"num-inference-steps": 3}, output_dir=tmp_path / "run")
+    with refusal(BadSettingError, "keep 0: give a number"):
+        Stages(keep=0)
     with refusal(BadSettingError, "--height 63 is not a multiple of 8"):
         stages.run(height=63, output_dir=tmp_path / "run")
     with refusal(BadSettingError, "has no report of stage 0"):
