@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from common.files import artifacts
 from common.files.picture_files import read_pixels
+from common.files.row_reader import RowReader
 from common.files.stage_table import EMBEDDINGS_FILE, LATENTS_FILE
 from tests.conftest import PROJECT_DIR, Run, file_contents, run_script
 from tests.printed import as_json, states
 from tests.refusals import expect
+from tests.tiny_checkpoints import save_demo_lora
 
 INSPECT = PROJECT_DIR / "tools" / "inspect_run.py"
 
@@ -92,6 +94,8 @@ def test_an_image_is_made_alone_by_the_commands_that_are_shown(
             "seed": 9,
             "prompt_2": "round",
             "negative_prompt": "it's “dull”",
+            "height": 96,
+            "loras": [f"{save_demo_lora(tmp_path / 'own lora.safetensors', size=0.1)}:0.5"],
         },
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -109,13 +113,18 @@ def test_an_image_is_made_alone_by_the_commands_that_are_shown(
     content = as_json(INSPECT, run, "--image", 5)
     assert content["settings"]["prompt"] == "a green ring" and content["settings"]["seed"] == 13
     assert content["overrides"]["image_format"] == ["png", "webp"]
-    assert content["made_by"]["2"]["batch_size"] == 4 and not content["notes"]
+    # The group is as large as its size has images for.
+    assert content["made_by"]["2"]["batch_size"] == 2 and not content["notes"]
     for command, number in zip(content["commands"], (1, 2, 3), strict=True):
         arguments = [part for part in shlex.split(command)[2:] if "output_dir" not in part]
         result = stage(number, *arguments, "--output_dir", again)
         assert result.returncode == 0, result.stderr
-    latents = [load_file(folder / LATENTS_FILE)["latents"] for folder in (run, again)]
-    assert latents[1].shape[0] == 1 and latents[1][0].equal(latents[0][5])
+    rows = [
+        RowReader(artifacts.inspect(folder / LATENTS_FILE), lambda text: pytest.fail(text))
+        for folder in (run, again)
+    ]
+    assert rows[0].sizes == [[0, 1, 2, 3], [4, 5]] and rows[1].sizes == [[0]]
+    assert rows[1].read([0])["latents"].equal(rows[0].read([5])["latents"])
     picture = Path(content["file"])
     assert picture.name == "05_13.webp"
     assert np.array_equal(read_pixels(again / "output_image.webp"), read_pixels(picture))
