@@ -61,7 +61,6 @@ class Worker:
         models = {LAST if stage.of_pictures else stage for stage in stages}
         kept = Kept(most_models=keep * len(models))
         self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
-        self._running: Job | None = None
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
