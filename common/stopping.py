@@ -76,6 +76,20 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Within the block `hold_signals`; a process that is begun there goes on holding them.
+
+    Not by a function that runs in the child before it is a program: that may wait for ever for a
+    lock which another thread of the parent has.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stop_at_once_on_signals() -> None:
     """End the process with a sentence when a signal to stop comes, or one was held."""
     for number in heard_signals():

@@ -110,12 +110,12 @@ def main(
     }
     run_dir = Path(given.get("output_dir") or given.get("input_dir") or DEFAULT_OUTPUT_DIR)
     asked = [name for name in ("from_stage", "to_stage", "stream") if was_given(context, name)]
+    if given.get("offline"):
+        os.environ[OFFLINE] = "1"  # for the libraries that a stage imports before its turn
     if serve:
         others = {"force": force, "sweep": sweep is not None}
         others_asked = [name for name, is_asked in others.items() if is_asked]
         refuse_unserved(given, [*asked, *others_asked, *passes.names])
-        if given.get("offline"):
-            os.environ[OFFLINE] = "1"
         from common.serving import server
 
         api_key = api_key or os.environ.get(API_KEY)
@@ -144,8 +144,6 @@ def main(
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
     context.call_on_close(lock.release)
     lock.acquire()
-    if given.get("offline"):
-        os.environ[OFFLINE] = "1"  # for the libraries that a stage imports before its turn
     os.environ[HELD_BY_PARENT] = os.fspath(run_dir.resolve())
     if stream:  # else jax takes three quarters of a GPU's memory for each process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -189,10 +189,13 @@ def _in_order(value: Any) -> str:
 
 def _code_has_changed(module: Any) -> bool:
     """Whether a file is newer than this process, which may have imported what it was before."""
-    own = (PROJECT_DIR / "common").rglob("*.py")
-    return any(
-        path.stat().st_mtime > _PROCESS_BEGAN for path in (*own, *map(Path, _files_of(module)))
-    )
+    files = (*_own_files(), *map(Path, _files_of(module)))
+    return any(path.stat().st_mtime > _PROCESS_BEGAN for path in files)
+
+
+def _own_files() -> list[Path]:
+    """The files of our own code."""
+    return sorted((PROJECT_DIR / "common").rglob("*.py"))
 
 
 _PROCESS_BEGAN = psutil.Process().create_time()
@@ -202,7 +205,7 @@ _PROCESS_BEGAN = psutil.Process().create_time()
 def _facts() -> dict[str, Any]:
     """What shapes all traces of this process."""
     own = hashlib.sha256()
-    for path in sorted((PROJECT_DIR / "common").rglob("*.py")):
+    for path in _own_files():
         own.update(path.read_bytes())
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -33,7 +33,7 @@ from common.runs.flags import Flag, all_flags
 from common.runs.generation import read_generation_config
 from common.runs.preloaded import PreloadedStage
 from common.runs.run_index import read_index
-from common.stopping import STOP_SIGNALS, heard_signals, hold_signals
+from common.stopping import STOP_SIGNALS, heard_signals, holding_signals
 
 SECONDS_OF_A_FRESH_STAGE = 1.0  # at most; after that it has begun its work
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -191,7 +191,10 @@ class _Ahead:
         process = None
         if self.stage is not None and self._script == command[1]:
             process, self.stage = self.stage.begin(command[2:]), None
-        return process or subprocess.Popen(command, text=True, preexec_fn=hold_signals)
+        if process is not None:
+            return process
+        with holding_signals():
+            return subprocess.Popen(command, text=True)
 
     def give_up(self) -> None:
         """Its turn does not come."""

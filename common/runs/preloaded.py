@@ -25,12 +25,11 @@ class PreloadedStage:
             script: the stage's.
             modules: to import while it waits.
         """
-        from common.stopping import hold_signals  # this file is a script as well, without a path
+        from common.stopping import holding_signals  # this file is a script as well, without a path
 
         command = [sys.executable, __file__, script, *modules]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, preexec_fn=hold_signals
-        )
+        with holding_signals():
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
 
     def begin(self, arguments: Sequence[str]) -> "subprocess.Popen[str] | None":
         """Let the stage run with arguments; None where the process is no more."""

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from common.compute.backends import Backend, refuse_unknown_options, start_backend
@@ -92,12 +91,7 @@ class StageRun:
             os.environ[OFFLINE] = "1"  # read by the hub's library when it is imported
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.lock.release()
 
     # --- 1. settings ---

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from common.errors import StageError, UnfitEnvironmentError
@@ -23,7 +22,7 @@ from common.serving.job_queue import (
     Step,
 )
 from common.serving.worker import STARTED_BY
-from common.stopping import STOP_SIGNALS, heard_signals
+from common.stopping import STOP_SIGNALS, heard_signals, holding_signals
 from common.text_files import parse_json, read_text
 from common.whole_files import remove_file
 
@@ -65,12 +64,7 @@ class StageProcesses:
             self._start(group)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -92,15 +86,10 @@ class StageProcesses:
         command = [sys.executable, script_of(group[-1]), f"--serve={numbers}"]
         environment = {**os.environ, STARTED_BY: str(os.getpid())}
         self._starts[group] += 1
-        # Held by the child until it hears them; not by a function that runs before it is a program,
-        # which may wait for ever for a lock that another thread of this process has.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
+        with holding_signals():
             self._processes[group] = subprocess.Popen(
                 [*command, f"--jobs_dir={self._jobs_dir}", *self._arguments], env=environment
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._received:  # before it was there to be told
             self._processes[group].send_signal(self._received[0])
 
