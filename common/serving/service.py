@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import BadSettingError, UnfitEnvironmentError
+from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
+from common.files.input_pictures import picture_size, read_picture
 from common.runs.in_turn import plan
 from common.serving.job_queue import Job, JobQueue, Step
 from common.serving.stages import Run
 
 RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
+GIVEN_FOLDER = "given"  # of a run directory: the pictures that came with the request
 SECONDS_BETWEEN_LOOKS = 0.01  # while somebody waits
 MOST_LISTED = 100  # jobs
 SECONDS_OF_RETRIES = 30.0  # that a client lets pass at most before it asks again
@@ -30,9 +32,10 @@ class Bounds:
     """What one request may ask for."""
 
     pixels: int = 2048 * 2048  # of a picture
+    given_pixels: int = 4096 * 4096  # of one that a request gives
     steps: int = 150
     images: int = 10
-    body_bytes: int = 1_000_000
+    body_bytes: int = 32_000_000
     waiting: int = 1000  # jobs
 
 
@@ -64,25 +67,68 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: function(*arguments, **more))
 
-    async def submit(self, flags: Mapping[str, Any], *, key: str | None = None) -> Job:
+    async def submit(
+        self,
+        flags: Mapping[str, Any],
+        *,
+        pictures: Mapping[str, bytes] | None = None,
+        key: str | None = None,
+    ) -> Job:
         """Accept a job; when this returns it is on the disk.
 
         Args:
             flags: of this run, as `run_all.sh` takes them.
+            pictures: flag, such as `image` → an encoded picture that stands for its file.
             key: of the request; the same one makes no second job.
 
         Raises:
-            BadSettingError: over the bounds, or flags that no stage takes.
+            BadSettingError: over the bounds, flags that no stage takes, or a damaged picture.
             QueueFullError: too many wait.
         """
         if self.ends:
             raise ShuttingDownError("the server is shutting down: try again later")
         given = {**self._flags, **{k: v for k, v in flags.items() if v is not None}}
-        self._refuse_too_much(given)
         run_dir = self._runs / secrets.token_hex(8)
-        commands = plan({**given, "output_dir": run_dir})
-        steps = [Step(stage.number, command[2:]) for stage, command in commands.items()]
-        return await self._ask(self._queue.add, run_dir, steps, key=key)
+        try:
+            kept, size = await asyncio.to_thread(self._keep_pictures, run_dir, pictures or {})
+            self._refuse_too_much({**size, **given})  # a run has its picture's size, or its own
+            commands = plan({**given, **kept, "output_dir": run_dir})
+            steps = [Step(stage.number, command[2:]) for stage, command in commands.items()]
+            job = await self._ask(self._queue.add, run_dir, steps, key=key)
+        except BaseException:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+        if job.run_dir != run_dir:  # of the same request, before
+            shutil.rmtree(run_dir, ignore_errors=True)
+        return job
+
+    def _keep_pictures(
+        self, run_dir: Path, pictures: Mapping[str, bytes]
+    ) -> tuple[dict[str, list[str]], dict[str, int]]:
+        """Write pictures to a run directory.
+
+        Returns the flags that name them, and the height and width of the one to begin with.
+        """
+        kept, size = {}, {}
+        for flag, data in pictures.items():
+            path = run_dir / GIVEN_FOLDER / flag
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            try:
+                height, width = picture_size(str(path), flag)
+                if height * width > self.bounds.given_pixels:
+                    raise BadSettingError(
+                        f"{flag} has {width}×{height} pixels, more than the "
+                        f"{self.bounds.given_pixels} that are allowed: shrink it"
+                    )
+                read_picture(str(path), "#ffffff", flag)  # here, where who asks can be told
+            except BadInputFileError as error:
+                said = str(error).replace(f"--{flag} {path}", flag)
+                raise BadSettingError(said) from None
+            if flag == "image":
+                size = {"height": height, "width": width}
+            kept[flag] = [str(path)]
+        return kept, size
 
     def _refuse_too_much(self, given: Mapping[str, Any]) -> None:
         sides = [given.get(name) for name in ("height", "width")]

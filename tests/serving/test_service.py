@@ -1,9 +1,11 @@
 """What is accepted as a job, and who waits for it."""
 
 import asyncio
+import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from common.errors import BadSettingError
 from common.serving.job_queue import Job, JobQueue, State
@@ -41,6 +43,43 @@ def test_what_is_too_much_is_refused(tmp_path: Path, flags: dict[str, object], s
     with refusal(BadSettingError, said):
         asyncio.run(service.submit(flags))
     service.close()
+
+
+def encoded(width: int, height: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(data, "PNG")
+    return data.getvalue()
+
+
+def test_pictures_of_a_request_are_files_of_its_run_directory(tmp_path: Path) -> None:
+    service = Service(tmp_path / "jobs", {})
+    given = {"image": encoded(64, 48), "mask_image": encoded(32, 24)}
+    job = asyncio.run(service.submit({"prompt": ["a"]}, pictures=given))
+    service.close()
+    for flag, data in given.items():
+        path = job.run_dir / "given" / flag
+        assert path.read_bytes() == data and f"--{flag}={path}" in job.steps[0].arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "data", "said"),
+    [
+        ({}, b"GIF89a", "image is no PNG, JPEG or WebP"),
+        ({}, encoded(64, 64)[:80], "image is damaged"),
+        ({}, encoded(200, 101), "20200 pixels are more than the 20000 that are allowed"),
+        ({"width": 300}, encoded(200, 99), "29700 pixels are more than the 20000"),
+        ({"width": 64, "height": 64}, encoded(200, 201), "more than the 40000 that are allowed"),
+    ],
+    ids=["gif", "cut", "large", "wide", "many_pixels"],
+)
+def test_pictures_of_no_use_leave_nothing(
+    tmp_path: Path, flags: dict[str, object], data: bytes, said: str
+) -> None:
+    service = Service(tmp_path / "jobs", {}, Bounds(pixels=20_000, given_pixels=40_000))
+    with refusal(BadSettingError, said):
+        asyncio.run(service.submit(flags, pictures={"image": data}))
+    service.close()
+    assert not [*(tmp_path / "jobs" / "runs").iterdir()]
 
 
 def test_who_waits_hears_of_the_end(tmp_path: Path) -> None:
