@@ -138,7 +138,7 @@ def denoise(
         announced = provenance_of_latents(run, config, begin)  # to a stage 3 that runs beside
         made = MadeRows(path, rows, run.progress, (recipe, announced))
         denoised = denoise_images(
-            unets.denoiser, jobs, run.options, made, profile_folder=folder, stop=stop
+            *(unets.denoiser, jobs, run.options, made, run.seat), profile_folder=folder, stop=stop
         )
         if not backend.is_first_process:
             say("  the first process writes")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from common.compute.backends import Backend, refuse_unknown_options, start_backend
 from common.compute.clock import StageReport
@@ -52,6 +52,9 @@ from common.runs.words import say_times, say_why
 from common.sampling.sampling_settings import merge_settings
 from common.stopping import StopRequest, finishing_first
 
+if TYPE_CHECKING:
+    from common.sampling.together import Seat
+
 DEVICE_FACTS = ("backend", "mesh", "platform", "device", "devices")
 
 
@@ -59,15 +62,22 @@ class StageRun:
     """One run of one stage."""
 
     def __init__(
-        self, stage: Stage, given: Given, kept: Kept, stop: StopRequest | None = None
+        self,
+        stage: Stage,
+        given: Given,
+        kept: Kept,
+        stop: StopRequest | None = None,
+        seat: "Seat | None" = None,
     ) -> None:
         """
         Args:
+            seat: among runs that this process does at once.
             kept: by the process from one run to the next.
             stop: of a process that does many runs and hears signals itself; None for a process
                 that does this run alone.
         """
         self.stage, self.given, self.kept, self._stop = stage, given, kept, stop
+        self.seat = seat
         self.is_alone = stop is None
         self.report = StageReport(stage.number, since_process_began=self.is_alone)
         self.run_dir, self.source_dir = given.run_dir, given.source_dir
@@ -306,7 +316,7 @@ def run_script(stage: Stage, story: Story) -> NoReturn:
         if given.flags.serve is not None:
             code: int = resolve_name("common.serving.worker:serve")(given)
             return code
-        for name in ("jobs_dir", "keep"):
+        for name in ("jobs_dir", "keep", "max_wait_ms"):
             if name in given.parameters:
                 raise BadSettingError(
                     f"--{name} is for --serve: give that as well, or leave it out"
@@ -336,10 +346,11 @@ class ResidentStage:
         """`kept` may be shared by stages of one process."""
         self.stage, self.kept = stage, kept or Kept()
         self.stop = StopRequest()  # set its number to stop what runs when it is kept
+        self.seat: Seat | None = None  # of the run that is to come, among others
         story = runpy.run_path(str(PROJECT_DIR / "stages" / stage.script))["main"]
 
         def run(given: Given) -> None:
-            with StageRun(stage, given, self.kept, self.stop) as stage_run:
+            with StageRun(stage, given, self.kept, self.stop, self.seat) as stage_run:
                 _tell(story, stage_run)
 
         self.command = command_of(stage, run, story.__doc__ or "")

@@ -36,6 +36,7 @@ from common.runs.generation import (
 )
 from common.runs.image_latents import cells_of
 from common.runs.jobs import denoising_job, empty_beginning, make_sampler
+from common.sampling.share import Share
 
 if TYPE_CHECKING:
     from common.compute.devices import Devices
@@ -95,7 +96,7 @@ def estimate_denoising(given: Given) -> None:
     if config.guidance_start > 0 or config.guidance_end < 1:
         warn("--guidance_start and --guidance_end: the steps without guidance are not estimated")
     size = group_size(options.at_once(len(job.seeds)), denoiser.devices_of_images)
-    denoiser.start(job, next(groups(len(job.seeds), size))[0], tables)
+    denoiser.start(Share(job, next(groups(len(job.seeds), size))[0], tables))
     compile_and_say(
         lambda: denoiser.lower(denoiser.plan.fullest()),
         target.estimate_of(

@@ -18,10 +18,15 @@ import torch
 from common.compute.clock import StageReport
 from common.compute.options import RunOptions
 from common.compute.profile_tables import Profiler
-from common.conditions.prepare import prepare_conditions
-from common.sampling.job import DenoisingJob
-from common.sampling.noise import Drawn, KeptArea, draw_all_noises, draw_first, prepare_state
+from common.sampling.noise import prepare_state
 from common.sampling.scheduler_tables import SchedulerTables, free_from
+from common.sampling.share import (
+    Share,
+    guidance_weights,
+    kept_areas,
+    tables_of_images,
+    told_of,
+)
 from common.sampling.step_plan import StepPlan, StepProgram
 
 # A backend's latents [B, C, h, w], history [R, B, C, h, w], and what else it keeps; of a
@@ -52,6 +57,7 @@ class Denoiser(ABC):
     loops_on_device: bool  # whether one call runs a range of steps
     ranges_ahead: int  # handed to the devices beyond the one that runs
     devices_of_images: int  # that a group's images are spread over
+    takes_several: bool  # whether a group may have images of several runs
     state: State
 
     def __init__(self, unet: Any, options: RunOptions, report: StageReport) -> None:
@@ -61,38 +67,38 @@ class Denoiser(ABC):
         self.steps_per_call = options.steps_per_call
         self.report = report
 
-    def start(self, job: DenoisingJob, chosen: np.ndarray, tables: SchedulerTables | None) -> None:
+    def start(self, *shares: Share) -> None:
         """Put a group's conditions, noises and tables where they are computed with.
 
         Args:
-            chosen: the group's images, by their indices.
-            tables: the sampler's; None steps the sampler itself on the host.
+            shares: of one run, or of several that a denoiser which `takes_several` can do at once:
+                with the same program for all steps, conditions of the same kinds and shapes, and
+                schedulers that are tables.
         """
-        self.job, self.chosen, self.sampler, self.tables = job, chosen, job.sampler, tables
-        self.seeds = [job.seeds[index] for index in chosen]
-        self.guidance, self.conditions = job.guidance, job.conditions
+        self.share = share = shares[0]
+        self.seeds = [seed for each in shares for seed in each.seeds]
+        self.guidance, self.conditions = share.job.guidance, share.job.conditions
         self.done, self.is_idle = 0, True
         self.trajectory: list[np.ndarray] = []
-        self.latent_shape = job.latent_shape
+        self.latent_shape = share.job.latent_shape
         with self.report.part("noise"):
-            drawn = self._draw_first()
-            masks = job.begin.masks if job.keeps_area else None
-            self.kept_area = KeptArea.of(None if masks is None else masks[chosen], drawn.first)
-            if tables is None:
-                self.evaluations = len(self.sampler.restart(self.seeds))
+            self.kept_area = kept_areas(shares)
+            self.tables = share.tables if len(shares) == 1 else tables_of_images(shares)
+            if self.tables is None:
+                self.evaluations = len(share.job.sampler.restart(self.seeds))
             else:
-                self.evaluations = tables.evaluations
-                self.first = drawn.first.latents.numpy()
-                self.noises = draw_all_noises(drawn, self.seeds, self.sampler, tables)
+                self.evaluations = self.tables.evaluations
+                self.first = np.concatenate([each.drawn.first.latents.numpy() for each in shares])
+                self.noises = np.concatenate([each.noises() for each in shares], axis=1)
+        self.guidance_weights = guidance_weights(shares)
         self.plan = StepPlan.of(self.guidance, self.evaluations)
-        images = job.images(chosen, self.dtype, drawn.first)
         told = {
-            program: prepare_conditions(self.conditions, images, program.predictions)
+            program: told_of(shares, program.predictions, self.dtype)
             for program in self.plan.programs()
         }
         with self.report.part("host_to_device"):
             self._put(told)
-            if tables is not None:
+            if self.tables is not None:
                 self.state = self._first_state()
 
     @abstractmethod
@@ -107,11 +113,6 @@ class Denoiser(ABC):
         """The state before the first step."""
         assert self.tables is not None
         return self._restore(*prepare_state(self.first, self.tables.history), 0)
-
-    def _draw_first(self) -> Drawn:
-        return draw_first(
-            self.job.begin, self.chosen.tolist(), self.seeds, self.sampler, self.latent_shape
-        )
 
     @abstractmethod
     def _start_steps(self, state: State, steps: range, program: StepProgram) -> tuple[State, Any]:
@@ -141,6 +142,10 @@ class Denoiser(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What the report says of the devices."""
+
+    def compiled_for(self) -> Any:
+        """What of it a program serves, where several runs are to be one group."""
+        return None
 
     @abstractmethod
     def profiler(self, folder: Path, steps: range) -> Profiler:
@@ -309,19 +314,19 @@ class Denoiser(ABC):
 
     def _ahead_on_host(self) -> Callable[[range], Any]:
         """A function that steps the scheduler itself after a model evaluation."""
-        drawn = self._draw_first()
+        drawn, sampler = self.share.draw(), self.share.job.sampler
         self.state = (drawn.first.latents,)
-        timesteps = self.sampler.restart(self.seeds)
+        timesteps = sampler.restart(self.seeds)
         kept = {name: torch.from_numpy(a) for name, a in self.kept_area.arrays().items()}
-        free = free_from(self.evaluations, soft_masks=self.job.soft_masks)
+        free = free_from(self.evaluations, soft_masks=self.share.job.soft_masks)
 
         def advance(steps: range) -> None:
             (i,), (latents,) = steps, self.state
-            model_input = self.sampler.scale_model_input(latents, timesteps[i])
+            model_input = sampler.scale_model_input(latents, timesteps[i])
             noise_pred = self._predict(model_input, float(timesteps[i]), self.plan.steps[i])
-            latents = self.sampler.step(noise_pred, timesteps[i], latents, drawn.generators)
-            if self.job.keeps_area:
-                stays = self.sampler.noised_after(i, kept["original"], kept["noise"])
+            latents = sampler.step(noise_pred, timesteps[i], latents, drawn.generators)
+            if self.share.job.keeps_area:
+                stays = sampler.noised_after(i, kept["original"], kept["noise"])
                 latents = torch.where(kept["masks"] >= float(free[i]), latents, stays)
             self.state = (latents,)
 

@@ -20,6 +20,8 @@ from common.sampling.denoiser import Denoiser
 from common.sampling.group_progress import GroupProgress
 from common.sampling.job import DenoisingJob
 from common.sampling.scheduler_tables import NotLinearError, SchedulerTables, make_tables
+from common.sampling.share import Share
+from common.sampling.together import Seat
 from common.stopping import StopRequest
 
 LATENTS, TRAJECTORY = "latents", "trajectory"  # of an image [C, h, w]; [S, C, h, w] float32
@@ -52,6 +54,7 @@ def denoise_images(
     jobs: Sequence[DenoisingJob],
     options: RunOptions,
     made: MadeRows,
+    seat: Seat | None = None,
     *,
     profile_folder: Path | None = None,
     stop: StopRequest | None = None,
@@ -62,6 +65,7 @@ def denoise_images(
         denoiser_of: opens a denoiser for a job, after which one of another job has served.
         jobs: one, or several of which each has some of the images.
         made: the run's images; what is denoised goes there.
+        seat: of a run that may be denoised with others of its process.
         profile_folder: for a profile of the first group.
         stop: asked after each range of steps.
 
@@ -81,6 +85,12 @@ def denoise_images(
     sizes = {shape: group_size(options.at_once(n), devices) for shape, n in most.items()}
     plans = [_GroupsOf(job, missing, sizes[job.latent_shape]) for job in todo]
     keep = len(plans) > 1 or images > plans[0].size  # there are several groups
+    if (
+        seat is not None
+        and not keep
+        and _with_others(seat, denoiser_of(todo[0]), plans[0], options, made)
+    ):
+        return taken_images(made)
     waiting, profile = sum(plan.steps for plan in plans), None
     with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
         for number, plan in enumerate(plans):
@@ -106,8 +116,26 @@ def denoise_images(
     )
 
 
+def _with_others(
+    seat: Seat, denoiser: Denoiser, plan: "_GroupsOf", options: RunOptions, made: MadeRows
+) -> bool:
+    """Denoise a run's one group with those of other runs. Returns whether that was done."""
+    measured = options.why_measure() is not None or options.save_trajectory is not None
+    if measured or len(plan.groups) != 1:
+        return False
+    (own,) = plan.groups
+    tables = tables_of(denoiser, plan.job, options)
+    with denoiser.report.part("run"):
+        found = seat.denoise(denoiser, Share(plan.job, np.array(own), tables))
+    if found is None:
+        return False
+    making = Making(found.seconds, options.made_by(denoiser.facts(), found.group_size))
+    made.put(own, {LATENTS: torch.from_numpy(found.latents)}, making, keep=False)
+    return True
+
+
 def taken_images(made: MadeRows) -> Denoised:
-    """What stage 2 gives where an earlier file has all of it."""
+    """What stage 2 gives where all of it is there."""
     return Denoised(made=made, kept_after=[], trajectory_every=None, profile=None)
 
 
@@ -176,7 +204,7 @@ class _Run:
         full repeats its last image, since another shape would be compiled anew.
         """
         chosen = np.array(own + [own[-1]] * (self.group_size - len(own)))
-        self.denoiser.start(self.job, chosen, self.tables)
+        self.denoiser.start(Share(self.job, chosen, self.tables))
         if self.is_first and (said := self.denoiser.unguided_in_words()):
             say(f"  steps without guidance: {said}")
         self.denoiser.compile()

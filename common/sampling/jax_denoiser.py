@@ -74,19 +74,30 @@ def denoise_step(
         predict: the combined prediction of (sample, timestep, arguments).
     """
     latents, history = state  # [B, C, h, w], [R, B, C, h, w]
-    schedule = arguments["schedule"]
-    scaled = latents * schedule["input_scales"][i]
-    history = history.at[i + 1].set(predict(scaled, schedule["timesteps"][i], arguments))
-    latents = jnp.tensordot(schedule["coefficients"][i], history, 1, precision=HIGHEST)
-    latents += jnp.tensordot(
-        schedule["noise_coefficients"][i], arguments["noises"], 1, precision=HIGHEST
-    )
-    kept, (of_original, of_noise) = arguments["kept"], schedule["kept_scales"][i]
-    stays = of_original * kept["original"] + of_noise * kept["noise"]
-    laid = jnp.where(kept["masks"] >= schedule["free_from"][i], latents, stays)
-    if differences := history.shape[0] - 1 - len(schedule["timesteps"]):  # of soft masks
+    tables = arguments["schedule"]
+    by_image = tables["timesteps"].ndim > 1  # whether each image has its own, [B, S, …]
+    row = {name: table[:, i] if by_image else table[i] for name, table in tables.items()}
+
+    def of_images(values: Array) -> Array:
+        return values[:, None, None, None] if by_image else values
+
+    scaled = latents * of_images(row["input_scales"])
+    history = history.at[i + 1].set(predict(scaled, row["timesteps"], arguments))
+    latents = weighed(row["coefficients"], history)
+    latents += weighed(row["noise_coefficients"], arguments["noises"])
+    kept, scales = arguments["kept"], row["kept_scales"]
+    stays = of_images(scales[..., 0]) * kept["original"] + of_images(scales[..., 1]) * kept["noise"]
+    laid = jnp.where(kept["masks"] >= of_images(row["free_from"]), latents, stays)
+    if differences := history.shape[0] - 1 - tables["timesteps"].shape[-1]:  # of soft masks
         history = history.at[i - differences].set(laid - latents)
     return laid, history
+
+
+def weighed(weights: Array, tensors: Array) -> Array:
+    """The sum of tensors [R, B, C, h, w] by weights, [R] or each image's own [B, R]."""
+    if weights.ndim == 1:
+        return jnp.tensordot(weights, tensors, 1, precision=HIGHEST)
+    return jnp.einsum("br,rbchw->bchw", weights, tensors, precision=HIGHEST)
 
 
 def spread_weights(unet: ModelOnDevices) -> dict[str, NamedSharding]:
@@ -99,6 +110,7 @@ class JaxDenoiser(Denoiser):
     """One run's denoising by a UNet on devices, and its compiled programs."""
 
     ranges_ahead = 1
+    takes_several = True
 
     def __init__(
         self, unet: ModelOnDevices, options: RunOptions, report: StageReport, programs: Programs
@@ -125,7 +137,7 @@ class JaxDenoiser(Denoiser):
             )
             for program, each in told.items()
         }
-        self.weights = self.put(self.guidance.weights(), replicated(self.mesh))
+        self.weights = self.put(self.guidance_weights, replicated(self.mesh))
         if self.tables is None:
             return
         self.noises_there = self.put(self.noises, split_latents(self.mesh, axis=1))
@@ -262,6 +274,8 @@ class JaxDenoiser(Denoiser):
             parameters, given = prepared or self._prepare(parameters, arguments)
             dtype = told["prompt_embeds"].dtype
             repeated = jnp.repeat(sample, len(predictions), axis=0)  # [N, C, h, w]
+            if timestep.ndim:  # each image's own
+                timestep = jnp.repeat(timestep, len(predictions))
             with products_for(dtype):
                 output = unet(
                     parameters,
@@ -356,6 +370,10 @@ class JaxDenoiser(Denoiser):
 
     def flops(self, program: StepProgram) -> float:
         return (self.used[program].flops or 0.0) * self.mesh.size
+
+    def compiled_for(self) -> Any:
+        weights = id(self.parameters)  # of one model on its devices
+        return weights, compiled_in(self.unet, self.mesh, self.operations), self.steps_per_call
 
     def facts(self) -> dict[str, Any]:
         return device_facts(self.mesh, self.dtype)

@@ -14,8 +14,8 @@ that were added to them, and so do the coefficients: what a difference leads to 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -36,7 +36,10 @@ class NotLinearError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerTables:
-    """A scheduler as data. T model evaluations, padded to S; float32 throughout."""
+    """A scheduler as data. T model evaluations, padded to S; float32 throughout.
+
+    Where each image of a group has its own, an axis of images stands before the others.
+    """
 
     evaluations: int  # T
     noises: int  # K, how many noises the scheduler draws
@@ -55,7 +58,31 @@ class SchedulerTables:
     @property
     def history(self) -> int:
         """How many tensors the coefficients weigh."""
-        return int(self.coefficients.shape[1])
+        return int(self.coefficients.shape[-1])
+
+
+def stacked(tables: Sequence[SchedulerTables]) -> SchedulerTables:
+    """The tables of a group's images as one, [B, …] each.
+
+    Of an image that needs fewer evaluations the last row comes again and again. It weighs what is
+    there by then, and gives the same latents each time.
+
+    Args:
+        tables: of each image, of the same shapes.
+    """
+    first, found = tables[0], dict[str, np.ndarray]()
+    for field in fields(SchedulerTables):
+        if not isinstance(getattr(first, field.name), np.ndarray):
+            continue
+        own = ((getattr(each, field.name), each.evaluations) for each in tables)
+        rows = [table[np.minimum(np.arange(len(table)), last - 1)] for table, last in own]
+        found[field.name] = np.stack(rows)
+    return SchedulerTables(
+        evaluations=max(each.evaluations for each in tables),
+        noises=max(each.noises for each in tables),
+        initial_noise_scale=first.initial_noise_scale,  # what is begun with has been drawn
+        **found,
+    )
 
 
 def make_tables(

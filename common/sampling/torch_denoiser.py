@@ -53,6 +53,7 @@ class TorchDenoiser(Denoiser):
     loops_on_device = False
     ranges_ahead = 0  # a call returns when it is done
     devices_of_images = 1
+    takes_several = False
 
     def __init__(self, unet: Any, options: RunOptions, report: StageReport) -> None:
         """`unet` holds its weights."""
@@ -63,7 +64,7 @@ class TorchDenoiser(Denoiser):
     def _put(self, told: Conditions) -> None:
         self.told = told
         self.projected: dict[StepProgram, dict[str, torch.Tensor]] = {}
-        self.weights = {n: torch.from_numpy(a) for n, a in self.guidance.weights().items()}
+        self.weights = {n: torch.from_numpy(a) for n, a in self.guidance_weights.items()}
         if self.tables is None:
             return
         schedule = prepare_schedule(self.tables)

@@ -10,6 +10,7 @@ import pytest
 from common.compute.kept import Kept
 from common.models.checkpoint import Checkpoint
 from common.sampling.denoiser import Denoiser
+from common.sampling.share import Share
 from tests.conftest import LONG
 from tests.sampling.tiny_unet import make_job, open_one, run, start
 
@@ -117,7 +118,7 @@ def test_a_scheduler_on_the_host_equals_its_tables(
     job = make_job(scheduler=scheduler, steps=3, end=0.7)
     by_tables = run(opened(backend), job)
     denoiser = opened(backend)
-    denoiser.start(job, np.arange(len(job.seeds)), None)
+    denoiser.start(Share(job, np.arange(len(job.seeds)), None))
     denoiser.compile()
     assert not denoiser.can_resume
     denoiser.warm_up(1)

@@ -17,6 +17,7 @@ from common.models.checkpoint import Checkpoint
 from common.sampling.jax_denoiser import JaxDenoiser, Programs, denoise_step, prepare_model
 from common.sampling.job import DenoisingJob
 from common.sampling.loading import load_jax_denoiser
+from common.sampling.share import Share
 from tests.conftest import LONG
 from tests.sampling.tiny_unet import (
     ROUNDING,
@@ -116,7 +117,7 @@ def test_devices_of_the_other_half_have_work_without_guidance(checkpoint: Checkp
     ):
         job = make_job(**guidance)  # type: ignore[arg-type]
         denoiser = load(checkpoint, job, mesh=mesh)
-        denoiser.start(job, np.arange(2), None)
+        denoiser.start(Share(job, np.arange(2), None))
         assert denoiser.unguided_in_words() == expected
         assert denoiser.facts()["mesh"] == mesh
 

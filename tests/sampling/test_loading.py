@@ -26,6 +26,7 @@ from common.sampling.loading import (
     open_denoiser,
     settle_mesh,
 )
+from common.sampling.share import Share
 from tests.conftest import PROJECT_DIR
 from tests.sampling.tiny_unet import (
     ROUNDING,
@@ -177,7 +178,7 @@ def test_devices_that_are_not_there_need_no_weights(tmp_path: Path) -> None:
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     devices, options = Devices.described(jax.devices()[:1], 2**30), RunOptions(mesh="single")
     denoiser = load_jax_denoiser(to_load(checkpoint), [JOB], options, StageReport(2), devices, {})
-    denoiser.start(JOB, np.arange(1), None)
+    denoiser.start(Share(JOB, np.arange(1), None))
     assert "convolution" in denoiser.lower(denoiser.plan.fullest()).as_text()
 
 

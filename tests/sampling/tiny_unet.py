@@ -25,6 +25,7 @@ from common.sampling.loading import UNetToLoad, open_denoiser
 from common.sampling.sampler import Sampler, make_scheduler
 from common.sampling.scheduler_tables import make_tables
 from common.sampling.schedulers import SCHEDULERS
+from common.sampling.share import Share
 from tests.tiny_checkpoints import SCHEDULER
 
 SHAPE = (4, 8, 8)  # of one image's latents, [C, h, w]
@@ -123,7 +124,7 @@ def start(denoiser: Denoiser, job: DenoisingJob) -> Denoiser:
     """Begin with all images of a job as one group."""
     size = group_size(len(job.seeds), denoiser.devices_of_images)
     assert size == len(job.seeds)
-    denoiser.start(job, np.arange(size), make_tables(job.sampler))
+    denoiser.start(Share(job, np.arange(size), make_tables(job.sampler)))
     denoiser.compile()
     return denoiser
 

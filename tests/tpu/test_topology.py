@@ -24,6 +24,7 @@ from common.runs.flags import Given
 from common.runs.jobs import denoising_job, make_sampler
 from common.sampling.loading import UNetToLoad, load_jax_denoiser
 from common.sampling.scheduler_tables import make_tables
+from common.sampling.share import Share
 from tests.conftest import PROJECT_DIR, Run
 
 pytestmark = [
@@ -129,7 +130,7 @@ def test_weights_that_do_not_fit_are_gathered_in_every_step(reduced_sdxl: Path) 
     job = denoising_job(config, checkpoint, embeddings, sampler)
     unet = UNetToLoad(checkpoint=checkpoint, loras=(), dtype="bfloat16")
     denoiser = load_jax_denoiser(unet, [job], RunOptions(), StageReport(2), devices, {})
-    denoiser.start(job, np.arange(1), make_tables(sampler))
+    denoiser.start(Share(job, np.arange(1), make_tables(sampler)))
     compiled = denoiser.lower(denoiser.plan.fullest()).compile()
     once, step = estimate(compiled.as_text(), CHIPS["v6e"])
     whole = sum(2 * math.prod(array.shape) for array in denoiser.parameters.values())
