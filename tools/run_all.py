@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,18 +36,19 @@ from common.messages import say, warn
 from common.models.hub import OFFLINE
 from common.process import run_command
 from common.runs.flags import add_flags, all_flags
-from common.runs.in_turn import flags_of_a_run, plan
+from common.runs.in_turn import flags_of_a_run, plan, run_in_turn
 from common.runs.passes import HIRES_STRENGTH, Passes, Turns
 from common.runs.sweep import CellRun, parse_sweep, refuse_idle_seeds, run_sweep
-from common.serving.job_queue import Step
+from common.serving.jobs import Step
 from common.serving.stage_processes import GROUPS, StageProcesses, flags_of_processes
+from common.serving.warm import find_warm
 from tools import report_page
 
 JOBS_FOLDER = ".jobs"  # of a server, where none is named
 API_KEY = "STAGED_DIFFUSION_API_KEY"  # the flag's value, which other users of the machine see not
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 SERVING = "A server"
-OF_SERVERS = {"serve", "host", "port", "api_key"}
+OF_SERVERS = {"serve", "host", "port", "api_key", "max_wait_ms"}
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
 
@@ -67,6 +68,10 @@ def main(
         str | None,
         flag("sweep", '"F=A,B …"', RUN_ALL, "All combinations of flags' values."),
     ] = None,
+    warm: Annotated[
+        Literal["auto", "never"],
+        flag("warm", "HOW", RUN_ALL, "auto: by a server's stages, where one runs. [auto]"),
+    ] = "auto",
     serve: Annotated[bool, flag("serve", " ", SERVING, "Stay, and answer HTTP requests.")] = False,
     host: Annotated[
         str, flag("host", "NAME", SERVING, "Where it listens; others need --api_key. [127.0.0.1]")
@@ -75,6 +80,9 @@ def main(
     api_key: Annotated[
         str | None, flag("api_key", "KEY", SERVING, "What requests must have.")
     ] = None,
+    max_wait_ms: Annotated[
+        int, flag("max_wait_ms", "N", SERVING, "For requests to denoise at once. [0]")
+    ] = 0,
     hires: Annotated[
         float | None, flag("hires", "X", PASSES, "Again, so many times larger.")
     ] = None,
@@ -95,7 +103,15 @@ def main(
     Defaults stand in brackets; hyphens in flags work as well.
     """
     began = time.monotonic()
-    own = {"from_stage", "to_stage", "force", "stream", "sweep", *Passes.__dataclass_fields__}
+    own = {
+        "from_stage",
+        "to_stage",
+        "force",
+        "stream",
+        "sweep",
+        "warm",
+        *Passes.__dataclass_fields__,
+    }
     own |= OF_SERVERS
     passes = Passes(
         hires=hires,
@@ -122,7 +138,13 @@ def main(
 
         shared = {name: value for name, value in given.items() if name != "output_dir"}
         jobs_dir = Path(given.get("output_dir") or DEFAULT_OUTPUT_DIR / JOBS_FOLDER)
-        return server.serve(jobs_dir, shared, host=host, port=port, api_key=api_key)
+        return server.serve(
+            *(jobs_dir, shared),
+            host=host,
+            port=port,
+            api_key=api_key,
+            max_wait_ms=max_wait_ms,
+        )
     for name in OF_SERVERS:
         if was_given(context, name):
             raise BadSettingError(f"--{name} is for --serve: give that as well, or leave it out")
@@ -134,12 +156,14 @@ def main(
         if from_stage == str(LAST.number) or to_stage != LAST.number:
             raise BadSettingError("--stream is for runs of stages 2 and 3: leave it out")
     if sweep is None:
+        found = find_warm(given) if warm == "auto" and not stream else None
         runs = Turns(
             *(passes, run_dir, given),
             from_stage=from_stage,
             to_stage=to_stage,
             force=force,
             stream=stream,
+            run_stages=run_in_turn if found is None else found.run_in_turn,
         )
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
     context.call_on_close(lock.release)

@@ -142,6 +142,15 @@ class StageFlags(Settings):
         alone=True,
         ge=1,
     )
+    max_wait_ms: int = option(
+        0,
+        "Wait for jobs to batch.",
+        metavar="N",
+        helps_make=ALL,
+        swept=False,
+        alone=True,
+        ge=0,
+    )
     keep_overrides: bool = option(
         False,
         "Go on with what flags overrode.",

@@ -135,7 +135,7 @@ def libraries_of(given: Mapping[str, Any]) -> dict[str, list[str]] | None:
 def run_in_turn(
     commands: Mapping[Stage, list[str]],
     libraries: dict[str, list[str]] | None,
-    of_pictures: Callable[[], bool] = lambda: True,
+    settled: Path | None = None,
     *,
     stream: Path | None = None,
 ) -> int:
@@ -143,15 +143,15 @@ def run_in_turn(
 
     Args:
         libraries: what each stage's script imports while the one before it runs; None: nothing.
-        of_pictures: whether the run has the stages that are for pictures alone; asked when one's
-            turn has come.
+        settled: the folder that has the run's settings when the first stage has run, which say
+            whether it has the stages that are for pictures alone; None: it has not.
         stream: the run directory, where stage 3 is to decode what stage 2 has finished while that
             runs; None: when its turn has come.
     """
     ahead, waiting = _Ahead(libraries), [*commands]
     while waiting:
         stage = waiting.pop(0)
-        if stage.of_pictures and not of_pictures():
+        if stage.of_pictures and (settled is None or not begins_with_pictures(settled)):
             continue
         process = ahead.start(commands[stage])
         following = next((each for each in waiting if not each.of_pictures), None)

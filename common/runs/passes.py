@@ -5,9 +5,8 @@ like any other: it begins with the latents of the pass before it, and is run, re
 the same stages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from common.runs.generation import (
     read_run_settings,
 )
 from common.runs.in_turn import (
-    begins_with_pictures,
     libraries_of,
     picture_path,
     plan,
@@ -267,17 +265,19 @@ class Turns:
         to_stage: int = LAST.number,
         force: bool = False,
         stream: bool = False,
+        run_stages: Callable[..., int] = run_in_turn,
     ) -> None:
         """
         Args:
             stream: whether stage 3 decodes while stage 2 runs.
+            run_stages: as `run_in_turn`, which has a process for each.
             from_stage: a stage's number, or a pass's name.
 
         Raises:
             BadSettingError: stages out of order, or flags that no stage to run knows.
         """
         self.passes, self.run_dir, self.force = passes, run_dir, force
-        self.stream = stream
+        self.stream, self._run_stages = stream, run_stages
         self.given, self.to_stage, self.names = dict(given), to_stage, passes.names
         if self.names and to_stage != LAST.number:
             raise BadSettingError(f"--to_stage does not go with --{self.names[0]}: leave it out")
@@ -307,9 +307,9 @@ class Turns:
         source_dir = Path(self.given.get("input_dir", self.run_dir))
         if self.first:
             settled = source_dir if self.from_stage == ENCODE_PICTURES.number else self.run_dir
-            pictures = partial(begins_with_pictures, settled)
             stream = self.run_dir if self.stream else None
-            code = run_in_turn(self.first, libraries_of(self.given), pictures, stream=stream)
+            libraries = libraries_of(self.given)
+            code = self._run_stages(self.first, libraries, settled, stream=stream)
             if code != 0 or (not self.names and self.to_stage != LAST.number):
                 return code, None
             if not self.names:
@@ -326,7 +326,7 @@ class Turns:
             last = LAST.number if name == self.names[-1] else DENOISE.number
             commands = plan(flags, to_stage=last, force=self.force)
             stream = folder if self.stream else None
-            code = run_in_turn(commands, libraries_of(flags), lambda: False, stream=stream)
+            code = self._run_stages(commands, libraries_of(flags), None, stream=stream)
             if code != 0:
                 return code, None
         return 0, picture_path(folder, folder, self.given)

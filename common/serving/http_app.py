@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
-from common.serving.job_queue import Job, QueueFullError, State
+from common.serving.job_queue import QueueFullError
+from common.serving.jobs import Job, State
 from common.serving.openai_api import JobFailedError, router_of
 from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
 

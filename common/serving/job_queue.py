@@ -13,26 +13,20 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 
-from common.errors import BadSettingError, UnfitEnvironmentError
+from common.errors import UnfitEnvironmentError
+from common.serving.jobs import ENDED, Caller, Job, Likeness, State, Step, job_of
+from common.serving.local_disks import refuse_network_file_system
 
 JOBS_FILE = "jobs.sqlite3"
 WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
 MOST_ATTEMPTS = 3  # of a job whose stage's process dies at it
 SECONDS_TO_WAIT_FOR_A_WRITER = 30.0
 SECONDS_BETWEEN_LOOKS = 0.01
-# Where locks of files are not those of one machine, or are not kept at all.
-NETWORK_FILE_SYSTEMS = (
-    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "ceph", "glusterfs", "beegfs"),
-    *("fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "fuse.glusterfs", "afs", "gpfs"),
-)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -46,6 +40,10 @@ CREATE TABLE IF NOT EXISTS jobs (
     priority INTEGER NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
     worker TEXT,
+    caller TEXT,
+    alike TEXT,
+    images INTEGER NOT NULL DEFAULT 0,
+    evaluations INTEGER NOT NULL DEFAULT 0,
     cancel_asked INTEGER NOT NULL DEFAULT 0,
     exit_code INTEGER,
     error TEXT NOT NULL DEFAULT '',
@@ -57,57 +55,6 @@ CREATE INDEX IF NOT EXISTS folders ON jobs (run_dir);
 CREATE INDEX IF NOT EXISTS times ON jobs (accepted_at);
 CREATE INDEX IF NOT EXISTS waiting ON jobs (state, stage, priority DESC, number);
 """
-
-
-class State(StrEnum):
-    """Of a job."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-ENDED = (State.DONE, State.FAILED, State.CANCELLED)
-
-
-class Step(NamedTuple):
-    """A stage that is to run for a job."""
-
-    stage: int
-    arguments: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job as it is now."""
-
-    number: int
-    key: str | None  # of the request that it is for: the same one makes no second job
-    run_dir: Path
-    steps: list[Step]
-    place: int  # among the steps: which one's turn it is
-    state: State
-    priority: int  # those with more come first
-    attempts: int  # that ended with the process
-    worker: str | None  # which runs it
-    cancel_asked: bool
-    exit_code: int | None
-    error: str
-    accepted_at: float  # seconds since the epoch, as the other times
-    began_at: float | None
-    ended_at: float | None
-
-    @property
-    def step(self) -> Step:
-        """Whose turn it is."""
-        return self.steps[self.place]
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing is to come."""
-        return self.state in ENDED
 
 
 class QueueFullError(UnfitEnvironmentError):
@@ -178,7 +125,14 @@ class JobQueue:
     # --- who asks -------------------------------------------------------------------------------
 
     def add(
-        self, run_dir: Path, steps: Sequence[Step], *, priority: int = 0, key: str | None = None
+        self,
+        run_dir: Path,
+        steps: Sequence[Step],
+        *,
+        priority: int = 0,
+        key: str | None = None,
+        caller: Caller | None = None,
+        likeness: Likeness | None = None,
     ) -> Job:
         """Accept a job; when this returns it is on the disk.
 
@@ -191,19 +145,22 @@ class JobQueue:
         with self._change() as change:
             known = None if key is None else change("SELECT * FROM jobs WHERE key = ?", key)
             if known is not None and (row := known.fetchone()) is not None:
-                return _job_of(row)
+                return job_of(row)
             (waiting,) = change(
                 "SELECT count(*) FROM jobs WHERE state IN (?, ?)", State.WAITING, State.RUNNING
             ).fetchone()
             if waiting >= self._most:
                 raise QueueFullError(f"{waiting} jobs wait, as many as may: try again later")
             row = change(
-                "INSERT INTO jobs (key, run_dir, steps, stage, state, priority, accepted_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING *",
+                "INSERT INTO jobs "
+                "(key, run_dir, steps, stage, state, priority, caller, alike, images, "
+                "evaluations, accepted_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING *",
                 *(key, os.fspath(run_dir), json.dumps(steps), steps[0].stage, State.WAITING),
-                *(priority, time.time()),
+                *(priority, None if caller is None else json.dumps(caller)),
+                *(likeness or (None, 0, 0)),
+                time.time(),
             ).fetchone()
-        return _job_of(row)
+        return job_of(row)
 
     def get(self, number: int) -> Job | None:
         """A job by its number."""
@@ -224,7 +181,7 @@ class JobQueue:
     def _first(self, query: str, *values: Any) -> Job | None:
         with self._told():
             row = self._connection.execute(query, values).fetchone()
-        return None if row is None else _job_of(row)
+        return None if row is None else job_of(row)
 
     def jobs(self, *states: State) -> list[Job]:
         """Those in some states, or all, in the order in which they were accepted."""
@@ -232,13 +189,13 @@ class JobQueue:
         marks = ", ".join("?" * len(chosen))
         query = f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY number"
         with self._told():
-            return [_job_of(row) for row in self._connection.execute(query, chosen)]
+            return [job_of(row) for row in self._connection.execute(query, chosen)]
 
     def last(self, most: int) -> list[Job]:
-        """The last jobs that were accepted, the last one first."""
-        query = "SELECT * FROM jobs ORDER BY number DESC LIMIT ?"
+        """The last jobs of requests that were accepted, the last one first."""
+        query = "SELECT * FROM jobs WHERE caller IS NULL ORDER BY number DESC LIMIT ?"
         with self._told():
-            return [_job_of(row) for row in self._connection.execute(query, (most,))]
+            return [job_of(row) for row in self._connection.execute(query, (most,))]
 
     def forget(self, number: int) -> None:
         """Let go of a job that has ended; its run directory is the caller's."""
@@ -276,7 +233,41 @@ class JobQueue:
                 f"({marks}) ORDER BY priority DESC, number LIMIT 1) RETURNING *",
                 *(State.RUNNING, worker, time.time(), State.WAITING, *stages),
             ).fetchone()
-        return None if row is None else _job_of(row)
+        return None if row is None else job_of(row)
+
+    def claim_alike(self, job: Job, most: int, worker: str) -> list[Job]:
+        """Take other jobs that wait for the same stage as one that was taken, and are like it.
+
+        Those that no process has died at, so that one which ends processes ends alone.
+
+        Args:
+            most: of them.
+        """
+        if job.likeness is None or job.attempts:
+            return []
+        with self._change() as change:
+            rows = change(
+                "UPDATE jobs SET state = ?, worker = ?, began_at = coalesce(began_at, ?) "
+                "WHERE number IN (SELECT number FROM jobs WHERE state = ? AND stage = ? AND "
+                "alike = ? AND attempts = 0 ORDER BY abs(evaluations - ?), number LIMIT ?) "
+                "RETURNING *",
+                *(State.RUNNING, worker, time.time(), State.WAITING, job.step.stage),
+                *(job.likeness.alike, job.likeness.evaluations, most),
+            ).fetchall()
+        return sorted(map(job_of, rows), key=lambda each: each.number)
+
+    def count_alike(self, job: Job) -> int:
+        """How many jobs wait that `claim_alike` would take."""
+        if job.likeness is None or job.attempts:
+            return 0
+        query = (
+            "SELECT count(*) FROM jobs WHERE state = ? AND stage = ? AND alike = ? AND attempts = 0"
+        )
+        with self._told():
+            (count,) = self._connection.execute(
+                query, (State.WAITING, job.step.stage, job.likeness.alike)
+            ).fetchone()
+        return int(count)
 
     def hand_on(self, job: Job) -> None:
         """A step is done: the next one's turn has come, or all is done."""
@@ -334,7 +325,7 @@ class JobQueue:
                     *(int(counts), State.CANCELLED, int(counts), MOST_ATTEMPTS, State.FAILED),
                     *(State.WAITING, worker, State.RUNNING),
                 ).fetchall()
-                for job in map(_job_of, rows):
+                for job in map(job_of, rows):
                     if job.state is State.WAITING:
                         continue
                     error = f"the process of stage {job.step.stage} ended {job.attempts} times"
@@ -368,33 +359,3 @@ def _cancel_if_asked(change: Callable[..., Any], job: Job) -> None:
         "WHERE number = ? AND cancel_asked = 1 AND state = ?",
         *(State.CANCELLED, time.time(), job.number, State.WAITING),
     )
-
-
-def _job_of(row: sqlite3.Row) -> Job:
-    values = dict(row)
-    del values["stage"]
-    return Job(
-        **values
-        | {
-            "run_dir": Path(values["run_dir"]),
-            "steps": [Step(*step) for step in json.loads(values["steps"])],
-            "state": State(values["state"]),
-            "cancel_asked": bool(values["cancel_asked"]),
-        }
-    )
-
-
-def refuse_network_file_system(folder: Path) -> None:
-    """Raise `BadSettingError` where a folder's locks would not hold."""
-    path = folder.resolve()
-    found = [
-        each for each in psutil.disk_partitions(all=True) if path.is_relative_to(each.mountpoint)
-    ]
-    if not found:
-        return
-    mount = max(found, key=lambda each: len(each.mountpoint))
-    if mount.fstype in NETWORK_FILE_SYSTEMS:
-        raise BadSettingError(
-            f"the jobs folder {folder} is on a network file system ({mount.fstype}), where SQLite "
-            "cannot lock its file: choose a folder on a disk of this machine"
-        )

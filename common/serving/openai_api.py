@@ -16,7 +16,7 @@ from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import BadInputFileError, BadSettingError, shorten
-from common.serving.job_queue import Job
+from common.serving.jobs import Job
 from common.serving.service import Service, pictures_of, without_paths
 
 MOST_NAMED = 60  # characters of what is refused

@@ -2,11 +2,12 @@
 
 import ipaddress
 import secrets
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,31 @@ from common.errors import BadSettingError, UnfitEnvironmentError
 from common.messages import say
 from common.runs.generation import read_run_settings
 from common.serving.http_app import make_app
+from common.serving.said import SAID_FOLDER
 from common.serving.service import Bounds, Service
 from common.serving.stage_processes import GROUPS, StageProcesses, flags_of_processes
+from common.serving.warm import SERVER_LOCK, announced
 from common.stopping import STOP_SIGNALS
 
-SERVER_LOCK = "server.lock"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_ANSWER = 10.0  # those who wait, when it is to end
 
 
 def serve(
-    jobs_dir: Path, flags: Mapping[str, Any], *, host: str, port: int, api_key: str | None
+    jobs_dir: Path,
+    flags: Mapping[str, Any],
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_wait_ms: int = 0,
 ) -> int:
     """Serve until a signal to stop comes. Returns its exit code.
 
     Args:
         flags: of every run, as `run_all.sh` takes them.
         port: 0: one that is free.
+        max_wait_ms: for jobs that can be denoised at once.
 
     Raises:
         BadSettingError: the address is open to others and there is no key, or it cannot be used.
@@ -50,15 +59,24 @@ def serve(
         ) from None
     try:
         with listening(host, port) as listener:
-            return _serve(jobs_dir, flags, listener, api_key)
+            return _serve(jobs_dir, flags, listener, api_key, max_wait_ms)
     finally:
         lock.release()
 
 
 def _serve(
-    jobs_dir: Path, flags: Mapping[str, Any], listener: socket.socket, api_key: str | None
+    jobs_dir: Path,
+    flags: Mapping[str, Any],
+    listener: socket.socket,
+    api_key: str | None,
+    max_wait_ms: int,
 ) -> int:
-    with StageProcesses(jobs_dir, GROUPS, flags_of_processes(flags)) as processes:
+    shutil.rmtree(jobs_dir / SAID_FOLDER, ignore_errors=True)  # of programs that were killed
+    began = time.time()
+    arguments = [*flags_of_processes(flags), f"--max_wait_ms={max_wait_ms}"]
+    if "batch_size" in flags:
+        arguments.append(f"--batch_size={flags['batch_size']}")
+    with StageProcesses(jobs_dir, GROUPS, arguments) as processes, ExitStack() as told:
         service = Service(jobs_dir, flags, Bounds())
         app = make_app(service, [model_name(flags)], api_key, processes.are_ready)
         config = uvicorn.Config(
@@ -72,7 +90,7 @@ def _serve(
         host = f"[{host}]" if ":" in host else host
 
         def look_after() -> None:
-            told = False
+            is_told = False
             while not server.should_exit:
                 try:
                     processes.see_to_them()
@@ -81,9 +99,10 @@ def _serve(
                 if processes.stopped_by is not None or failed:
                     service.ends = True
                     server.should_exit = True
-                if not told and processes.are_ready():
+                if not is_told and processes.are_ready():
+                    told.enter_context(announced(jobs_dir, flags, began))
                     say(f"ready: http://{host}:{port}")
-                    told = True
+                    is_told = True
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
         looking = threading.Thread(target=look_after)

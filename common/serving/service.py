@@ -5,7 +5,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,8 +14,12 @@ from typing import Any, TypeVar
 
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.files.input_pictures import picture_size, read_picture
+from common.files.recipe import to_json
+from common.files.stage_table import ENCODE_PICTURES
 from common.runs.in_turn import plan
-from common.serving.job_queue import Job, JobQueue, Step
+from common.sampling.sampling_settings import SamplingSettings
+from common.serving.job_queue import JobQueue
+from common.serving.jobs import Job, Likeness, Step
 from common.serving.stages import Run
 
 RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
@@ -23,6 +27,12 @@ GIVEN_FOLDER = "given"  # of a run directory: the pictures that came with the re
 SECONDS_BETWEEN_LOOKS = 0.01  # while somebody waits
 MOST_LISTED = 100  # jobs
 SECONDS_OF_RETRIES = 30.0  # that a client lets pass at most before it asks again
+# What may be another for each image that one program denoises.
+OF_EACH_IMAGE = {
+    *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "seed", "scheduler"),
+    *("num_inference_steps", "guidance_scale", "guidance_rescale", "strength", "image_format"),
+}
+STEPS: int = SamplingSettings.model_fields["num_inference_steps"].default
 Answer = TypeVar("Answer")
 _PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)*([^\s/:'\"]+)")
 
@@ -93,8 +103,11 @@ class Service:
             kept, size = await asyncio.to_thread(self._keep_pictures, run_dir, pictures or {})
             self._refuse_too_much({**size, **given})  # a run has its picture's size, or its own
             commands = plan({**given, **kept, "output_dir": run_dir})
+            if not kept and "config" not in given:  # no pictures to encode
+                del commands[ENCODE_PICTURES]
             steps = [Step(stage.number, command[2:]) for stage, command in commands.items()]
-            job = await self._ask(self._queue.add, run_dir, steps, key=key)
+            likeness = likeness_of(given, pictures or {})
+            job = await self._ask(self._queue.add, run_dir, steps, key=key, likeness=likeness)
         except BaseException:
             shutil.rmtree(run_dir, ignore_errors=True)
             raise
@@ -212,6 +225,21 @@ class Service:
         """Let go of the queue."""
         self._thread.submit(self._queue.close)
         self._thread.shutdown()
+
+
+def likeness_of(given: Mapping[str, Any], pictures: Collection[str]) -> Likeness:
+    """By what a request's job may be denoised at once with others.
+
+    Args:
+        given: flags of the run, without its run directory.
+        pictures: the names of those that it begins with.
+    """
+    alike = {name: given[name] for name in sorted(given.keys() - OF_EACH_IMAGE)}
+    return Likeness(
+        to_json({"flags": alike, "pictures": sorted(pictures)}),
+        given.get("num_images_per_prompt") or 1,
+        given.get("num_inference_steps") or STEPS,
+    )
 
 
 def pictures_of(job: Job) -> list[Path]:

@@ -7,20 +7,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from common.compute.kept import Kept
 from common.errors import BadSettingError, StageError, UnfitEnvironmentError
-from common.files.stage_table import LAST, STAGES, Stage, numbered
+from common.files.run_lock import HELD_BY_PARENT
+from common.files.stage_table import DENOISE, LAST, STAGES, Stage, numbered
 from common.messages import say, warn
 from common.process import run_in_process
 from common.runs.flags import Given
 from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
-from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, Job, JobQueue
+from common.sampling.together import Seat, Together
+from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, JobQueue
+from common.serving.jobs import Job
+from common.serving.said import SaidByStages
 from common.stopping import (
     SECONDS_OF_ONE_SIGNAL,
     STOP_SIGNALS,
@@ -38,13 +43,24 @@ SECONDS_BETWEEN_LOOKS_AT_CANCELS = 0.2
 SECONDS_UNTIL_RARE = 5.0  # without a job, after which it is looked for less often
 SECONDS_BETWEEN_RARE_LOOKS = 0.05
 SECONDS_UNTIL_TRIED_AGAIN = 1.0  # where the queue cannot be written
-OF_SERVING = ("serve", "jobs_dir", "keep", "backend", "debug")  # flags
+OF_SERVING = (  # flags
+    *("serve", "jobs_dir", "keep", "backend", "debug", "batch_size", "max_wait_ms"),
+)
+
+
+class AtOnce(NamedTuple):
+    """How many pictures of different jobs are denoised at once."""
+
+    batch_size: int = 1
+    max_wait_ms: int = 0  # for further jobs, where fewer are there
 
 
 class Worker:
     """Stages that stay in this process, and the jobs that it does with them."""
 
-    def __init__(self, jobs_dir: Path, stages: Sequence[Stage], keep: int) -> None:
+    def __init__(
+        self, jobs_dir: Path, stages: Sequence[Stage], keep: int, at_once: "AtOnce"
+    ) -> None:
         """
         Args:
             stages: that it serves.
@@ -54,6 +70,7 @@ class Worker:
         # Processes' numbers come again, after a restart of the machine or container.
         self.name = f"{numbers}-{os.getpid()}-{secrets.token_hex(4)}"
         self.stages, self.stop = stages, StopRequest()
+        jobs_dir = jobs_dir.resolve()  # from wherever it works later
         self._queue = JobQueue(jobs_dir)
         self._lock = self._queue.lock_of(self.name)
         self._says_ready = jobs_dir / WORKERS_FOLDER / f"{self.name}.json"
@@ -61,6 +78,8 @@ class Worker:
         models = {LAST if stage.of_pictures else stage for stage in stages}
         kept = Kept(most_models=keep * len(models))
         self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
+        self._kept, self._at_once = kept, at_once
+        self._beside: list[ResidentStage] = []  # of stage 2, for jobs that are done at once
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
@@ -98,7 +117,7 @@ class Worker:
             stop_now(number)
         if self.stop.number is None:
             self.stop.number, self._heard_at = number, time.monotonic()
-            for resident in self._residents.values():
+            for resident in (*self._residents.values(), *self._beside):
                 resident.stop.number = number
 
     def _is_orphan(self) -> bool:
@@ -122,7 +141,10 @@ class Worker:
                 warn(str(unfit))
                 time.sleep(SECONDS_UNTIL_TRIED_AGAIN)
             if job is not None:
-                self._do(job)
+                if others := self._claim_others(job):
+                    self._do_at_once([job, *others])
+                else:
+                    self._do(job)
                 seen, idle_since = -1, time.monotonic()
                 continue
             rare = now - idle_since > SECONDS_UNTIL_RARE
@@ -146,11 +168,57 @@ class Worker:
         watching = threading.Thread(target=self._watch_for_cancel, args=(job, resident, ended))
         watching.start()
         try:
-            code, error = run_in_process(resident.command, job.step.arguments, stage.command)
+            with self._as_caller(job):
+                code, error = run_in_process(resident.command, job.step.arguments, stage.command)
+        except OSError as gone:  # the caller's folder is
+            code, error = UnfitEnvironmentError.exit_code, f"{gone.filename}: {gone.strerror}"
         finally:
             ended.set()
             watching.join()
-        if error is not None:
+        self._end(job, code, error)
+
+    def _claim_others(self, job: Job) -> list[Job]:
+        """Jobs that are denoised with one that was claimed: with it as many as a power of two."""
+        if job.likeness is None or job.step.stage != DENOISE.number:
+            return []
+        most = self._at_once.batch_size // job.likeness.images
+        until = time.monotonic() + self._at_once.max_wait_ms / 1000
+        with suppress(UnfitEnvironmentError):  # else it is done alone
+            while (count := 1 + self._queue.count_alike(job)) < most and time.monotonic() < until:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            at_once = 1 << (min(count, most).bit_length() - 1) if most > 1 else 1
+            if at_once > 1:
+                return self._queue.claim_alike(job, at_once - 1, self.name)
+        return []
+
+    def _do_at_once(self, jobs: Sequence[Job]) -> None:
+        """Stage 2 of several jobs, a thread for each: they wait for each other to denoise."""
+        while len(self._beside) < len(jobs):
+            self._beside.append(ResidentStage(DENOISE, self._kept))
+        ended: dict[int, tuple[int, str | None]] = {}
+
+        def run(job: Job, resident: ResidentStage, seat: Seat) -> None:
+            resident.seat, resident.stop.number = seat, self.stop.number
+            with seat.turn():
+                ended[job.number] = run_in_process(
+                    resident.command, job.step.arguments, DENOISE.command
+                )
+
+        seats = Together(len(jobs)).seats()
+        threads = [
+            threading.Thread(target=run, args=each)
+            for each in zip(jobs, self._beside, seats, strict=False)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for job in jobs:
+            self._end(job, *ended[job.number])
+
+    def _end(self, job: Job, code: int, error: str | None) -> None:
+        """Say in the queue how a job's step went."""
+        if error is not None and job.caller is None:  # else it says so itself
             print(f"error: {error}", file=sys.stderr, flush=True)
         if code == 0:
             self._write(lambda: self._queue.hand_on(job))
@@ -158,6 +226,20 @@ class Worker:
             self._write(lambda: self._queue.give_back(job))
         else:
             self._write(lambda: self._queue.end(job, code, error or ""))
+
+    @contextmanager
+    def _as_caller(self, job: Job) -> Iterator[None]:
+        """Within the block this process works where a program does that waits for the job."""
+        if job.caller is None:
+            yield
+            return
+        os.environ[HELD_BY_PARENT] = job.caller.locked
+        try:
+            said = SaidByStages(self._queue.folder, job)
+            with chdir(job.caller.folder), said.writing():
+                yield
+        finally:
+            del os.environ[HELD_BY_PARENT]
 
     def _write(self, change: Callable[[], None]) -> None:
         """Say how a job went, as soon as the queue can be written: nobody else will."""
@@ -201,7 +283,8 @@ def serve(given: Given) -> int:
         )
     stages = [stage for number, stage in known.items() if number in asked]
     arguments = [] if given.options.backend == "auto" else [f"--backend={given.options.backend}"]
-    return Worker(given.flags.jobs_dir, stages, given.flags.keep).serve(*arguments)
+    at_once = AtOnce(given.options.batch_size, given.flags.max_wait_ms)
+    return Worker(given.flags.jobs_dir, stages, given.flags.keep, at_once).serve(*arguments)
 
 
 def _was_stopped(code: int) -> bool:

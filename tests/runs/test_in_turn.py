@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from common.errors import BadSettingError
 from common.files.stage_table import DENOISE, ENCODE, LATENTS_FILE, STAGES
 from common.runs import in_turn
+from common.runs.generation import write_generation_config
+from tests.configs import make_config
 from tests.conftest import DEMO, Run, file_contents
 from tests.printed import ran
 from tests.refusals import refusal
@@ -86,8 +88,12 @@ def test_a_run_without_pictures_has_no_stage_for_them(tmp_path: Path, of_picture
         return [sys.executable, "-c", f"open({str(tmp_path / str(number))!r}, 'w')"]
 
     commands = {stage: command(stage.number) for stage in STAGES}
-    assert in_turn.run_in_turn(commands, None, lambda: of_pictures) == 0
-    ran = {int(path.name) for path in tmp_path.iterdir()}
+    settled = tmp_path / "run"
+    settled.mkdir()
+    prompt = {"prompt": "a", "negative_prompt": "", "image": "a.png" if of_pictures else None}
+    write_generation_config(settled, make_config(DEMO, prompts=[prompt]))
+    assert in_turn.run_in_turn(commands, None, settled) == 0
+    ran = {int(path.name) for path in tmp_path.iterdir() if path.is_file()}
     assert ran == ({0, 1, 2, 3} if of_pictures else {1, 2, 3})
 
 

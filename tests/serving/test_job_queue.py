@@ -6,21 +6,14 @@ import signal
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from common.errors import BadSettingError, UnfitEnvironmentError
+from common.errors import UnfitEnvironmentError
 from common.serving import job_queue
-from common.serving.job_queue import (
-    MOST_ATTEMPTS,
-    Job,
-    JobQueue,
-    QueueFullError,
-    State,
-    Step,
-    refuse_network_file_system,
-)
+from common.serving.job_queue import MOST_ATTEMPTS, JobQueue, QueueFullError
+from common.serving.jobs import Job, Likeness, State, Step
 from tests.refusals import refusal
 
 STEPS = [Step(1, ["--prompt=a"]), Step(2, []), Step(3, ["--image_format", "webp"])]
@@ -223,6 +216,28 @@ def test_many_claim_and_none_twice(tmp_path: Path) -> None:
     assert len(queue.jobs(State.DONE)) == 40
 
 
+def test_jobs_that_are_alike_are_taken_at_once(queue: JobQueue) -> None:
+    likeness = [Likeness("a", 1, 20), Likeness("a", 1, 30), None, Likeness("b", 1, 20)]
+    likeness += [Likeness("a", 1, 22)]
+    jobs = [add(queue, likeness=each) for each in likeness]
+    first = queue.claim([1], "w")
+    assert first is not None and first.likeness == likeness[0]
+    assert queue.count_alike(first) == 2
+    # Those whose steps are nearest come first.
+    assert [job.number for job in queue.claim_alike(first, 1, "w")] == [jobs[4].number]
+    assert [job.number for job in queue.claim_alike(first, 9, "w")] == [jobs[1].number]
+    assert queue.claim_alike(first, 9, "w") == [] and queue.count_alike(first) == 0
+    running = queue.jobs(State.RUNNING)
+    assert [job.number for job in running] == [jobs[k].number for k in (0, 1, 4)]
+    queue.take_from_the_dead()
+    again = queue.claim([1], "w")
+    # A process has died at them, perhaps at one of them: each is done alone.
+    assert again is not None and again.number == first.number and again.attempts == 1
+    assert queue.count_alike(again) == 0 and queue.claim_alike(again, 9, "w") == []
+    other = queue.claim([1], "w")
+    assert other is not None and queue.claim_alike(other, 9, "w") == []
+
+
 def test_what_is_accepted_is_on_the_disk(queue: JobQueue) -> None:
     add(queue)
     (mode,) = queue._connection.execute("PRAGMA journal_mode").fetchone()
@@ -233,7 +248,7 @@ def test_what_is_accepted_is_on_the_disk(queue: JobQueue) -> None:
     assert queue.folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_folders_that_are_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_are_of_no_use(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with refusal(UnfitEnvironmentError, "the jobs folder", "cannot be used"):
         JobQueue(tmp_path / "file")
@@ -241,14 +256,3 @@ def test_folders_that_are_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "bad" / job_queue.JOBS_FILE).write_text("no database" * 100)
     with refusal(UnfitEnvironmentError, "cannot be used", "not a database"):
         JobQueue(tmp_path / "bad")
-
-    class Mount(NamedTuple):
-        mountpoint: str
-        fstype: str
-
-    mounts = [Mount("/", "ext4"), Mount(str(tmp_path), "nfs4")]
-    monkeypatch.setattr(job_queue.psutil, "disk_partitions", lambda all: mounts)
-    with refusal(BadSettingError, "is on a network file system (nfs4)"):
-        refuse_network_file_system(tmp_path / "jobs")
-    mounts.append(Mount(str(tmp_path / "local"), "ext4"))
-    refuse_network_file_system(tmp_path / "local" / "jobs")

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from common.errors import BadSettingError
-from common.serving.job_queue import JobQueue, State
+from common.serving.job_queue import JobQueue
+from common.serving.jobs import State
 from common.serving.openai_api import GenerationRequest
 from tests.conftest import Run
 from tests.refusals import refusal

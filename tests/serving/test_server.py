@@ -1,19 +1,29 @@
 """The server as a process: what it refuses, that jobs outlive it, how it ends."""
 
+import base64
+import io
 import os
 import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from common.errors import BadSettingError
-from common.serving.job_queue import WORKERS_FOLDER, JobQueue, State
+from common.files import artifacts
+from common.files.artifacts import MADE_BY
+from common.files.stage_table import LATENTS_FILE
+from common.serving.job_queue import WORKERS_FOLDER, JobQueue
+from common.serving.jobs import State
 from common.serving.server import listening, model_name, refuse_open_address
+from common.serving.stages import Stages
 from tests.conftest import Run
 from tests.refusals import expect, refusal
 from tests.serving.conftest import Server, start_server
@@ -63,6 +73,50 @@ def test_flags_that_do_not_go_with_it(run_all: Run, tmp_path: Path) -> None:
 def test_a_second_server_of_the_same_jobs(server: Server, run_all: Run) -> None:
     result = run_all("--serve", "--port=0", "--output_dir", server.jobs_dir)
     expect(result, 5, "another server has the jobs folder")
+
+
+@pytest.mark.slow
+def test_requests_that_wait_are_denoised_at_once(server: Server, tmp_path: Path) -> None:
+    """Other prompts, seeds, steps and schedulers: each picture as it is alone."""
+    asked = [
+        {"prompt": f"a ring {seed}", "seed": seed, "num_inference_steps": 4 + seed % 3}
+        | {"scheduler": ("euler", "ddim", "dpmpp_2m")[seed % 3], "guidance_scale": 3.0 + seed}
+        for seed in range(9)
+    ]
+    url, found = f"{server.url}/v1/images/generations", dict[int, np.ndarray]()
+
+    def ask(body: dict[str, Any]) -> None:
+        answer = httpx.post(url, json=body, timeout=300).raise_for_status().json()
+        data = base64.b64decode(answer["data"][0]["b64_json"])
+        found[body.get("seed", -1)] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    busy = threading.Thread(
+        target=ask, args=({"prompt": "a star", "num_inference_steps": 150, "n": 10},)
+    )
+    busy.start()
+    queue = JobQueue(server.jobs_dir)
+    until = time.monotonic() + 120
+    while not [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    threads = [threading.Thread(target=ask, args=(body,)) for body in asked]
+    for thread in threads:
+        thread.start()
+    for thread in (busy, *threads):
+        thread.join()
+    sizes = [
+        artifacts.inspect(job.run_dir / LATENTS_FILE).header.provenance[MADE_BY][0]["batch_size"]
+        for job in queue.last(len(asked))
+    ]
+    assert max(sizes) == 8, sizes
+    with Stages(height=64, width=64, mesh="single") as stages:
+        for body in asked:
+            alone = stages.run(
+                output_dir=tmp_path / str(body["seed"]), **body | {"prompt": [body["prompt"]]}
+            )
+            (picture,) = alone.pictures
+            apart = np.abs(np.asarray(picture).astype(int) - found[body["seed"]]).max()
+            assert apart <= 1, body
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from common.errors import BadSettingError
-from common.serving.job_queue import Job, JobQueue, State
+from common.serving.job_queue import JobQueue
+from common.serving.jobs import Job, State
 from common.serving.service import Bounds, Service, ShuttingDownError, without_paths
 from tests.refusals import refusal
 
@@ -22,9 +23,9 @@ def test_a_job_is_a_run_directory_of_its_own(tmp_path: Path) -> None:
     first, second = asyncio.run(submit())
     service.close()
     assert first.run_dir != second.run_dir and first.run_dir.parent == second.run_dir.parent
-    assert [step.stage for step in first.steps] == [1, 0, 2, 3]
-    assert "--seed=1" in first.steps[0].arguments and "--mesh=single" in first.steps[2].arguments
-    assert f"--output_dir={first.run_dir}" in first.steps[3].arguments
+    assert [step.stage for step in first.steps] == [1, 2, 3]
+    assert "--seed=1" in first.steps[0].arguments and "--mesh=single" in first.steps[1].arguments
+    assert f"--output_dir={first.run_dir}" in first.steps[2].arguments
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ def test_pictures_of_a_request_are_files_of_its_run_directory(tmp_path: Path) ->
     given = {"image": encoded(64, 48), "mask_image": encoded(32, 24)}
     job = asyncio.run(service.submit({"prompt": ["a"]}, pictures=given))
     service.close()
+    assert [step.stage for step in job.steps] == [1, 0, 2, 3]
     for flag, data in given.items():
         path = job.run_dir / "given" / flag
         assert path.read_bytes() == data and f"--{flag}={path}" in job.steps[0].arguments

@@ -15,7 +15,8 @@ from common.files.picture_files import read_picture_record, read_pixels
 from common.files.report import read_report
 from common.files.stage_table import FIRST, STAGES
 from common.runs.in_turn import plan
-from common.serving.job_queue import WORKERS_FOLDER, Job, JobQueue, State, Step
+from common.serving.job_queue import WORKERS_FOLDER, JobQueue
+from common.serving.jobs import Job, State, Step
 from common.serving.stage_processes import StageProcesses
 from tests.conftest import Run
 
