@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def arguments_for(
         first: whether the stage is the first to run, so that its input may be elsewhere.
     """
     arguments, names = [], set()
-    for name in (p.name for f in all_flags() if f.is_of(stage) for p in f.parameters()):
+    for name in _names_of(stage):
         if name not in given or (name == "input_dir" and not first):
             continue
         names.add(name)
@@ -69,6 +69,12 @@ def arguments_for(
             values = value if isinstance(value, list | tuple) else [value]
             arguments += [f"--{name}={item}" for item in values]
     return arguments, names
+
+
+@cache
+def _names_of(stage: Stage) -> list[str]:
+    """The names of the flags that a stage knows, with those that say no."""
+    return [each.name for flag in all_flags() if flag.is_of(stage) for each in flag.parameters()]
 
 
 def plan(

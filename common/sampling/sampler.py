@@ -122,6 +122,11 @@ class Sampler:
         # diffusers' pipelines hand their `eta` to every scheduler that takes one.
         self.extra_options: dict[str, Any] = {"eta": eta} if self.takes_eta else {}
 
+    def identity(self) -> str:
+        """All that determines what it does, besides seeds."""
+        config = sorted((name, repr(value)) for name, value in self.scheduler.config.items())
+        return repr((self.name, config, self.spacing, self.extra_options, self.step_range))
+
     def restart(self, seeds: Sequence[int] = (0,)) -> "torch.Tensor":
         """Forget all steps. Returns the timesteps, one for each model evaluation.
 

@@ -14,6 +14,7 @@ that were added to them, and so do the coefficients: what a difference leads to 
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -27,7 +28,11 @@ from common.sampling.sampler import Sampler
 # steps is data and not a shape: 64 holds 50 steps, or 32 of a scheduler that evaluates twice.
 BUCKET = 64
 ROUNDING_OF_MASKS = 1e-6
+MOST_KNOWN = 64  # tables that a process keeps, some 50 kB each
 LINEAR_TO = 1e-4  # relative; float32 rounding of 50 steps stays below 1e-6
+
+
+_known: "OrderedDict[tuple[str, bool, bool], SchedulerTables]" = OrderedDict()
 
 
 class NotLinearError(Exception):
@@ -90,6 +95,8 @@ def make_tables(
 ) -> SchedulerTables:
     """Probe a scheduler on the CPU; its state is overwritten.
 
+    What was probed before in this process is taken: arrays that nobody writes to.
+
     Args:
         keeps_area: whether a part of the pictures stays, for `kept_scales`.
         soft_masks: whether it stays for a part of the steps, by its mask.
@@ -99,6 +106,17 @@ def make_tables(
         NotFiniteError: the coefficients are not finite.
         NotLinearError: the scheduler clips, thresholds, or rounds coarsely.
     """
+    key = (sampler.identity(), keeps_area, soft_masks)
+    if key in _known:
+        _known.move_to_end(key)
+    else:
+        _known[key] = _make(sampler, keeps_area=keeps_area, soft_masks=soft_masks)
+        while len(_known) > MOST_KNOWN:
+            _known.popitem(last=False)
+    return _known[key]
+
+
+def _make(sampler: Sampler, *, keeps_area: bool, soft_masks: bool) -> SchedulerTables:
     timesteps = sampler.restart().to(torch.float32).numpy()
     count = len(timesteps)
     size = math.ceil(count / BUCKET) * BUCKET
