@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
+from common.serving import vae_api
 from common.serving.job_queue import Job, QueueFullError, State
 from common.serving.openai_api import JobFailedError, router_of
 from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
@@ -52,6 +53,7 @@ def make_app(
         redoc_url=None,
     )
     app.include_router(router_of(service, models))
+    app.include_router(vae_api.router_of(service))
     app.include_router(_router_of_health(is_ready))
     app.include_router(_router_of_jobs(service))
     _say_errors(app)

@@ -5,7 +5,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -102,6 +102,26 @@ class Service:
             shutil.rmtree(run_dir, ignore_errors=True)
         return job
 
+    async def submit_own(self, prepare: Callable[[Path, Mapping[str, Any]], Sequence[Step]]) -> Job:
+        """Accept a job that is no run of the stages.
+
+        Args:
+            prepare: is given a run directory that is not there yet and the flags of every run,
+                writes what the job needs, and returns its steps.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        if self.ends:
+            raise ShuttingDownError("the server is shutting down: try again later")
+        run_dir = self._runs / secrets.token_hex(8)
+        try:
+            steps = await asyncio.to_thread(prepare, run_dir, self._flags)
+            return await self._ask(self._queue.add, run_dir, steps)
+        except BaseException:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
     def _keep_pictures(
         self, run_dir: Path, pictures: Mapping[str, bytes]
     ) -> tuple[dict[str, list[str]], dict[str, int]]:
@@ -171,6 +191,8 @@ class Service:
     async def cancel(self, job: Job) -> None:
         """Ask that a job ends."""
         await self._ask(self._queue.cancel, job.number)
+        async with self._changed:  # `watch` sees what others change
+            self._changed.notify_all()
 
     async def wait_for(self, job: Job) -> Job:
         """A job once it has ended.

@@ -20,6 +20,7 @@ from common.process import run_in_process
 from common.runs.flags import Given
 from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
+from common.serving import vae_jobs
 from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, Job, JobQueue
 from common.stopping import (
     SECONDS_OF_ONE_SIGNAL,
@@ -61,6 +62,7 @@ class Worker:
         models = {LAST if stage.of_pictures else stage for stage in stages}
         kept = Kept(most_models=keep * len(models))
         self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
+        self._vae_command = vae_jobs.make_command(kept)
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
@@ -132,7 +134,11 @@ class Worker:
         """A job's step."""
         stage = numbered(job.step.stage)
         try:
-            is_needed = not stage.of_pictures or begins_with_pictures(job.run_dir)
+            is_needed = (
+                vae_jobs.is_vae_job(job.step)
+                or not stage.of_pictures
+                or begins_with_pictures(job.run_dir)
+            )
         except StageError as gone:  # its settings are, or damaged
             said, ending = str(gone), gone.exit_code
             self._write(lambda: self._queue.end(job, ending, said))
@@ -146,7 +152,10 @@ class Worker:
         watching = threading.Thread(target=self._watch_for_cancel, args=(job, resident, ended))
         watching.start()
         try:
-            code, error = run_in_process(resident.command, job.step.arguments, stage.command)
+            command, arguments = resident.command, job.step.arguments
+            if vae_jobs.is_vae_job(job.step):
+                command, arguments = self._vae_command, arguments[1:]
+            code, error = run_in_process(command, arguments, stage.command)
         finally:
             ended.set()
             watching.join()
