@@ -110,6 +110,9 @@ class TorchBackend(Backend):
         return cls("cpu")
 
 
+BACKENDS: dict[str, type[Backend]] = {row.name: row for row in (JaxBackend, TorchBackend)}
+
+
 class RemoteVae(Backend):
     """The VAE of a server (`--remote_vae`), in place of the one that `--backend` computes with."""
 
@@ -128,7 +131,7 @@ class RemoteVae(Backend):
         return cls("cpu")  # as which this machine would compute: `auto` is float32
 
 
-BACKENDS: dict[str, type[Backend]] = {row.name: row for row in (JaxBackend, TorchBackend)}
+# What computes VAEs.
 VAE_BACKENDS: dict[str, type[Backend]] = {**BACKENDS, RemoteVae.name: RemoteVae}
 
 
