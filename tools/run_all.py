@@ -27,6 +27,7 @@ from typer.core import TyperCommand
 
 from common.commands import flag
 from common.compute.backends import TorchBackend
+from common.compute.options import API_KEY
 from common.compute.platforms import may_have_tpu
 from common.errors import BadSettingError, StageError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
@@ -45,7 +46,6 @@ from common.serving.warm import find_warm
 from tools import report_page
 
 JOBS_FOLDER = ".jobs"  # of a server, where none is named
-API_KEY = "STAGED_DIFFUSION_API_KEY"  # the flag's value, which other users of the machine see not
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 SERVING = "A server"
 OF_SERVERS = {"serve", "host", "port", "api_key", "max_wait_ms"}
@@ -208,7 +208,8 @@ def refuse_unfit_streams(given: Mapping[str, Any]) -> None:
             "--stream reads the run directory's own settings while stage 2 runs: leave --input_dir "
             "out"
         )
-    if given.get("backend") != TorchBackend.name and may_have_tpu():
+    is_elsewhere = "remote_vae" in given
+    if given.get("backend") != TorchBackend.name and not is_elsewhere and may_have_tpu():
         raise BadSettingError(
             "--stream: one process holds a TPU's chips, so that stages 2 and 3 cannot run at once: "
             "leave it out"

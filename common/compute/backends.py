@@ -113,6 +113,28 @@ class TorchBackend(Backend):
 BACKENDS: dict[str, type[Backend]] = {row.name: row for row in (JaxBackend, TorchBackend)}
 
 
+class RemoteVae(Backend):
+    """The VAE of a server (`--remote_vae`), in place of the one that `--backend` computes with."""
+
+    name = "remote"
+    vae_module = "common.vae.remote_runner"
+    vae_opener = "common.vae.loading:open_remote_runner"
+    libraries = ("torch", "diffusers.utils")
+
+    @classmethod
+    def start(cls, options: "RunOptions") -> Self:
+        for name in ("profile", "distributed"):
+            if getattr(options, name):
+                raise BadSettingError(
+                    f"--{name} is for a VAE of this machine: leave it or --remote_vae out"
+                )
+        return cls("cpu")  # as which this machine would compute: `auto` is float32
+
+
+# What computes VAEs.
+VAE_BACKENDS: dict[str, type[Backend]] = {**BACKENDS, RemoteVae.name: RemoteVae}
+
+
 def start_backend(options: "RunOptions", *, torch_on_cpus: bool) -> Backend:
     """Start the backend that is asked for; the next run of a process may ask for another.
 
@@ -123,6 +145,8 @@ def start_backend(options: "RunOptions", *, torch_on_cpus: bool) -> Backend:
         UnfitEnvironmentError: jax finds no device.
     """
     started = expected_backend(options, torch_on_cpus=torch_on_cpus).start(options)
+    if isinstance(started, RemoteVae):
+        return started
     if started.platform == "cpu" and _leaves_cpus_to_torch(options, torch_on_cpus):
         return TorchBackend.start(options)
     return started
@@ -130,6 +154,8 @@ def start_backend(options: "RunOptions", *, torch_on_cpus: bool) -> Backend:
 
 def expected_backend(options: "RunOptions", *, torch_on_cpus: bool) -> type[Backend]:
     """The backend that `start_backend` takes, as far as that can be told without importing jax."""
+    if options.remote_vae is not None:
+        return RemoteVae
     if options.backend in BACKENDS:
         return BACKENDS[options.backend]
     to_torch = _leaves_cpus_to_torch(options, torch_on_cpus) and has_only_cpus()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
@@ -20,6 +21,9 @@ from common.declared import (
 )
 from common.errors import BadSettingError
 
+# A server's key: of ours, and of the one that `--remote_vae` names. Other users of the machine, who
+# see flags, do not see it.
+API_KEY = "STAGED_DIFFUSION_API_KEY"
 MadeBy = dict[str, Any]  # option → value
 ON_DEVICES = (IMAGE_LATENTS, LATENTS, PICTURES)
 ALL = (EMBEDDINGS, *ON_DEVICES)
@@ -38,6 +42,14 @@ class RunOptions(Settings):
         f"{', '.join(row.help for row in BACKENDS.values())}, or auto.",
         metavar="NAME",
         helps_make=ON_DEVICES,
+    )
+    remote_vae: str | None = option(
+        None,
+        "Address of a server whose VAE computes.",
+        metavar="URL",
+        helps_make=(IMAGE_LATENTS, PICTURES),
+        swept=False,
+        shown="",
     )
     mesh: str = option("auto", "single, or cfg=2,rows=4 ….", metavar="AXES", helps_make=ON_DEVICES)
     batch_size: int = option(
@@ -127,6 +139,19 @@ class RunOptions(Settings):
         ge=1,
     )
 
+    @field_validator("remote_vae")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        """A server's address, to which paths can be added."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give an address, as http://localhost:8000")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(f"give the address alone; a key goes by {API_KEY}")
+        return value.rstrip("/")
+
     @field_validator("profile_steps", mode="before")
     @classmethod
     def _parse_steps(cls, value: Any) -> Any:
@@ -161,8 +186,11 @@ class RunOptions(Settings):
             facts: what the report says of the devices.
             group_size: images that were computed at once.
         """
+        where = {"backend": facts["backend"]}
+        if self.remote_vae is not None:
+            where = {"remote_vae": self.remote_vae}
         settled = {
-            "backend": facts["backend"],
+            **where,
             "mesh": facts.get("mesh"),
             "batch_size": group_size,
             "fill_groups": True,

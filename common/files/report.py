@@ -169,11 +169,11 @@ class Report(_Fields):
     """That the model computes in."""
     dtype_asked: str
     backend: str
-    """jax: compiled programs; torch: PyTorch as it is."""
+    """jax: compiled programs; torch: PyTorch as it is; remote: the VAE of a server."""
     mesh: str | None = None
     platform: str
     device: str
-    """The devices' kind."""
+    """The devices' kind; of a server its host."""
     devices: int
     programs: Programs | None = None
     profile: Profile | None = None

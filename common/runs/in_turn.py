@@ -132,8 +132,13 @@ def libraries_of(given: Mapping[str, Any]) -> dict[str, list[str]] | None:
     torch_on_cpus = {ENCODE_PICTURES: True, DENOISE: in_16_bits, DECODE: True}
     name = given.get("backend")
     options = RunOptions(backend=name) if name in BACKENDS else RunOptions()
+    of_vae = options.model_copy(update={"remote_vae": given.get("remote_vae")})
     return {
-        script_of(stage): [*expected_backend(options, torch_on_cpus=to_torch).libraries]
+        script_of(stage): [
+            *expected_backend(
+                options if stage is DENOISE else of_vae, torch_on_cpus=to_torch
+            ).libraries
+        ]
         for stage, to_torch in torch_on_cpus.items()
     }
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
+from common.serving import vae_api
 from common.serving.job_queue import QueueFullError
 from common.serving.jobs import Job, State
 from common.serving.openai_api import JobFailedError, router_of
@@ -53,6 +54,7 @@ def make_app(
         redoc_url=None,
     )
     app.include_router(router_of(service, models))
+    app.include_router(vae_api.router_of(service))
     app.include_router(_router_of_health(is_ready))
     app.include_router(_router_of_jobs(service))
     _say_errors(app)

@@ -5,7 +5,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -108,12 +108,32 @@ class Service:
             steps = [Step(stage.number, command[2:]) for stage, command in commands.items()]
             likeness = likeness_of(given, pictures or {})
             job = await self._ask(self._queue.add, run_dir, steps, key=key, likeness=likeness)
-        except BaseException:
+        except Exception:  # cancelled, the job may have been accepted all the same
             shutil.rmtree(run_dir, ignore_errors=True)
             raise
         if job.run_dir != run_dir:  # of the same request, before
             shutil.rmtree(run_dir, ignore_errors=True)
         return job
+
+    async def submit_own(self, prepare: Callable[[Path, Mapping[str, Any]], Sequence[Step]]) -> Job:
+        """Accept a job that is no run of the stages.
+
+        Args:
+            prepare: is given a run directory that is not there yet and the flags of every run,
+                writes what the job needs, and returns its steps.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        if self.ends:
+            raise ShuttingDownError("the server is shutting down: try again later")
+        run_dir = self._runs / secrets.token_hex(8)
+        try:
+            steps = await asyncio.to_thread(prepare, run_dir, self._flags)
+            return await self._ask(self._queue.add, run_dir, steps)
+        except Exception:  # cancelled, the job may have been accepted all the same
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise
 
     def _keep_pictures(
         self, run_dir: Path, pictures: Mapping[str, bytes]
@@ -184,6 +204,8 @@ class Service:
     async def cancel(self, job: Job) -> None:
         """Ask that a job ends."""
         await self._ask(self._queue.cancel, job.number)
+        async with self._changed:  # `watch` sees what others change
+            self._changed.notify_all()
 
     async def wait_for(self, job: Job) -> Job:
         """A job once it has ended.

@@ -23,6 +23,7 @@ from common.runs.flags import Given
 from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
 from common.sampling.together import Seat, Together
+from common.serving import vae_jobs
 from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job
 from common.serving.said import SaidByStages
@@ -80,6 +81,7 @@ class Worker:
         self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
         self._kept, self._at_once = kept, at_once
         self._beside: list[ResidentStage] = []  # of stage 2, for jobs that are done at once
+        self._vae_command = vae_jobs.make_command(kept)
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
@@ -154,7 +156,11 @@ class Worker:
         """A job's step."""
         stage = numbered(job.step.stage)
         try:
-            is_needed = not stage.of_pictures or begins_with_pictures(job.run_dir)
+            is_needed = (
+                vae_jobs.is_vae_job(job.step)
+                or not stage.of_pictures
+                or begins_with_pictures(job.run_dir)
+            )
         except StageError as gone:  # its settings are, or damaged
             said, ending = str(gone), gone.exit_code
             self._write(lambda: self._queue.end(job, ending, said))
@@ -168,8 +174,11 @@ class Worker:
         watching = threading.Thread(target=self._watch_for_cancel, args=(job, resident, ended))
         watching.start()
         try:
+            command, arguments = resident.command, job.step.arguments
+            if vae_jobs.is_vae_job(job.step):
+                command, arguments = self._vae_command, arguments[1:]
             with self._as_caller(job):
-                code, error = run_in_process(resident.command, job.step.arguments, stage.command)
+                code, error = run_in_process(command, arguments, stage.command)
         except OSError as gone:  # the caller's folder is
             code, error = UnfitEnvironmentError.exit_code, f"{gone.filename}: {gone.strerror}"
         finally:

@@ -23,13 +23,32 @@ class Decoder:
         Args:
             warm_up: run each program once before it is timed, when it is compiled.
         """
-        scaled, runner = unscale_latents(latents, self.runner.config), self.runner
-        if self.tiles is None or not self.tiles.cuts(latents.shape):
-            pixels, finite = runner.compute("decode_whole", scaled, warm_up=warm_up)
-            return pixels, bool(finite)
+        unscaled = unscale_latents(latents, self.runner.config)
+        return self.decode_unscaled(unscaled, warm_up=warm_up)
 
+    def decode_unscaled(
+        self, latents: np.ndarray, *, warm_up: bool = False
+    ) -> tuple[np.ndarray, bool]:
+        """The same of latents as the VAE takes them."""
+        if self._cuts(latents):
+            return to_pixels(self._in_tiles(latents, warm_up=warm_up))
+        pixels, finite = self.runner.compute("decode_whole", latents, warm_up=warm_up)
+        return pixels, bool(finite)
+
+    def decode_to_floats(self, latents: np.ndarray) -> np.ndarray:
+        """Latents as the VAE takes them to [B, 3, H, W] float32, of which [-1, 1] is shown."""
+        if self._cuts(latents):
+            return self._in_tiles(latents)
+        # The program of a tile stops before pixels are made.
+        return np.asarray(self.runner.compute("decode_tile", latents))
+
+    def _cuts(self, latents: np.ndarray) -> bool:
+        return self.tiles is not None and self.tiles.cuts(latents.shape)
+
+    def _in_tiles(self, latents: np.ndarray, *, warm_up: bool = False) -> np.ndarray:
         def decode_tile(tile: np.ndarray) -> Any:
-            return runner.compute("decode_tile", tile, warm_up=warm_up)
+            return self.runner.compute("decode_tile", tile, warm_up=warm_up)
 
-        with runner.report.part("blending"):
-            return to_pixels(self.tiles.decode(scaled, decode_tile))
+        assert self.tiles is not None
+        with self.runner.report.part("blending"):
+            return self.tiles.decode(latents, decode_tile)

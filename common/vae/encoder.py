@@ -31,18 +31,22 @@ class Encoder:
         Args:
             warm_up: run each program once before it is timed, when it is compiled.
         """
+        return self.posterior(self.encode_to_moments(pictures, warm_up=warm_up))
+
+    def encode_to_moments(self, pictures: np.ndarray, *, warm_up: bool = False) -> np.ndarray:
+        """The posterior's parameters [B, 2C, h, w]; of an `AutoencoderTiny` its latents."""
         runner = self.runner
         if self.tiles is None:
-            return self._posterior(runner.compute("encode_whole", pictures, warm_up=warm_up))
+            return np.asarray(runner.compute("encode_whole", pictures, warm_up=warm_up))
 
         def encode_tile(tile: np.ndarray) -> Any:
             return runner.compute("encode_tile", tile, warm_up=warm_up)
 
         with runner.report.part("blending"):
-            return self._posterior(self.tiles.encode(pictures, encode_tile))
+            return self.tiles.encode(pictures, encode_tile)
 
-    def _posterior(self, moments: np.ndarray) -> Posterior:
-        """That of diffusers' `DiagonalGaussianDistribution`."""
+    def posterior(self, moments: np.ndarray) -> Posterior:
+        """That of these parameters, by diffusers' `DiagonalGaussianDistribution`."""
         if not has_posterior(self.runner.module):
             return Posterior(mean=moments, std=np.zeros_like(moments))
         import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import messages
 from common.compute import sharding
-from common.compute.backends import BACKENDS, JaxBackend, TorchBackend
+from common.compute.backends import VAE_BACKENDS, JaxBackend, TorchBackend
 from common.compute.clock import StageReport
 from common.compute.kept import Kept
 from common.compute.options import RunOptions
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from common.vae.decoder import Decoder
     from common.vae.encoder import Encoder
     from common.vae.jax_runner import JaxRunner, Programs
+    from common.vae.remote_runner import RemoteRunner
     from common.vae.runner import VaeRunner
     from common.vae.tiles import Tiles
     from common.vae.torch_runner import TorchRunner
@@ -137,7 +138,7 @@ def open_runner(
     report: StageReport,
 ) -> "VaeRunner":
     """The VAE for one run, by its backend."""
-    opener = resolve_name(BACKENDS[backend].vae_opener)
+    opener = resolve_name(VAE_BACKENDS[backend].vae_opener)
     runner: VaeRunner = opener(kept, vae, images, options, report)
     return runner
 
@@ -150,6 +151,19 @@ def open_torch_runner(
 
     module = kept.model(vae.key(TorchBackend.name), partial(load_torch_vae, vae, report))
     return TorchRunner(module, report)
+
+
+def open_remote_runner(
+    kept: Kept, vae: VaeToLoad, images: ImagesToSplit, options: RunOptions, report: StageReport
+) -> "RemoteRunner":
+    """`open_runner` of a server's VAE, of which only the config is read here."""
+    import torch
+
+    from common.vae.remote_runner import RemoteRunner
+
+    assert options.remote_vae is not None
+    module = make_without_weights(vae.checkpoint, "vae", getattr(torch, vae.dtype))
+    return RemoteRunner(module, vae.checkpoint, options.remote_vae, report)
 
 
 def load_torch_vae(vae: VaeToLoad, report: StageReport) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from common.compute.backends import (
     BACKENDS,
     JaxBackend,
+    RemoteVae,
     TorchBackend,
     expected_backend,
     refuse_unknown_options,
@@ -19,6 +20,7 @@ from common.compute.options import RunOptions
 from common.errors import BadSettingError
 from common.sampling.denoiser import Denoiser
 from common.vae.runner import VaeRunner
+from tests.refusals import refusal
 
 
 def test_what_auto_is_where_there_are_only_cpus() -> None:
@@ -42,6 +44,21 @@ def test_an_accelerator_is_expected_by_its_name(monkeypatch: pytest.MonkeyPatch)
     assert expected_backend(RunOptions(), torch_on_cpus=True) is JaxBackend
     assert start_backend(RunOptions(), torch_on_cpus=True) == TorchBackend("cpu")
     assert expected_backend(RunOptions(backend="torch"), torch_on_cpus=False) is TorchBackend
+
+
+def test_a_vae_of_a_server_comes_first() -> None:
+    """Whatever else is asked for: a run's other stages heed that."""
+    for backend in ("auto", "jax", "torch"):
+        options = RunOptions(backend=backend, remote_vae="http://localhost:8000", mesh="single")
+        assert expected_backend(options, torch_on_cpus=True) is RemoteVae
+        started = start_backend(options, torch_on_cpus=True)
+        assert started == RemoteVae("cpu") and started.choose_dtype("auto") == "float32"
+    assert issubclass(import_module(RemoteVae.vae_module).RemoteRunner, VaeRunner)
+    assert callable(resolve_name(RemoteVae.vae_opener))
+    for own in ({"profile": True}, {"distributed": "auto"}):
+        options = RunOptions.model_validate({"remote_vae": "http://localhost", **own})
+        with refusal(BadSettingError, f"--{next(iter(own))} is for a VAE of this machine"):
+            start_backend(options, torch_on_cpus=True)
 
 
 @pytest.mark.parametrize(

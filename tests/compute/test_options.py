@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from common.compute.options import RunOptions, read_run_options
+from common.compute.options import API_KEY, RunOptions, read_run_options
 from common.errors import BadSettingError
 
 
@@ -25,6 +25,11 @@ def test_flags_that_are_not_given_leave_the_defaults() -> None:
         ({"backend": "numpy"}, "--backend 'numpy'"),
         ({"profile_steps": "5"}, "give the first step and the one after the last, as 5:8"),
         ({"profile_steps": "8:5"}, "--profile_steps '8:5'"),
+        ({"remote_vae": "localhost:8000"}, "--remote_vae 'localhost:8000': give an address"),
+        ({"remote_vae": "file:///etc/x"}, "--remote_vae 'file:///etc/x': give an address"),
+        ({"remote_vae": "http://a:b@host"}, f"a key goes by {API_KEY}"),
+        ({"remote_vae": "http://host/?x=1"}, "give the address alone"),
+        ({"remote_vae": "http://[::1"}, "--remote_vae 'http://"),
     ],
 )
 def test_a_bad_value_names_its_flag(parameters: dict[str, Any], words: str) -> None:
@@ -61,3 +66,14 @@ def test_which_process_writes() -> None:
     assert RunOptions(distributed="host:1,2,0").writes()
     assert not RunOptions(distributed="host:1,2,1").writes()
     assert not RunOptions(distributed="auto").writes()  # not known before jax says so
+
+
+def test_what_an_images_bits_depend_on() -> None:
+    facts = {"backend": "jax", "mesh": "single"}
+    own = {"batch_size": 2, "fill_groups": True}
+    by_jax = {"backend": "jax", "mesh": "single", "operations": "fast"}
+    assert RunOptions().made_by(facts, 2) == by_jax | own
+    assert RunOptions().made_by({"backend": "torch"}, 2) == {"backend": "torch"} | own
+    elsewhere = RunOptions.model_validate({"remote_vae": "http://host:8000/"})
+    address = {"remote_vae": "http://host:8000"}
+    assert elsewhere.made_by({"backend": "remote"}, 2) == address | own

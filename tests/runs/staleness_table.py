@@ -337,6 +337,7 @@ TABLE: dict[type[BaseModel], dict[str, list[Case]]] = {
 # How a stage computes: another value, and why stage 2 runs again although its latents are fresh.
 RUN_OPTIONS: dict[str, tuple[Any, str | None]] = {
     "backend": ("torch", None),
+    "remote_vae": ("http://localhost:8000", None),
     "mesh": ("single", None),
     "batch_size": (1, None),
     "fill_groups": (True, None),

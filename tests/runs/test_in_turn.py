@@ -37,6 +37,7 @@ def test_without_another_process_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) 
         ({"unet_dtype": "float32", "dtype": "bfloat16"}, True, False),
         ({"backend": "jax", "dtype": "bfloat16"}, True, True),
         ({"backend": "torch"}, False, False),
+        ({"backend": "jax", "remote_vae": "http://localhost"}, True, False),
     ],
 )
 def test_what_is_imported_ahead(

@@ -2,14 +2,16 @@
 
 import asyncio
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from common.errors import BadSettingError
 from common.serving.job_queue import JobQueue
-from common.serving.jobs import Job, State
+from common.serving.jobs import Job, State, Step
 from common.serving.service import Bounds, Service, ShuttingDownError, without_paths
 from tests.refusals import refusal
 
@@ -105,6 +107,45 @@ def test_who_waits_hears_of_the_end(tmp_path: Path) -> None:
     found = asyncio.run(wait())
     service.close()
     assert (found.state, found.exit_code, found.error) == (State.FAILED, 4, "not finite")
+
+
+def test_who_waits_hears_of_a_cancel(tmp_path: Path) -> None:
+    """Which comes by the same connection to the queue."""
+    service = Service(tmp_path / "jobs", {})
+
+    async def wait() -> Job:
+        watching = asyncio.create_task(service.watch())
+        job = await service.submit({"prompt": ["a"]})
+        waiting = asyncio.create_task(service.wait_for(job))
+        await asyncio.sleep(0.1)
+        await service.cancel(job)
+        found = await asyncio.wait_for(waiting, 10)
+        service.ends = True
+        await asyncio.wait_for(watching, 10)
+        return found
+
+    assert asyncio.run(wait()).state is State.CANCELLED
+    service.close()
+
+
+def test_a_job_of_its_own_kind_has_what_was_prepared(tmp_path: Path) -> None:
+    service = Service(tmp_path / "jobs", {"height": 64})
+
+    def prepare(run_dir: Path, flags: Mapping[str, Any]) -> list[Step]:
+        run_dir.mkdir()
+        (run_dir / "given").write_text(str(flags["height"]))
+        return [Step(3, ["work"])]
+
+    def fail(run_dir: Path, _: Mapping[str, Any]) -> list[Step]:
+        run_dir.mkdir()
+        raise BadSettingError("no")
+
+    job = asyncio.run(service.submit_own(prepare))
+    assert job.steps == [Step(3, ["work"])] and (job.run_dir / "given").read_text() == "64"
+    with refusal(BadSettingError, "no"):
+        asyncio.run(service.submit_own(fail))
+    service.close()
+    assert [*job.run_dir.parent.iterdir()] == [job.run_dir]
 
 
 def test_where_the_server_ends_those_who_wait_are_told(tmp_path: Path) -> None:

@@ -117,5 +117,6 @@ def test_a_tpu_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     main_module.refuse_unfit_streams({})
     monkeypatch.setattr(main_module, "may_have_tpu", lambda: True)
     main_module.refuse_unfit_streams({"backend": "torch"})
+    main_module.refuse_unfit_streams({"remote_vae": "http://localhost"})
     with refusal(BadSettingError, "--stream: one process holds a TPU's chips", "leave it out"):
         main_module.refuse_unfit_streams({"backend": "auto"})
