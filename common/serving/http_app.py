@@ -15,8 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
 from common.serving.job_queue import Job, QueueFullError, State
-from common.serving.openai_api import JobFailedError, router_of
-from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
+from common.serving.openai_api import router_of
+from common.serving.service import (
+    JobFailedError,
+    Service,
+    ShuttingDownError,
+    pictures_of,
+    without_paths,
+)
 
 OPEN_TO_ALL = ("/healthz", "/readyz")  # without the key: they tell nothing
 MOST_SAID = 300  # characters of an error
