@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.runs.in_turn import plan
 from common.serving.job_queue import Job, JobQueue, Step
+from common.serving.live import Live
 from common.serving.request_pictures import pixels_of
 from common.serving.stages import Run
 
@@ -191,6 +192,12 @@ class Service:
                     await self._changed.wait()
         finally:
             self._waiting -= 1
+
+    async def live(self, job: Job) -> Live | None:
+        """How far a job is; None: nothing is known yet, or it has ended."""
+        if job.began_at is None or job.has_ended:
+            return None
+        return Live(stage=job.step.stage, done=0, total=0, seconds_left=None, preview=None)
 
     async def pictures_of(self, job: Job) -> list[Path]:
         """The pictures' files of a job, once it is done.
