@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.runs.in_turn import plan
-from common.serving.job_queue import Job, JobQueue, Step
+from common.serving.job_queue import Job, JobQueue, State, Step
 from common.serving.live import Live
 from common.serving.request_pictures import pixels_of
 from common.serving.stages import Run
@@ -49,7 +49,9 @@ class JobFailedError(Exception):
 
     def __init__(self, job: Job) -> None:
         self.status = 400 if job.exit_code == 2 else 500
-        super().__init__(without_paths(job.error) or "the job was cancelled")
+        is_cancelled = job.state is State.CANCELLED
+        said = "the job was cancelled" if is_cancelled else without_paths(job.error)
+        super().__init__(said)
 
 
 class Service:
@@ -161,6 +163,10 @@ class Service:
     async def jobs(self) -> list[Job]:
         """The last ones, the last one first."""
         return await self._ask(self._queue.last, MOST_LISTED)
+
+    async def unfinished(self) -> list[Job]:
+        """Those that run or wait, in the order in which they were accepted."""
+        return await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
 
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
