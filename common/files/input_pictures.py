@@ -24,6 +24,7 @@ WHITE_FROM = 128  # of 255, diffusers' 0.5: what of a mask is made anew
 MOST_INPUT_PIXELS = 100_000_000  # of a picture: some GB while it is converted
 ORIENTATION = 0x0112  # EXIF's tag; values from 5 on turn a picture by a quarter
 _QUARTER_TURNS = range(5, 9)
+Source = str | io.BytesIO  # a picture's file, or its content
 
 
 def pictures_in(place: str, flag: str) -> list[str]:
@@ -45,7 +46,7 @@ def pictures_in(place: str, flag: str) -> list[str]:
     return found
 
 
-def picture_size(place: str, flag: str) -> tuple[int, int]:
+def picture_size(place: Source, flag: str) -> tuple[int, int]:
     """A picture's height and width in pixels, as it is shown; only its header is read.
 
     Raises:
@@ -56,7 +57,7 @@ def picture_size(place: str, flag: str) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def read_picture(place: str, background: str, flag: str = "image") -> np.ndarray:
+def read_picture(place: Source, background: str, flag: str = "image") -> np.ndarray:
     """A picture as [H, W, 3] uint8 in sRGB.
 
     Args:
@@ -70,19 +71,29 @@ def read_picture(place: str, background: str, flag: str = "image") -> np.ndarray
         image.load()
         profile = image.info.get("icc_profile")
         turned = _in_8_bits(ImageOps.exif_transpose(image))
-    alpha = None
-    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-        turned = turned.convert("RGBA")
-        alpha = turned.getchannel("A")
-        turned = turned.convert("RGB")
-    picture = _in_srgb(turned, profile, place)
+    alpha = _alpha_in(turned)
+    if alpha is not None:
+        turned = turned.convert("RGBA").convert("RGB")
+    picture = _in_srgb(turned, profile, _said(place, flag))
     if alpha is not None:
         below = Image.new("RGB", picture.size, background)
         picture = Image.composite(picture, below, alpha)
     return np.asarray(picture)
 
 
-def read_mask(place: str) -> np.ndarray:
+def read_alpha(place: Source, flag: str) -> np.ndarray | None:
+    """How opaque a picture is, [H, W] uint8 with 255 for wholly; None: it has no transparency.
+
+    Raises:
+        BadInputFileError: as `read_picture`.
+    """
+    with _opened(place, flag) as image:
+        image.load()
+        alpha = _alpha_in(ImageOps.exif_transpose(image))
+    return None if alpha is None else np.asarray(alpha)
+
+
+def read_mask(place: Source) -> np.ndarray:
     """A mask as [H, W] uint8: what is white is made anew, what is transparent stays.
 
     Raises:
@@ -114,9 +125,9 @@ def with_borders(picture: np.ndarray, borders: Sequence[int]) -> tuple[np.ndarra
 
 
 @contextmanager
-def _opened(place: str, flag: str) -> Iterator[Image.Image]:
+def _opened(place: Source, flag: str) -> Iterator[Image.Image]:
     """A picture that is not read yet; what is wrong with it is said in one sentence."""
-    said = f"--{flag} {place}"
+    said = _said(place, flag)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own bound, which is another one
@@ -143,6 +154,18 @@ def _opened(place: str, flag: str) -> Iterator[Image.Image]:
         ) from None
 
 
+def _said(place: Source, flag: str) -> str:
+    """What a picture is called in messages."""
+    return f"--{flag} {place}" if isinstance(place, str) else flag
+
+
+def _alpha_in(image: Image.Image) -> Image.Image | None:
+    """The alpha of a picture that has some, be it that of a palette or of one colour."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        return image.convert("RGBA").getchannel("A")
+    return None
+
+
 def _too_large(said: str, size: str) -> BadInputFileError:
     return BadInputFileError(
         f"{said} has {size}; at most {MOST_INPUT_PIXELS // 1_000_000} million are read: shrink it"
@@ -157,7 +180,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
-def _in_srgb(image: Image.Image, profile: bytes | None, place: str) -> Image.Image:
+def _in_srgb(image: Image.Image, profile: bytes | None, said: str) -> Image.Image:
     """A picture without alpha in sRGB's RGB, by its colour profile where it has one."""
     if image.mode in ("P", "1"):
         image = image.convert("RGB")
@@ -171,5 +194,5 @@ def _in_srgb(image: Image.Image, profile: bytes | None, place: str) -> Image.Ima
             assert converted is not None
             return converted
         except (ImageCms.PyCMSError, OSError, ValueError):
-            warn(f"{place}: its colour profile cannot be used, its colours are taken for sRGB")
+            warn(f"{said}: its colour profile cannot be used, its colours are taken for sRGB")
     return image.convert("RGB")

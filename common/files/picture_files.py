@@ -207,6 +207,16 @@ def read_picture_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def read_web_ui_parameters(image: Image.Image) -> str:
+    """The text for web UIs in a picture's metadata, whoever wrote it; empty where there is none."""
+    if text := image.info.get("parameters"):
+        return str(text)
+    comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
+    if not isinstance(comment, bytes) or not comment.startswith(UNICODE_MARK):
+        return ""
+    return comment.removeprefix(UNICODE_MARK).decode("utf-16-be", "replace")
+
+
 def web_ui_parameters(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """The settings in the text form that the common web UIs read from pictures.
 

@@ -1,6 +1,8 @@
 """The HTTP server's application: who may ask, how much, and what errors look like."""
 
 import asyncio
+import base64
+import binascii
 import hmac
 import re
 from collections.abc import AsyncIterator, Callable
@@ -14,11 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
-from common.serving import vae_api
+from common.serving import a1111_api, openai_api, vae_api
 from common.serving.job_queue import QueueFullError
 from common.serving.jobs import Job, State
-from common.serving.openai_api import JobFailedError, router_of
-from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
+from common.serving.service import (
+    JobFailedError,
+    Service,
+    ShuttingDownError,
+    pictures_of,
+    without_paths,
+)
 
 OPEN_TO_ALL = ("/healthz", "/readyz")  # without the key: they tell nothing
 MOST_SAID = 300  # characters of an error
@@ -53,8 +60,9 @@ def make_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(router_of(service, models))
     app.include_router(vae_api.router_of(service))
+    app.include_router(openai_api.router_of(service, models))
+    app.include_router(a1111_api.router_of(service, models))
     app.include_router(_router_of_health(is_ready))
     app.include_router(_router_of_jobs(service))
     _say_errors(app)
@@ -140,47 +148,66 @@ def told(job: Job) -> dict[str, Any]:
 
 
 def _say_errors(app: FastAPI) -> None:
-    """Errors in OpenAI's form, a sentence each."""
+    """Errors in the form of the API that was asked, a sentence each."""
 
     @app.exception_handler(StageError)
-    async def of_ours(_: Request, error: StageError) -> Response:
+    async def of_ours(request: Request, error: StageError) -> Response:
         status = 400 if error.exit_code == 2 else 500
         if isinstance(error, QueueFullError | ShuttingDownError):
             status = 429 if isinstance(error, QueueFullError) else 503
-        return failure(status, without_paths(str(error)))
+        return failure(status, without_paths(str(error)), request.url.path)
 
     @app.exception_handler(JobFailedError)
-    async def of_jobs(_: Request, error: JobFailedError) -> Response:
-        return failure(error.status, str(error))
+    async def of_jobs(request: Request, error: JobFailedError) -> Response:
+        return failure(error.status, str(error), request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def of_requests(_: Request, error: RequestValidationError) -> Response:
+    async def of_requests(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"] if part != "body")
-        return failure(400, f"{name}: {first['msg']}" if name else str(first["msg"]))
+        said = f"{name}: {first['msg']}" if name else str(first["msg"])
+        return failure(400, said, request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Request, error: HTTPException) -> Response:
-        return failure(error.status_code, str(error.detail))
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        return failure(error.status_code, str(error.detail), request.url.path)
 
     @app.exception_handler(Exception)
-    async def of_the_program(_: Request, error: Exception) -> Response:
-        return failure(500, f"a defect of this program: {type(error).__name__}")
+    async def of_the_program(request: Request, error: Exception) -> Response:
+        said = f"a defect of this program: {type(error).__name__}"
+        return failure(500, said, request.url.path)
 
 
-def failure(status: int, sentence: str) -> JSONResponse:
-    """An error as OpenAI's clients read it; only what may pass is to be tried again."""
+def failure(status: int, sentence: str, path: str) -> JSONResponse:
+    """An error as clients read it: OpenAI's, or those of AUTOMATIC1111's API.
+
+    Only what may pass is to be tried again.
+
+    Args:
+        path: that was asked for.
+    """
+    said = shorten(sentence, MOST_SAID)
     kind = "invalid_request_error" if status < 500 else "server_error"
     retry = "true" if status in (429, 503) else "false"
-    content = {
-        "error": {
-            "message": shorten(sentence, MOST_SAID),
-            "type": kind,
-            "param": None,
-            "code": None,
-        }
+    content: dict[str, Any] = {
+        "error": {"message": said, "type": kind, "param": None, "code": None}
     }
+    if path.startswith(a1111_api.PREFIX):
+        content = {"error": kind, "detail": said, "body": "", "errors": said}
     return JSONResponse(content, status, {"x-should-retry": retry})
+
+
+def key_in(authorization: bytes) -> bytes:
+    """The key that a request has: as a bearer's, or as the password of any user."""
+    scheme, _, given = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return given
+    if scheme.lower() != b"basic":
+        return b""
+    try:
+        return base64.b64decode(given, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 class _Guard:
@@ -193,21 +220,19 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        asks_for_key = self._key is not None and scope["path"] not in OPEN_TO_ALL
-        wanted = str(self._key).encode()
-        is_right = scheme.lower() == b"bearer" and hmac.compare_digest(given, wanted)
-        if asks_for_key and not is_right:
+        headers, path = dict(scope["headers"]), scope["path"]
+        wanted = None if self._key is None or path in OPEN_TO_ALL else self._key.encode()
+        given = key_in(headers.get(b"authorization", b""))
+        if wanted is not None and not hmac.compare_digest(given, wanted):
             said = "give the server's key: Authorization: Bearer KEY"
-            await failure(401, said)(scope, receive, send)
+            await failure(401, said, path)(scope, receive, send)
             return
         host = headers.get(b"host", b"").decode("latin-1")
         if self._key is None and re.sub(r":\d+$", "", host) not in LOCAL_NAMES:
             said = "without a key the server answers for this machine's own names alone"
-            await failure(400, said)(scope, receive, send)
+            await failure(400, said, path)(scope, receive, send)
             return
-        too_long = failure(413, f"the request's body is longer than {self._most} bytes")
+        too_long = failure(413, f"the request's body is longer than {self._most} bytes", path)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._most:
             await too_long(scope, receive, send)

@@ -10,22 +10,37 @@ import base64
 import hashlib
 import re
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from common.errors import BadInputFileError, BadSettingError, shorten
-from common.serving.jobs import Job
-from common.serving.service import Service, pictures_of, without_paths
+from common.errors import BadSettingError, shorten
+from common.serving.multipart_forms import digest_of, read_form
+from common.serving.request_pictures import to_edit
+from common.serving.service import Service
 
 MOST_NAMED = 60  # characters of what is refused
 FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # its name → ours
 SECONDS_OF_REQUESTS = 900  # in which a client's retry means the request before
+FILES = ("image", "mask")  # of edits
+RetryCount = Annotated[str | None, Header(alias="x-stainless-retry-count")]
+# Forms have texts alone.
+No = Annotated[Literal[False], BeforeValidator(lambda value: False if value == "false" else value)]
 
 
-class GenerationRequest(BaseModel):
-    """What `images.generate` sends, and what of ours goes with it."""
+class PicturesRequest(BaseModel):
+    """What requests for pictures have, OpenAI's fields and ours."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,12 +52,10 @@ class GenerationRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] | None = None
     # What has one value here, or none.
     quality: Literal["auto", "standard"] | None = None
-    style: None = None
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = None
-    stream: Literal[False] | None = None
-    partial_images: Literal[0] | None = None
-    output_compression: Literal[100] | None = None
+    stream: No | None = None
+    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
+    output_compression: Annotated[int, Field(ge=100, le=100)] | None = None
     user: str | None = None
     # Ours.
     negative_prompt: Annotated[str, Field(max_length=4000)] | None = None
@@ -76,6 +89,32 @@ class GenerationRequest(BaseModel):
         return {"width": int(match[1]), "height": int(match[2])}
 
 
+class GenerationRequest(PicturesRequest):
+    """What `images.generate` sends."""
+
+    style: None = None
+    moderation: Literal["auto", "low"] | None = None
+
+
+class EditRequest(PicturesRequest):
+    """What `images.edit` sends besides its files."""
+
+    input_fidelity: Literal["low"] | None = None
+    # Ours.
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_none(cls, values: dict[str, str]) -> dict[str, str]:
+        """As clients write null in a form; a text may be empty."""
+        texts = ("prompt", "negative_prompt")
+        return {name: value for name, value in values.items() if value or name in texts}
+
+    def flags(self, seed: int) -> dict[str, Any]:
+        """As `run_all.sh` takes them."""
+        return {**super().flags(seed), "strength": self.strength}
+
+
 def router_of(service: Service, models: list[str]) -> APIRouter:
     """Its routes.
 
@@ -83,6 +122,28 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
         models: the names of checkpoints that a request may ask for.
     """
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+    async def answer(
+        asked: PicturesRequest,
+        digest: str,
+        retry: str | None,
+        pictures: Mapping[str, bytes] | None = None,
+    ) -> dict[str, Any]:
+        """Make a job of a request, wait for it, and tell its pictures."""
+        if asked.model not in (None, *models):
+            name = shorten(asked.model or "", MOST_NAMED)
+            raise BadSettingError(f"model {name!r} is not here: there is {', '.join(models)}")
+        # Another request is another picture, unless it says its seed; a retry is the same one.
+        is_retry = retry not in (None, "0")
+        job = await service.last_of(digest, SECONDS_OF_REQUESTS) if is_retry else None
+        if job is None:
+            flags = asked.flags(seed=time.time_ns() % 2**32)
+            if pictures and "mask_image" in pictures:
+                flags["keep_unmasked"] = True
+            job = await service.submit(flags, pictures=pictures, key=f"{digest} {time.time_ns()}")
+        files = await service.pictures_of(job)
+        data = await asyncio.to_thread(_data_of, files, asked.response_format, job.run_dir.name)
+        return {"created": int(job.accepted_at), "data": data}
 
     @router.get("/models")
     async def list_models() -> dict[str, Any]:
@@ -94,43 +155,39 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
 
     @router.post("/images/generations")
     async def generate(
-        request: Request,
-        asked: GenerationRequest,
-        x_stainless_retry_count: Annotated[str | None, Header()] = None,
+        request: Request, asked: GenerationRequest, retry: RetryCount = None
     ) -> dict[str, Any]:
         """Pictures of a prompt."""
-        if asked.model not in (None, *models):
-            name = shorten(asked.model or "", MOST_NAMED)
-            raise BadSettingError(f"model {name!r} is not here: there is {', '.join(models)}")
-        digest = hashlib.sha256(await request.body()).hexdigest()
-        # Another request is another picture, unless it says its seed; a retry is the same one.
-        is_retry = x_stainless_retry_count not in (None, "0")
-        known = await service.last_of(digest, SECONDS_OF_REQUESTS) if is_retry else None
-        job = known or await service.submit(
-            asked.flags(seed=time.time_ns() % 2**32), key=f"{digest} {time.time_ns()}"
-        )
-        job = await service.wait_for(job)
-        if job.exit_code != 0:
-            raise JobFailedError(job)
-        data = await asyncio.to_thread(_data_of, job, asked.response_format)
-        return {"created": int(job.accepted_at), "data": data}
+        return await answer(asked, hashlib.sha256(await request.body()).hexdigest(), retry)
+
+    @router.post("/images/edits", openapi_extra={"requestBody": _body_of_edits()})
+    async def edit(request: Request, retry: RetryCount = None) -> dict[str, Any]:
+        """Pictures of a prompt that begin with a picture, or make its transparent part anew."""
+        fields, files = await read_form(request, FILES)
+        try:
+            asked = EditRequest.model_validate(fields)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from None
+        if "image" not in files:
+            raise BadSettingError("image: send the picture to edit, as a file")
+        most = service.bounds.given_pixels
+        pictures = await asyncio.to_thread(to_edit, files["image"], files.get("mask"), most)
+        return await answer(asked, digest_of(fields, files), retry, pictures)
 
     return router
 
 
-class JobFailedError(Exception):
-    """A job ended without its pictures."""
+def _body_of_edits() -> dict[str, Any]:
+    """What the schema says of an edit's body."""
+    schema = EditRequest.model_json_schema()
+    for name in FILES:
+        schema["properties"][name] = {"type": "string", "format": "binary"}
+    schema["required"].append("image")
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
 
-    def __init__(self, job: Job) -> None:
-        self.status = 400 if job.exit_code == 2 else 500
-        super().__init__(without_paths(job.error) or "the job was cancelled")
 
-
-def _data_of(job: Job, form: str | None) -> list[dict[str, str]]:
+def _data_of(files: list[Path], form: str | None, job: str) -> list[dict[str, str]]:
     """The pictures as the API has them; their addresses are paths on this server."""
-    files = pictures_of(job)
-    if not files:
-        raise BadInputFileError(f"the pictures of job {job.run_dir.name} are gone: ask again")
     if form == "url":
-        return [{"url": f"/jobs/{job.run_dir.name}/pictures/{k}"} for k in range(len(files))]
+        return [{"url": f"/jobs/{job}/pictures/{k}"} for k in range(len(files))]
     return [{"b64_json": base64.b64encode(path.read_bytes()).decode()} for path in files]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
-from common.files.input_pictures import picture_size, read_picture
 from common.files.recipe import to_json
 from common.files.stage_table import ENCODE_PICTURES
 from common.runs.in_turn import plan
 from common.sampling.sampling_settings import SamplingSettings
 from common.serving.job_queue import JobQueue
-from common.serving.jobs import Job, Likeness, Step
+from common.serving.jobs import Job, Likeness, State, Step
+from common.serving.live import Live
+from common.serving.request_pictures import pixels_of
 from common.serving.stages import Run
 
 RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
@@ -53,6 +54,16 @@ class ShuttingDownError(UnfitEnvironmentError):
     """The server ends; what it has accepted waits for the next one."""
 
 
+class JobFailedError(Exception):
+    """A job ended without its pictures."""
+
+    def __init__(self, job: Job) -> None:
+        self.status = 400 if job.exit_code == 2 else 500
+        is_cancelled = job.state is State.CANCELLED
+        said = "the job was cancelled" if is_cancelled else without_paths(job.error)
+        super().__init__(said)
+
+
 class Service:
     """Jobs for an event loop: the queue's file is touched by a thread of its own alone."""
 
@@ -63,7 +74,7 @@ class Service:
         Args:
             flags: of every run, as `run_all.sh` takes them.
         """
-        self.bounds, self._flags = bounds or Bounds(), dict(flags)
+        self.bounds, self.flags = bounds or Bounds(), dict(flags)
         self._runs = jobs_dir.resolve() / RUNS_FOLDER
         self._runs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._thread = ThreadPoolExecutor(1, "jobs")
@@ -97,7 +108,7 @@ class Service:
         """
         if self.ends:
             raise ShuttingDownError("the server is shutting down: try again later")
-        given = {**self._flags, **{k: v for k, v in flags.items() if v is not None}}
+        given = {**self.flags, **{k: v for k, v in flags.items() if v is not None}}
         run_dir = self._runs / secrets.token_hex(8)
         try:
             kept, size = await asyncio.to_thread(self._keep_pictures, run_dir, pictures or {})
@@ -129,7 +140,7 @@ class Service:
             raise ShuttingDownError("the server is shutting down: try again later")
         run_dir = self._runs / secrets.token_hex(8)
         try:
-            steps = await asyncio.to_thread(prepare, run_dir, self._flags)
+            steps = await asyncio.to_thread(prepare, run_dir, self.flags)
             return await self._ask(self._queue.add, run_dir, steps)
         except Exception:  # cancelled, the job may have been accepted all the same
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -147,17 +158,7 @@ class Service:
             path = run_dir / GIVEN_FOLDER / flag
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            try:
-                height, width = picture_size(str(path), flag)
-                if height * width > self.bounds.given_pixels:
-                    raise BadSettingError(
-                        f"{flag} has {width}×{height} pixels, more than the "
-                        f"{self.bounds.given_pixels} that are allowed: shrink it"
-                    )
-                read_picture(str(path), "#ffffff", flag)  # here, where who asks can be told
-            except BadInputFileError as error:
-                said = str(error).replace(f"--{flag} {path}", flag)
-                raise BadSettingError(said) from None
+            height, width, _ = pixels_of(data, flag, self.bounds.given_pixels).shape
             if flag == "image":
                 size = {"height": height, "width": width}
             kept[flag] = [str(path)]
@@ -196,6 +197,10 @@ class Service:
         """The last ones, the last one first."""
         return await self._ask(self._queue.last, MOST_LISTED)
 
+    async def unfinished(self) -> list[Job]:
+        """Those that run or wait, in the order in which they were accepted."""
+        return await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
+
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
         await self._ask(self._queue.forget, job.number)
@@ -228,6 +233,28 @@ class Service:
                     await self._changed.wait()
         finally:
             self._waiting -= 1
+
+    async def live(self, job: Job) -> Live | None:
+        """How far a job is; None: nothing is known yet, or it has ended."""
+        if job.began_at is None or job.has_ended:
+            return None
+        return Live(stage=job.step.stage, done=0, total=0, seconds_left=None, preview=None)
+
+    async def pictures_of(self, job: Job) -> list[Path]:
+        """The pictures' files of a job, once it is done.
+
+        Raises:
+            JobFailedError: it ends without them.
+            BadInputFileError: somebody has removed them.
+            ShuttingDownError: the server ends before that.
+        """
+        job = await self.wait_for(job)
+        if job.exit_code != 0:
+            raise JobFailedError(job)
+        files = await asyncio.to_thread(pictures_of, job)
+        if not files:
+            raise BadInputFileError(f"the pictures of job {job.run_dir.name} are gone: ask again")
+        return files
 
     async def watch(self) -> None:
         """Tell those who wait when jobs change; for as long as the server runs."""

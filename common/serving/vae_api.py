@@ -26,8 +26,7 @@ from common.errors import BadInputFileError, BadSettingError, NotFiniteError, Un
 from common.files.input_pictures import picture_size, read_picture
 from common.files.picture_files import LOSSY_QUALITY
 from common.serving.jobs import Job, State, Step
-from common.serving.openai_api import JobFailedError
-from common.serving.service import Service, without_paths
+from common.serving.service import JobFailedError, Service, without_paths
 from common.serving.vae_jobs import Answer, VaeRequest, read_answer, write_request
 from common.vae.hybrid_format import (
     DECODE_PATH,

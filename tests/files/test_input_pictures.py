@@ -15,6 +15,7 @@ from common.files.input_pictures import (
     hash_picture,
     picture_size,
     pictures_in,
+    read_alpha,
     read_mask,
     read_picture,
 )
@@ -216,3 +217,22 @@ def test_a_large_picture_is_refused_by_its_header(
         picture_size(place, "image")
     with refusal(BadInputFileError, "4×6 pixels"):
         read_picture(place, WHITE)
+
+
+def test_the_alpha_of_a_picture_as_it_is_shown(tmp_path: Path) -> None:
+    """Turned as EXIF says; of palettes and of a colour that stands for transparent as well."""
+    alpha = np.arange(24, dtype=np.uint8).reshape(6, 4)
+    exif = Image.Exif()
+    exif[input_pictures.ORIENTATION] = 6
+    image = Image.fromarray(np.dstack([PIXELS, alpha]))
+    place = saved(tmp_path / "a.png", image, exif=exif)
+    found = read_alpha(place, "mask")
+    assert found is not None and np.array_equal(found, np.rot90(alpha, -1))
+    in_memory = io.BytesIO(Path(place).read_bytes())
+    assert np.array_equal(read_picture(in_memory, WHITE), read_picture(place, WHITE))
+    grey = Image.fromarray(alpha)
+    one_colour = read_alpha(saved(tmp_path / "b.png", grey, transparency=5), "mask")
+    assert one_colour is not None and np.array_equal(one_colour == 0, alpha == 5)
+    assert read_alpha(saved(tmp_path / "c.png", Image.fromarray(PIXELS)), "mask") is None
+    with refusal(BadInputFileError, "mask is no PNG"):
+        read_alpha(io.BytesIO(b"no"), "mask")

@@ -34,6 +34,31 @@ def test_without_the_key_nothing_is_told(client: TestClient) -> None:
     assert client.get("/readyz").status_code == 503
 
 
+def test_clients_of_web_uis_have_the_key_as_a_password(client: TestClient) -> None:
+    for user in ("", "anyone"):
+        assert client.get("/sdapi/v1/scripts", auth=(user, "secret")).status_code == 200
+    for headers in ({}, {"Authorization": "Basic ?"}, {"Authorization": "Basic c2VjcmV0"}):
+        assert client.get("/sdapi/v1/scripts", headers=headers).status_code == 401
+    wrong = client.get("/sdapi/v1/scripts", auth=("secret", "secre"))
+    assert wrong.status_code == 401 and "server's key" in wrong.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"prompt": 3}, "prompt: Input should be a valid string"),
+        ({"restore_faces": True}, "restore_faces True is not supported here: leave it out"),
+    ],
+)
+def test_errors_have_the_form_of_the_api(
+    client: TestClient, body: dict[str, object], said: str
+) -> None:
+    answer = client.post("/sdapi/v1/txt2img", json=body, headers=KEY)
+    assert answer.status_code == 400
+    expected = {"error": "invalid_request_error", "detail": said, "body": "", "errors": said}
+    assert answer.json() == expected
+
+
 def test_long_bodies_are_refused(client: TestClient) -> None:
     body = b'{"prompt": "' + b"a" * 3000 + b'"}'
     url = "/v1/images/generations"
@@ -122,4 +147,6 @@ def test_nothing_is_loaded_from_elsewhere(client: TestClient) -> None:
 
 def test_the_schema_is_told(client: TestClient) -> None:
     schema = client.get("/openapi.json", headers=KEY).json()
-    assert "/v1/images/generations" in schema["paths"]
+    assert {"/v1/images/generations", "/sdapi/v1/txt2img"} <= schema["paths"].keys()
+    body = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
+    assert body["multipart/form-data"]["schema"]["required"] == ["prompt", "image"]
