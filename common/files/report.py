@@ -165,6 +165,8 @@ class Report(_Fields):
     """Settings of the run that flags overrode: the run's value, and the one in its place."""
     rows_taken: int = 0
     """Of the rows that were written, those that an earlier file had and nothing computed anew."""
+    images_of_others: int = 0
+    """Of other runs, denoised in the same group: `run` is the time of all of them (stage 2)."""
     dtype: str
     """That the model computes in."""
     dtype_asked: str

@@ -54,6 +54,7 @@ def write_latents(
         path,
         shapes=shapes,
         rows_taken=len(rows.places),
+        images_of_others=denoised.images_of_others,
         dtype=recipe.settings_of(LATENTS)["unet_dtype"],
         dtype_asked=config.unet_dtype,
         versions=recipe.versions,

@@ -1,7 +1,7 @@
 """All images of a run, denoised in groups; those of one size of pictures have one shape."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Denoised:
     kept_after: list[int]  # numbers of steps, of a trajectory
     trajectory_every: int | None  # how many steps these are apart
     profile: Profile | None  # of the first group
+    images_of_others: int = 0  # of other runs, in the same group
 
     @property
     def latents(self) -> torch.Tensor:
@@ -85,12 +86,10 @@ def denoise_images(
     sizes = {shape: group_size(options.at_once(n), devices) for shape, n in most.items()}
     plans = [_GroupsOf(job, missing, sizes[job.latent_shape]) for job in todo]
     keep = len(plans) > 1 or images > plans[0].size  # there are several groups
-    if (
-        seat is not None
-        and not keep
-        and _with_others(seat, denoiser_of(todo[0]), plans[0], options, made)
-    ):
-        return taken_images(made)
+    if seat is not None and not keep:
+        others = _with_others(seat, denoiser_of(todo[0]), plans[0], options, made)
+        if others is not None:
+            return replace(taken_images(made), images_of_others=others)
     waiting, profile = sum(plan.steps for plan in plans), None
     with progress_bar(waiting, "denoise", "step", images=len(missing), leave=True) as bar:
         for number, plan in enumerate(plans):
@@ -118,20 +117,23 @@ def denoise_images(
 
 def _with_others(
     seat: Seat, denoiser: Denoiser, plan: "_GroupsOf", options: RunOptions, made: MadeRows
-) -> bool:
-    """Denoise a run's one group with those of other runs. Returns whether that was done."""
+) -> int | None:
+    """Denoise a run's one group with those of other runs.
+
+    Returns how many images these have; None where it is to be done alone.
+    """
     measured = options.why_measure() is not None or options.save_trajectory is not None
     if measured or len(plan.groups) != 1:
-        return False
+        return None
     (own,) = plan.groups
     tables = tables_of(denoiser, plan.job, options)
     with denoiser.report.part("run"):
         found = seat.denoise(denoiser, Share(plan.job, np.array(own), tables))
     if found is None:
-        return False
+        return None
     making = Making(found.seconds, options.made_by(denoiser.facts(), found.group_size))
     made.put(own, {LATENTS: torch.from_numpy(found.latents)}, making, keep=False)
-    return True
+    return found.others
 
 
 def taken_images(made: MadeRows) -> Denoised:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,14 +64,14 @@ def make_app(
     app.include_router(vae_api.router_of(service))
     app.include_router(openai_api.router_of(service, models))
     app.include_router(a1111_api.router_of(service, models))
-    app.include_router(_router_of_health(is_ready))
+    app.include_router(_router_of_health(service, is_ready))
     app.include_router(_router_of_jobs(service))
     _say_errors(app)
     app.add_middleware(_Guard, api_key=api_key, most_bytes=service.bounds.body_bytes)
     return app
 
 
-def _router_of_health(is_ready: Callable[[], bool]) -> APIRouter:
+def _router_of_health(service: Service, is_ready: Callable[[], bool]) -> APIRouter:
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz")
@@ -83,6 +84,11 @@ def _router_of_health(is_ready: Callable[[], bool]) -> APIRouter:
         """Whether all stages are open."""
         now = is_ready()
         return JSONResponse({"ready": now}, status_code=200 if now else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus: the queue, what has ended, seconds of stages, compilations, memory."""
+        return Response(await service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

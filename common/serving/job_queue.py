@@ -24,7 +24,7 @@ from common.serving.local_disks import refuse_network_file_system
 
 JOBS_FILE = "jobs.sqlite3"
 WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
-MOST_ATTEMPTS = 3  # of a job whose stage's process dies at it
+MOST_ATTEMPTS = 5  # of a job whose stage's process dies at it
 SECONDS_TO_WAIT_FOR_A_WRITER = 30.0
 SECONDS_BETWEEN_LOOKS = 0.01
 
@@ -196,6 +196,18 @@ class JobQueue:
         query = "SELECT * FROM jobs WHERE caller IS NULL ORDER BY number DESC LIMIT ?"
         with self._told():
             return [job_of(row) for row in self._connection.execute(query, (most,))]
+
+    def ended_since(self, time: float) -> list[Job]:
+        """Those that have ended after a time, in the order in which they did."""
+        query = "SELECT * FROM jobs WHERE ended_at > ? ORDER BY ended_at"
+        with self._told():
+            return [job_of(row) for row in self._connection.execute(query, (time,))]
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in a state."""
+        query = "SELECT state, count(*) FROM jobs GROUP BY state"
+        with self._told():
+            return {State(state): count for state, count in self._connection.execute(query)}
 
     def forget(self, number: int) -> None:
         """Let go of a job that has ended; its run directory is the caller's."""

@@ -20,6 +20,7 @@ from common.sampling.sampling_settings import SamplingSettings
 from common.serving.job_queue import JobQueue
 from common.serving.jobs import Job, Likeness, State, Step
 from common.serving.live import Live
+from common.serving.metrics import Metrics
 from common.serving.request_pictures import pixels_of
 from common.serving.stages import Run
 
@@ -82,6 +83,8 @@ class Service:
         self._queue = self._thread.submit(JobQueue, jobs_dir, most_waiting=waiting).result()
         self._changed = asyncio.Condition()
         self._waiting = 0
+        self._metrics, self._counted_to = Metrics(), time.time()
+        self._counting = asyncio.Lock()
         self.ends = False  # and answers those who wait
 
     async def _ask(self, function: Callable[..., Answer], *arguments: Any, **more: Any) -> Answer:
@@ -200,6 +203,14 @@ class Service:
     async def unfinished(self) -> list[Job]:
         """Those that run or wait, in the order in which they were accepted."""
         return await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
+
+    async def metrics(self) -> bytes:
+        """What Prometheus reads; of what has ended since the server began."""
+        async with self._counting:
+            ended = await self._ask(self._queue.ended_since, self._counted_to)
+            await asyncio.to_thread(self._metrics.count, ended)
+            self._counted_to = max([self._counted_to, *(job.ended_at or 0 for job in ended)])
+        return self._metrics.text(await self._ask(self._queue.counts))
 
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
