@@ -38,8 +38,8 @@ SERVER_LOCK = "server.lock"  # of a jobs folder; held by its server
 SECONDS_BETWEEN_LOOKS_AT_THE_SERVER = 1.0
 # Of an environment, what programs are computed by.
 COMPUTED_BY = (
-    *("JAX_", "XLA_", "TPU_", "LIBTPU", "HF_", "TRANSFORMERS_", "DIFFUSERS_", "TORCH", "PYTORCH_"),
-    *("OMP_", "MKL_", "CUDA_", "NVIDIA_", "PJRT_", "XDG_CACHE_HOME", "LD_", "PYTHON"),
+    *("JAX_", "XLA_", "TPU_", "LIBTPU", "PJRT_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "LD_"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "XDG_CACHE_HOME", "PYTHONPATH"),
 )
 # What is measured is measured alone, and these are of a process.
 NOT_SERVED = (

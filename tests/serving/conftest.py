@@ -21,6 +21,7 @@ class Server:
     process: "subprocess.Popen[str]"
     url: str
     jobs_dir: Path
+    environment: dict[str, str]  # in which programs find it
 
 
 def start_server(jobs_dir: Path, *flags: object) -> Server:
@@ -43,7 +44,7 @@ def start_server(jobs_dir: Path, *flags: object) -> Server:
         assert process.poll() is None and time.monotonic() < until, said.read_text()
         time.sleep(0.05)
     (line,) = (line for line in said.read_text().splitlines() if line.startswith("ready: "))
-    return Server(process, line.removeprefix("ready: "), jobs_dir)
+    return Server(process, line.removeprefix("ready: "), jobs_dir, environment)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """`run_all.sh` by the stages of a server: the same files, and what comes of it when one ends."""
 
-import os
 import signal
 import sqlite3
 import subprocess
@@ -19,16 +18,17 @@ from tests.serving.conftest import SMALL, Server, start_server
 SEEDED = (*SMALL, "--prompt=a small green ring", "--seed=5")
 
 
-def environment(**more: str) -> dict[str, str]:
-    """That of `start_server`, in which programs find its servers."""
-    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return own | more
+def run_all(server: Server, cwd: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    process = begin(server, cwd, *flags)
+    output, errors = process.communicate(timeout=240)
+    return subprocess.CompletedProcess([], process.returncode, output, errors)
 
 
-def run_all(cwd: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+def begin(server: Server, cwd: Path, *flags: str) -> "subprocess.Popen[str]":
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, RUN_ALL, *SEEDED, *flags]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, env=server.environment, text=True, **pipes)
 
 
 def jobs_so_far(server: Server) -> int:
@@ -39,9 +39,9 @@ def jobs_so_far(server: Server) -> int:
 
 def test_a_warm_server_writes_the_same_files(server: Server, tmp_path: Path) -> None:
     before = jobs_so_far(server)
-    by_server = run_all(tmp_path / "warm", "--output_dir=run")
+    by_server = run_all(server, tmp_path / "warm", "--output_dir=run")
     assert jobs_so_far(server) == before + 1
-    alone = run_all(tmp_path / "alone", "--output_dir=run", "--warm=never")
+    alone = run_all(server, tmp_path / "alone", "--output_dir=run", "--warm=never")
     assert jobs_so_far(server) == before + 1
     for result in (by_server, alone):
         assert result.returncode == 0 and not result.stderr, result.stderr
@@ -61,12 +61,12 @@ def test_a_warm_server_writes_the_same_files(server: Server, tmp_path: Path) -> 
     for name in contents[0].keys() - reports:
         if not name.endswith((".safetensors", ".jsonl")):  # which have seconds
             assert contents[0][name] == contents[1][name], name
-    again = run_all(tmp_path / "warm", "--output_dir=run")
+    again = run_all(server, tmp_path / "warm", "--output_dir=run")
     assert again.stdout.count("fresh") == 3
 
 
 def test_an_error_is_said_once_and_has_its_code(server: Server, tmp_path: Path) -> None:
-    result = run_all(tmp_path, "--output_dir=run", "--model_id=absent")
+    result = run_all(server, tmp_path, "--output_dir=run", "--model_id=absent")
     assert result.returncode != 0 and result.stderr.count("error: ") == 1
     assert "--model_id absent" in result.stderr and "Traceback" not in result.stderr
 
@@ -75,10 +75,7 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(
     server: Server, tmp_path: Path
 ) -> None:
     flags = ["--num_inference_steps=400", "--output_dir=run"]
-    command = [sys.executable, RUN_ALL, *SEEDED, *flags]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), text=True, stdout=-1, stderr=-1
-    )
+    process = begin(server, tmp_path, *flags)
     until = time.monotonic() + 60
     while not (tmp_path / "run" / "stage1_report.json").exists():
         assert time.monotonic() < until and process.poll() is None
@@ -88,7 +85,7 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors, errors
     assert not (tmp_path / "run" / "output_image.png").exists()
-    goes_on = run_all(tmp_path, *flags)
+    goes_on = run_all(server, tmp_path, *flags)
     assert goes_on.returncode == 0 and "goes on after step" in goes_on.stdout
     assert (tmp_path / "run" / "output_image.png").exists()
 
@@ -96,10 +93,7 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(
 @pytest.mark.slow
 def test_where_the_server_dies_the_run_goes_on(tmp_path: Path) -> None:
     server = start_server(tmp_path / "jobs")
-    command = [sys.executable, RUN_ALL, *SEEDED, "--num_inference_steps=400", "--output_dir=run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), text=True, stdout=-1, stderr=-1
-    )
+    process = begin(server, tmp_path, "--num_inference_steps=400", "--output_dir=run")
     while not (tmp_path / "run" / "stage1_report.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
