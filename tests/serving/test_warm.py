@@ -37,6 +37,7 @@ def jobs_so_far(server: Server) -> int:
     return 0 if found is None else int(found[0])
 
 
+@pytest.mark.slow
 def test_a_warm_server_writes_the_same_files(server: Server, tmp_path: Path) -> None:
     before = jobs_so_far(server)
     by_server = run_all(server, tmp_path / "warm", "--output_dir=run")
@@ -71,6 +72,7 @@ def test_an_error_is_said_once_and_has_its_code(server: Server, tmp_path: Path) 
     assert "--model_id absent" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_stage_and_the_same_command_goes_on(
     server: Server, tmp_path: Path
 ) -> None:
@@ -91,7 +93,10 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_where_the_server_dies_the_run_goes_on(tmp_path: Path) -> None:
+def test_where_the_server_dies_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_OF_THIS_TEST", "1")  # so that no other server is found
     server = start_server(tmp_path / "jobs")
     process = begin(server, tmp_path, "--num_inference_steps=400", "--output_dir=run")
     while not (tmp_path / "run" / "stage1_report.json").exists():
