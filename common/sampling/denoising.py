@@ -196,6 +196,7 @@ class _Run:
             keep_after=self.kept_after,
             pause_after=group.pause_after(self.evaluations),
             pause=group.wants_pause,
+            wants_look=group.wants_look,
             profiler=self.profiler if self.is_first else None,
         )
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.files.input_pictures import picture_size, read_picture
 from common.runs.in_turn import plan
-from common.serving.job_queue import Job, JobQueue, Step
+from common.serving.job_queue import Job, JobQueue, State, Step
+from common.serving.live import LIVE_FOLDER, Live, read_live, remove_live
 from common.serving.stages import Run
 
 RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
@@ -54,8 +55,10 @@ class Service:
             flags: of every run, as `run_all.sh` takes them.
         """
         self.bounds, self._flags = bounds or Bounds(), dict(flags)
+        self._jobs_dir = jobs_dir
         self._runs = jobs_dir.resolve() / RUNS_FOLDER
-        self._runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self._runs, jobs_dir / LIVE_FOLDER):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._thread = ThreadPoolExecutor(1, "jobs")
         waiting = self.bounds.waiting
         self._queue = self._thread.submit(JobQueue, jobs_dir, most_waiting=waiting).result()
@@ -163,8 +166,15 @@ class Service:
         """The last ones, the last one first."""
         return await self._ask(self._queue.last, MOST_LISTED)
 
+    async def live(self, job: Job) -> Live | None:
+        """How far a job is; None where it does not run, or has only begun to."""
+        if job.state is not State.RUNNING:
+            return None
+        return await asyncio.to_thread(read_live, self._jobs_dir, job.run_dir.name, job.step.stage)
+
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
+        remove_live(self._jobs_dir, job.run_dir.name)
         await self._ask(self._queue.forget, job.number)
         await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
 

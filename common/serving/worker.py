@@ -7,20 +7,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from common.compute.kept import Kept
 from common.errors import BadSettingError, StageError, UnfitEnvironmentError
-from common.files.stage_table import LAST, STAGES, Stage, numbered
+from common.files.stage_table import DENOISE, LAST, STAGES, Stage, numbered
 from common.messages import say, warn
 from common.process import run_in_process
+from common.progress import watched_by
 from common.runs.flags import Given
 from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
 from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, Job, JobQueue
+from common.serving.live import LiveWriter, has_listeners, remove_live
+from common.serving.preview_fits import PreviewFits
 from common.stopping import (
     SECONDS_OF_ONE_SIGNAL,
     STOP_SIGNALS,
@@ -61,6 +64,7 @@ class Worker:
         models = {LAST if stage.of_pictures else stage for stage in stages}
         kept = Kept(most_models=keep * len(models))
         self._residents = {stage.number: ResidentStage(stage, kept) for stage in stages}
+        self._fits = PreviewFits()
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
@@ -113,7 +117,8 @@ class Worker:
             job = None
             try:
                 if now - looked_at > SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD:
-                    self._queue.take_from_the_dead()
+                    for ended in self._queue.take_from_the_dead():
+                        remove_live(self._queue.folder, ended.run_dir.name)
                     seen, looked_at = -1, now
                 if (version := self._queue.changes()) != seen:
                     job = self._queue.claim(numbers, self.name)
@@ -124,6 +129,8 @@ class Worker:
             if job is not None:
                 self._do(job)
                 seen, idle_since = -1, time.monotonic()
+                continue
+            if self._fits.advance():
                 continue
             rare = now - idle_since > SECONDS_UNTIL_RARE
             time.sleep(SECONDS_BETWEEN_RARE_LOOKS if rare else SECONDS_BETWEEN_LOOKS)
@@ -146,7 +153,8 @@ class Worker:
         watching = threading.Thread(target=self._watch_for_cancel, args=(job, resident, ended))
         watching.start()
         try:
-            code, error = run_in_process(resident.command, job.step.arguments, stage.command)
+            with self._telling_how_far(job, stage):
+                code, error = run_in_process(resident.command, job.step.arguments, stage.command)
         finally:
             ended.set()
             watching.join()
@@ -158,6 +166,21 @@ class Worker:
             self._write(lambda: self._queue.give_back(job))
         else:
             self._write(lambda: self._queue.end(job, code, error or ""))
+
+    @contextmanager
+    def _telling_how_far(self, job: Job, stage: Stage) -> Iterator[None]:
+        """Within the block who looks at the job sees how far it is."""
+        folder = self._queue.folder
+        if not has_listeners(folder):
+            yield
+            return
+        weights = self._fits.weights(job.run_dir) if stage is DENOISE else None
+        writer = LiveWriter(folder, job.run_dir.name, stage.number, weights)
+        try:
+            with watched_by(writer):
+                yield
+        finally:
+            writer.end()
 
     def _write(self, change: Callable[[], None]) -> None:
         """Say how a job went, as soon as the queue can be written: nobody else will."""
