@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.files.input_pictures import picture_size, read_picture
+from common.runs.generation import RunSettings, read_run_settings
 from common.runs.in_turn import plan
 from common.serving.job_queue import Job, JobQueue, State, Step
 from common.serving.live import LIVE_FOLDER, Live, read_live, remove_live
@@ -165,6 +166,15 @@ class Service:
     async def jobs(self) -> list[Job]:
         """The last ones, the last one first."""
         return await self._ask(self._queue.last, MOST_LISTED)
+
+    async def active(self) -> list[Job]:
+        """Those that have not ended, in the order in which they were accepted."""
+        return await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
+
+    def defaults(self) -> dict[str, Any]:
+        """The settings of a run that asks for none."""
+        own = {n: v for n, v in self._flags.items() if n in RunSettings.model_fields}
+        return read_run_settings(self._flags.get("config"), own).model_dump(mode="json")
 
     async def live(self, job: Job) -> Live | None:
         """How far a job is; None where it does not run, or has only begun to."""
