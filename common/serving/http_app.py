@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
-from common.serving import events, job_api
+from common.serving import events, job_api, page
 from common.serving.job_queue import Job, QueueFullError, State
 from common.serving.lineage import lineage_of
 from common.serving.openai_api import JobFailedError, router_of
 from common.serving.service import Service, ShuttingDownError, pictures_of, without_paths
 
-OPEN_TO_ALL = ("/healthz", "/readyz")  # without the key: they tell nothing
+OPEN_TO_ALL = ("/healthz", "/readyz", "/")  # without the key: they tell nothing
 READING = ("GET", "HEAD", "OPTIONS")
 MOST_SAID = 300  # characters of an error
 # By which a browser reaches a server of this machine; another name may be a page's that has turned
@@ -59,6 +59,7 @@ def make_app(
     app.include_router(_router_of_jobs(service))
     app.include_router(job_api.router_of(service, models))
     app.include_router(events.router_of(service))
+    app.include_router(page.router_of())
     _say_errors(app)
     app.add_middleware(_Guard, api_key=api_key, most_bytes=service.bounds.body_bytes)
     return app
