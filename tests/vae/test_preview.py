@@ -24,7 +24,7 @@ def weights() -> np.ndarray:
 
 
 def test_previews_are_like_the_pictures(finished_run: Path, weights: np.ndarray) -> None:
-    """The last step's correlate with the pictures, shrunk, by more than 0.7; of 25 steps by 0.9."""
+    """The last step's correlate with the pictures, shrunk, by more than 0.7, of four steps."""
     latents = load_file(finished_run / LATENTS_FILE)["latents"]
     for index, each in enumerate(latents):
         shown = preview_of(each, weights)
