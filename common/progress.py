@@ -4,7 +4,10 @@ import json
 import os
 import sys
 import time
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, Protocol, Self
 
 from common.errors import shorten
 from common.messages import say
@@ -14,7 +17,22 @@ SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_OBJECTS = 1.0  # of JSON; the first and the last always come
 MOST_AT_WORK = 40  # characters of a prompt
 
+# What is made, as it is now: an image's number → its array.
+Look = Callable[[], Mapping[int, Any]]
+
+
+class Watcher(Protocol):
+    """Is told how far what this process does is, besides those who read what it says."""
+
+    def wants_look(self) -> bool:
+        """Whether it is time for a look at what is made."""
+
+    def hear(self, shown: "Shown", look: Look | None) -> None:
+        """Something has begun, or more of it is done."""
+
+
 _form: Form = "auto"
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)  # a thread's own
 
 
 def show_progress_as(form: Form) -> None:
@@ -23,8 +41,20 @@ def show_progress_as(form: Form) -> None:
     _form = form
 
 
+@contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Within the block a watcher is told of all that `progress_bar` shows in this thread."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 class Shown:
     """How far something is, shown to nobody."""
+
+    watcher: Watcher | None = None
 
     def __init__(self, total: int, what: str, unit: str, images: int | None = None) -> None:
         """
@@ -40,6 +70,8 @@ class Shown:
         self._began = self._last = time.monotonic()
 
     def __enter__(self) -> Self:
+        if self.watcher is not None:
+            self.watcher.hear(self, None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,9 +82,13 @@ class Shown:
         self._skipped += number
         self._count(number)
 
-    def update(self, number: int = 1) -> None:
-        """So many more are done."""
-        self._count(number)
+    def update(self, number: int = 1, look: Look | None = None) -> None:
+        """So many more are done.
+
+        Args:
+            look: at what is made, where the watcher wanted one.
+        """
+        self._count(number, look)
 
     def unpause(self) -> None:
         """What took time since the last step was none: a compilation, say."""
@@ -81,10 +117,12 @@ class Shown:
         """How long the rest will take at this rate."""
         return None if self.rate is None else (self.total - self.done) / self.rate
 
-    def _count(self, number: int) -> None:
+    def _count(self, number: int, look: Look | None = None) -> None:
         self.done += number
         self._last = time.monotonic()
         self._show(number)
+        if self.watcher is not None:
+            self.watcher.hear(self, look)
 
     def _show(self, number: int) -> None:
         """Show that so many more are done."""
@@ -184,10 +222,14 @@ def progress_bar(
         leave: let the bar stand when it is done.
         hidden: show nothing.
     """
+    shown: Shown
     if hidden or _form == "off":
-        return Shown(total, what, unit, images)
-    if _form == "json":
-        return _Objects(total, what, unit, images)
-    if _form == "lines" or not sys.stderr.isatty():
-        return _Lines(total, what, unit, images)
-    return _Bar(total, what, unit, images, leave=leave)
+        shown = Shown(total, what, unit, images)
+    elif _form == "json":
+        shown = _Objects(total, what, unit, images)
+    elif _form == "lines" or not sys.stderr.isatty():
+        shown = _Lines(total, what, unit, images)
+    else:
+        shown = _Bar(total, what, unit, images, leave=leave)
+    shown.watcher = None if hidden else _watcher.get()
+    return shown

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 
 from common import progress
-from common.progress import Form, progress_bar, show_progress_as
+from common.progress import Form, Look, Shown, progress_bar, show_progress_as, watched_by
 from tests.conftest import PROJECT_DIR
 
 
@@ -115,3 +116,28 @@ def test_a_terminal_of_any_size_has_a_bar(size: tuple[int, int]) -> None:
     os.close(its_end)
     said = os.read(terminal, 4096)
     assert b"denoise: 100%" in said and b"images/s, a red star" in said
+
+
+def test_a_watcher_hears_of_what_is_shown_in_any_form(clock: Clock) -> None:
+    class Noting:
+        heard: list[tuple[str, int, Look | None]]
+
+        def wants_look(self) -> bool:
+            return False
+
+        def hear(self, shown: Shown, look: Look | None) -> None:
+            self.heard.append((shown.what, shown.done, look))
+
+    look = dict[int, Any]
+    for form in get_args(Form):
+        show_progress_as(form)
+        watcher = Noting()
+        watcher.heard = []
+        with watched_by(watcher), progress_bar(3, "decode", "image") as bar:
+            bar.skip(1)
+            with progress_bar(1, "x", "y", hidden=True) as inner:
+                inner.update()
+            bar.update(2, look)
+        with progress_bar(1, "later", "image") as bar:
+            bar.update()
+        assert watcher.heard == [("decode", 0, None), ("decode", 1, None), ("decode", 3, look)]

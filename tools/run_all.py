@@ -163,7 +163,6 @@ def main(
             to_stage=to_stage,
             force=force,
             stream=stream,
-            run_stages=run_in_turn if found is None else found.run_in_turn,
         )
     lock = RunLock(run_dir, wait=bool(given.get("wait")), names=(RUN_LOCK,))
     context.call_on_close(lock.release)
@@ -173,7 +172,7 @@ def main(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if sweep is not None:
         return run_all_cells(run_dir, given, sweep, force=force, asked=[*asked, *passes.names])
-    code, picture = runs.run()
+    code, picture = runs.run(run_in_turn if found is None else found.run_in_turn)
     if code == 0 and picture is not None:
         say(f"picture: {picture} ({time.monotonic() - began:.1f} s in all)")
     return code

@@ -182,6 +182,18 @@ def _exif(record: dict[str, Any], parameters: str) -> Image.Exif:
     return exif
 
 
+def read_texts(image: Image.Image) -> tuple[str, str]:
+    """The record of ours in a picture's metadata, and the text for web UIs; empty for none."""
+    if image.format == "PNG":
+        texts = [image.info.get(name, "") for name in (HEADER_KEY, "parameters")]
+        return texts[0], texts[1]
+    folder = image.getexif().get_ifd(EXIF_FOLDER)
+    record = bytes(folder.get(MAKER_NOTE, b"")).decode()
+    comment = folder.get(USER_COMMENT, b"")
+    said = bytes(comment) if isinstance(comment, bytes) else b""
+    return record, said.removeprefix(UNICODE_MARK).decode("utf-16-be")
+
+
 def read_picture_record(path: Path) -> dict[str, Any] | None:
     """Decode a picture fully and read the record inside. None: damaged, or no record of ours.
 
@@ -191,11 +203,7 @@ def read_picture_record(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as image:
             image.load()
-            if path.suffix == ".png":
-                text = image.info.get(HEADER_KEY, "")
-            else:
-                text = bytes(image.getexif().get_ifd(EXIF_FOLDER).get(MAKER_NOTE, b"")).decode()
-            record = json.loads(text)
+            record = json.loads(read_texts(image)[0])
             if path.suffix == ".png" and record["pixels_sha256"] != hash_pixels(np.asarray(image)):
                 return None
     except (OSError, ValueError, KeyError, SyntaxError, TypeError, Image.DecompressionBombError):

@@ -265,19 +265,17 @@ class Turns:
         to_stage: int = LAST.number,
         force: bool = False,
         stream: bool = False,
-        run_stages: Callable[..., int] = run_in_turn,
     ) -> None:
         """
         Args:
             stream: whether stage 3 decodes while stage 2 runs.
-            run_stages: as `run_in_turn`, which has a process for each.
             from_stage: a stage's number, or a pass's name.
 
         Raises:
             BadSettingError: stages out of order, or flags that no stage to run knows.
         """
         self.passes, self.run_dir, self.force = passes, run_dir, force
-        self.stream, self._run_stages = stream, run_stages
+        self.stream = stream
         self.given, self.to_stage, self.names = dict(given), to_stage, passes.names
         if self.names and to_stage != LAST.number:
             raise BadSettingError(f"--to_stage does not go with --{self.names[0]}: leave it out")
@@ -300,16 +298,19 @@ class Turns:
         last = DENOISE.number if self.names else to_stage
         self.first = plan(self.given, from_stage=self.from_stage, to_stage=last, force=force)
 
-    def run(self) -> tuple[int, Path | None]:
+    def run(self, run_stages: Callable[..., int] = run_in_turn) -> tuple[int, Path | None]:
         """Run everything. Returns the exit code of the first stage that failed, or 0, and the
         picture that was made.
+
+        Args:
+            run_stages: as `run_in_turn`, which has a process for each.
         """
         source_dir = Path(self.given.get("input_dir", self.run_dir))
         if self.first:
             settled = source_dir if self.from_stage == ENCODE_PICTURES.number else self.run_dir
             stream = self.run_dir if self.stream else None
             libraries = libraries_of(self.given)
-            code = self._run_stages(self.first, libraries, settled, stream=stream)
+            code = run_stages(self.first, libraries, settled, stream=stream)
             if code != 0 or (not self.names and self.to_stage != LAST.number):
                 return code, None
             if not self.names:
@@ -326,7 +327,7 @@ class Turns:
             last = LAST.number if name == self.names[-1] else DENOISE.number
             commands = plan(flags, to_stage=last, force=self.force)
             stream = folder if self.stream else None
-            code = self._run_stages(commands, libraries_of(flags), None, stream=stream)
+            code = run_stages(commands, libraries_of(flags), None, stream=stream)
             if code != 0:
                 return code, None
         return 0, picture_path(folder, folder, self.given)

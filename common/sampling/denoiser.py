@@ -32,6 +32,7 @@ from common.sampling.step_plan import StepPlan, StepProgram
 # A backend's latents [B, C, h, w], history [R, B, C, h, w], and what else it keeps; of a
 # scheduler on the host the latents alone.
 State = tuple[Any, ...]
+LEAST_LOOKS = 8  # that may be taken while a watched group is denoised
 Conditions = dict[StepProgram, dict[str, torch.Tensor]]  # what each program's UNet is told
 
 
@@ -75,12 +76,13 @@ class Denoiser(ABC):
                 with the same program for all steps, conditions of the same kinds and shapes, and
                 schedulers that are tables.
         """
-        self.share = share = shares[0]
+        self.shares, share = shares, shares[0]
         self.seeds = [seed for each in shares for seed in each.seeds]
         self.guidance, self.conditions = share.job.guidance, share.job.conditions
         self.done, self.is_idle = 0, True
         self.trajectory: list[np.ndarray] = []
         self.latent_shape = share.job.latent_shape
+        self.seen: Any = None
         with self.report.part("noise"):
             self.kept_area = kept_areas(shares)
             self.tables = share.tables if len(shares) == 1 else tables_of_images(shares)
@@ -134,6 +136,10 @@ class Denoiser(ABC):
     @abstractmethod
     def _fetch(self, array: Any) -> np.ndarray:
         """An array of a state on the host; it may change with the state."""
+
+    @abstractmethod
+    def _copied(self, latents: Any) -> Any:
+        """A state's latents, to be fetched when that has been given away; nobody waits for it."""
 
     @abstractmethod
     def _restore(self, latents: np.ndarray, history: np.ndarray, step: int) -> State:
@@ -205,6 +211,7 @@ class Denoiser(ABC):
         pause_after: Collection[int] = (),
         pause: Callable[[], bool] = bool,
         profiler: Profiler | None = None,
+        wants_look: Callable[[], bool] | None = None,
     ) -> Iterator[int]:
         """Run all steps that are not `done`, in ranges. Yields the number of steps of each.
 
@@ -213,12 +220,17 @@ class Denoiser(ABC):
             pause_after: those after which nothing is handed over until the caller asks for more.
             pause: whether to wait after what is handed over already.
             profiler: watches its steps, called one by one.
+            wants_look: whether what is handed over now is to be `seen` when it is done; None:
+                nobody looks, and a call may have all steps.
         """
         window = range(0) if profiler is None else profiler.steps
         if profiler is not None and window.start == 0:
             profiler.start()
         borders = {*keep_after, *pause_after, window.start, window.stop}
-        for steps in self._run_steps("run", borders, pause, profiler, start=self.done):
+        some = self._run_steps(
+            "run", borders, pause, profiler, start=self.done, wants_look=wants_look
+        )
+        for steps in some:
             self.done = steps.stop
             if steps.stop in keep_after:
                 self.trajectory.append(self.latents())
@@ -242,9 +254,13 @@ class Denoiser(ABC):
                 self.report.repeats.append(time.perf_counter() - began)
         self.state = result
 
-    def _ranges(self, start: int, borders: Collection[int], singly: range) -> list[range]:
+    def _ranges(
+        self, start: int, borders: Collection[int], singly: range, *, watched: bool
+    ) -> list[range]:
         """The ranges of steps to call from `start` on; those in `singly` one by one."""
         step = self.steps_per_call or (self.evaluations if self.loops_on_device else 1)
+        if watched:
+            step = min(step, -(-self.evaluations // LEAST_LOOKS))
         if self.tables is None:
             step = 1
         changes = self.plan.changes()
@@ -261,6 +277,7 @@ class Denoiser(ABC):
         profiler: Profiler | None = None,
         *,
         start: int = 0,
+        wants_look: Callable[[], bool] | None = None,
     ) -> Iterator[range]:
         """Run the steps from `start` on. Yields each range when it is done.
 
@@ -275,9 +292,10 @@ class Denoiser(ABC):
         by_tables = self.tables is not None
         advance = self._ahead_by_tables if by_tables else self._ahead_on_host()
         ahead = self.ranges_ahead if by_tables else 0
-        running: deque[tuple[range, Any, str]] = deque()  # what is there when the steps are done
+        # What is there when the steps are done, and what is to be seen then.
+        running: deque[tuple[range, Any, str, Any]] = deque()
         ended = time.perf_counter()
-        for steps in self._ranges(start, borders, window):
+        for steps in self._ranges(start, borders, window, watched=wants_look is not None):
             counted = "profile" if steps.start in window else part
             with self.report.part(counted):
                 if profiler is not None and steps.start in window:
@@ -285,12 +303,13 @@ class Denoiser(ABC):
                         done = advance(steps)
                 else:
                     done = advance(steps)
-            running.append((steps, done, counted))
+            is_seen = wants_look is not None and wants_look()
+            running.append((steps, done, counted, self._to_see() if is_seen else None))
             is_last = steps.stop == self.evaluations
             all_of_them = is_last or steps.stop in borders or pause()
             while running and (all_of_them or len(running) > ahead):
-                ended = self._wait(*running[0], since=ended)
-                finished, *_ = running.popleft()
+                ended = self._wait(*running[0][:3], since=ended)
+                finished, *_, self.seen = running.popleft()
                 self.is_idle = not running
                 yield finished
                 if self.is_idle:  # what the caller did meanwhile is not the next step's
@@ -314,23 +333,36 @@ class Denoiser(ABC):
 
     def _ahead_on_host(self) -> Callable[[range], Any]:
         """A function that steps the scheduler itself after a model evaluation."""
-        drawn, sampler = self.share.draw(), self.share.job.sampler
+        (share,) = self.shares
+        drawn, sampler = share.draw(), share.job.sampler
         self.state = (drawn.first.latents,)
         timesteps = sampler.restart(self.seeds)
         kept = {name: torch.from_numpy(a) for name, a in self.kept_area.arrays().items()}
-        free = free_from(self.evaluations, soft_masks=self.share.job.soft_masks)
+        free = free_from(self.evaluations, soft_masks=share.job.soft_masks)
 
         def advance(steps: range) -> None:
             (i,), (latents,) = steps, self.state
             model_input = sampler.scale_model_input(latents, timesteps[i])
             noise_pred = self._predict(model_input, float(timesteps[i]), self.plan.steps[i])
             latents = sampler.step(noise_pred, timesteps[i], latents, drawn.generators)
-            if self.share.job.keeps_area:
+            if share.job.keeps_area:
                 stays = sampler.noised_after(i, kept["original"], kept["noise"])
                 latents = torch.where(kept["masks"] >= float(free[i]), latents, stays)
             self.state = (latents,)
 
         return advance
+
+    def _to_see(self) -> Any:
+        """What `look` fetches; of a scheduler on the host each step makes new latents."""
+        latents = self.state[0]
+        return latents if self.tables is None else self._copied(latents)
+
+    def look(self, number: int = 0) -> dict[int, np.ndarray]:
+        """A share's latents [C, h, w] float32 that were `seen` last, by the images' indices."""
+        latents = self.seen.numpy() if self.tables is None else self._fetch(self.seen)
+        begin, own = sum(len(each.chosen) for each in self.shares[:number]), self.shares[number]
+        some = latents[begin : begin + len(own.chosen)]
+        return dict(zip(own.chosen.tolist(), some, strict=True))
 
     def latents(self) -> np.ndarray:
         """The group's latents [B, C, h, w] float32."""

@@ -78,12 +78,7 @@ def denoise_images(
     if made.kept:
         say(f"  goes on after {made.kept} of {images} images, which are kept")
     todo = [job for job in jobs if not missing.isdisjoint(job.own)] or jobs[:1]
-    devices = denoiser_of(todo[0]).devices_of_images
-    # All groups of one size of pictures have one shape, so that a program serves all their jobs.
-    most: dict[tuple[int, ...], int] = {}
-    for job in jobs:
-        most[job.latent_shape] = max(most.get(job.latent_shape, 0), len(job.own))
-    sizes = {shape: group_size(options.at_once(n), devices) for shape, n in most.items()}
+    sizes = _group_sizes(jobs, options, denoiser_of(todo[0]).devices_of_images)
     plans = [_GroupsOf(job, missing, sizes[job.latent_shape]) for job in todo]
     keep = len(plans) > 1 or images > plans[0].size  # there are several groups
     if seat is not None and not keep:
@@ -115,6 +110,16 @@ def denoise_images(
     )
 
 
+def _group_sizes(
+    jobs: Sequence[DenoisingJob], options: RunOptions, devices: int
+) -> dict[tuple[int, ...], int]:
+    """Images of a group by their latents' shape: one program serves all jobs of that shape."""
+    most: dict[tuple[int, ...], int] = {}
+    for job in jobs:
+        most[job.latent_shape] = max(most.get(job.latent_shape, 0), len(job.own))
+    return {shape: group_size(options.at_once(n), devices) for shape, n in most.items()}
+
+
 def _with_others(
     seat: Seat, denoiser: Denoiser, plan: "_GroupsOf", options: RunOptions, made: MadeRows
 ) -> int | None:
@@ -127,8 +132,10 @@ def _with_others(
         return None
     (own,) = plan.groups
     tables = tables_of(denoiser, plan.job, options)
-    with denoiser.report.part("run"):
-        found = seat.denoise(denoiser, Share(plan.job, np.array(own), tables))
+    share = Share(plan.job, np.array(own), tables)
+    bar = progress_bar(plan.steps, "denoise", "step", images=len(own))
+    with denoiser.report.part("run"), bar:
+        found = seat.denoise(denoiser, share, bar)
     if found is None:
         return None
     making = Making(found.seconds, options.made_by(denoiser.facts(), found.group_size))
@@ -226,6 +233,7 @@ class _Run:
             keep_after=self.kept_after,
             pause_after=group.pause_after(self.evaluations),
             pause=group.wants_pause,
+            wants_look=group.wants_look,
             profiler=self.profiler if self.is_first else None,
         )
 

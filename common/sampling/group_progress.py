@@ -1,5 +1,6 @@
 """One group's part of the progress that is kept."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from common.files.kept_progress import Group, Progress
@@ -54,9 +55,16 @@ class GroupProgress:
             return True
         return self.progress is not None and self.every is None and self.progress.is_due()
 
+    @property
+    def wants_look(self) -> Callable[[], bool] | None:
+        """Whether it is time for a look at what is made; None where nobody looks."""
+        watcher = self.bar.watcher
+        return None if watcher is None else watcher.wants_look
+
     def after_a_range(self, denoiser: "Denoiser") -> None:
         """Show what is done, keep it where it is time, and stop where that is asked for."""
-        self.bar.update(denoiser.done - self.shown)
+        look = None if denoiser.seen is None else denoiser.look
+        self.bar.update(denoiser.done - self.shown, look)
         self.shown = denoiser.done
         if not denoiser.is_idle:
             return

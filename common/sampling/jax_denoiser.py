@@ -152,6 +152,9 @@ class JaxDenoiser(Denoiser):
             self.put(np.int32(step), replicated(self.mesh)),
         )
 
+    def _copied(self, latents: Array) -> Array:
+        return jnp.copy(latents)
+
     def _fetch(self, array: Array) -> np.ndarray:
         return fetch(array)
 

@@ -5,16 +5,20 @@ nothing else has to know of threads; where all runs have come to their denoising
 that the same program serves are denoised by the thread of the first of them.
 """
 
+import itertools
 import threading
-from collections.abc import Hashable, Iterator
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from common.compute.groups import group_size
 from common.errors import in_one_line
 from common.messages import warn
+from common.progress import Shown
 from common.sampling.denoiser import Denoiser
 from common.sampling.share import Share
 
@@ -35,6 +39,7 @@ class _Waiting:
 
     denoiser: Denoiser
     share: Share
+    bar: Shown
     program: Hashable  # all that the group's program is compiled for
     found: DenoisedTogether | None = None
     is_over: bool = False
@@ -63,9 +68,9 @@ class Together:
         self._coming -= 1
         self._changed.notify_all()
 
-    def denoise(self, denoiser: Denoiser, share: Share) -> DenoisedTogether | None:
+    def denoise(self, denoiser: Denoiser, share: Share, bar: Shown) -> DenoisedTogether | None:
         """Denoise a run's images with those of others; None: it is to do that alone."""
-        own = _Waiting(denoiser, share, _program_of(denoiser, share))
+        own = _Waiting(denoiser, share, bar, _program_of(denoiser, share))
         self._waiting.append(own)
         self.come_no_more()
         while not own.is_over:
@@ -96,12 +101,12 @@ class Seat:
                     self._comes = False
                     self._together.come_no_more()
 
-    def denoise(self, denoiser: Denoiser, share: Share) -> DenoisedTogether | None:
+    def denoise(self, denoiser: Denoiser, share: Share, bar: Shown) -> DenoisedTogether | None:
         """As `Together.denoise`; once for each run."""
         if not self._comes or not denoiser.takes_several or not _has_one_program(share):
             return None
         self._comes = False
-        return self._together.denoise(denoiser, share)
+        return self._together.denoise(denoiser, share, bar)
 
 
 def _has_one_program(share: Share) -> bool:
@@ -125,6 +130,32 @@ def _program_of(denoiser: Denoiser, share: Share) -> Hashable:
         *(denoiser.compiled_for(), job.latent_shape, tables.coefficients.shape),
         *(type(job.guidance), predictions, conditions, rows),
     )
+
+
+class _Looks:
+    """Tells each run how far it is; one after the other gets a look at its images."""
+
+    def __init__(self, bars: Sequence[Shown]) -> None:
+        self._bars, self._turns = bars, itertools.cycle(range(len(bars)))
+        self._asked: deque[int | None] = deque()  # for each range: whose look it is
+        self.are_wanted = any(bar.watcher is not None for bar in bars)
+
+    def wants_look(self) -> bool:
+        """Whether it is time for the next one's look."""
+        number = next(self._turns)
+        watcher = self._bars[number].watcher
+        wanted = watcher is not None and watcher.wants_look()
+        self._asked.append(number if wanted else None)
+        return wanted
+
+    def tell(self, denoiser: Denoiser) -> None:
+        """A range of steps is done."""
+        looked_at = self._asked.popleft() if self._asked else None
+        for number, bar in enumerate(self._bars):
+            more = min(denoiser.done, bar.total) - bar.done
+            if more > 0:
+                look = partial(denoiser.look, number) if number == looked_at else None
+                bar.update(more, look)
 
 
 def _denoise(group: list[_Waiting]) -> None:
@@ -152,8 +183,9 @@ def _denoise_as_one(group: list[_Waiting]) -> None:
     before = denoiser.report.parts().get("run", 0.0)
     denoiser.start(*shares)
     denoiser.compile()
-    for _ in denoiser.run():
-        pass
+    looks = _Looks([each.bar for each in group])
+    for _ in denoiser.run(wants_look=looks.wants_look if looks.are_wanted else None):
+        looks.tell(denoiser)
     latents = denoiser.latents()  # [size, C, h, w]
     seconds = (denoiser.report.parts().get("run", 0.0) - before) / images
     begins = np.cumsum([0, *counts])

@@ -78,6 +78,9 @@ class TorchDenoiser(Denoiser):
     def _restore(self, latents: Any, history: Any, step: int) -> State:
         return torch.from_numpy(latents), torch.from_numpy(history)
 
+    def _copied(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents  # each step makes new ones
+
     def _fetch(self, array: torch.Tensor) -> Any:
         return array.numpy()
 

@@ -5,7 +5,7 @@ import base64
 import binascii
 import hmac
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import StageError, shorten
-from common.serving import a1111_api, openai_api, vae_api
+from common.serving import a1111_api, events, job_api, openai_api, page, vae_api
 from common.serving.job_queue import QueueFullError
 from common.serving.jobs import Job, State
+from common.serving.lineage import lineage_of
 from common.serving.service import (
     JobFailedError,
     Service,
@@ -28,7 +29,8 @@ from common.serving.service import (
     without_paths,
 )
 
-OPEN_TO_ALL = ("/healthz", "/readyz")  # without the key: they tell nothing
+OPEN_TO_ALL = ("/healthz", "/readyz", "/")  # without the key: they tell nothing
+READING = ("GET", "HEAD", "OPTIONS")
 MOST_SAID = 300  # characters of an error
 # By which a browser reaches a server of this machine; another name may be a page's that has turned
 # its own name into this machine's address.
@@ -66,6 +68,9 @@ def make_app(
     app.include_router(a1111_api.router_of(service, models))
     app.include_router(_router_of_health(service, is_ready))
     app.include_router(_router_of_jobs(service))
+    app.include_router(job_api.router_of(service, models))
+    app.include_router(events.router_of(service))
+    app.include_router(page.router_of())
     _say_errors(app)
     app.add_middleware(_Guard, api_key=api_key, most_bytes=service.bounds.body_bytes)
     return app
@@ -109,10 +114,11 @@ def _router_of_jobs(service: Service) -> APIRouter:
 
     @router.get("/{name}")
     async def job(name: str) -> dict[str, Any]:
-        """A job, and where its pictures are."""
+        """A job: where its pictures are, its settings, where its time went, its files."""
         found = await find(name)
         files = pictures_of(found) if found.state is State.DONE else []
-        return told(found) | {"pictures": [f"/jobs/{name}/pictures/{k}" for k in range(len(files))]}
+        paths = [f"/jobs/{name}/pictures/{number}" for number in range(len(files))]
+        return told(found) | {"pictures": paths, **await asyncio.to_thread(lineage_of, found)}
 
     @router.delete("/{name}")
     async def cancel(name: str) -> dict[str, Any]:
@@ -238,6 +244,9 @@ class _Guard:
             said = "without a key the server answers for this machine's own names alone"
             await failure(400, said, path)(scope, receive, send)
             return
+        if scope["method"] not in READING and _is_of_another_site(headers, host):
+            await failure(403, "a page of another site asks for this", path)(scope, receive, send)
+            return
         too_long = failure(413, f"the request's body is longer than {self._most} bytes", path)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._most:
@@ -254,3 +263,12 @@ class _Guard:
             return message
 
         await self._app(scope, counted, send)
+
+
+def _is_of_another_site(headers: Mapping[bytes, bytes], host: str) -> bool:
+    """Whether a browser says that another site's page asks."""
+    site = headers.get(b"sec-fetch-site")
+    if site is not None:  # behind a proxy the host may be another one than the page's
+        return site not in (b"same-origin", b"none")
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    return bool(origin) and origin.partition("://")[2] != host

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
 from common.files.recipe import to_json
 from common.files.stage_table import ENCODE_PICTURES
+from common.runs.generation import RunSettings, read_run_settings
 from common.runs.in_turn import plan
 from common.sampling.sampling_settings import SamplingSettings
 from common.serving.job_queue import JobQueue
 from common.serving.jobs import Job, Likeness, State, Step
-from common.serving.live import Live
+from common.serving.live import LIVE_FOLDER, Live, read_live, remove_live
 from common.serving.metrics import Metrics
 from common.serving.request_pictures import pixels_of
 from common.serving.stages import Run
@@ -76,8 +77,10 @@ class Service:
             flags: of every run, as `run_all.sh` takes them.
         """
         self.bounds, self.flags = bounds or Bounds(), dict(flags)
+        self._jobs_dir = jobs_dir
         self._runs = jobs_dir.resolve() / RUNS_FOLDER
-        self._runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self._runs, jobs_dir / LIVE_FOLDER):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._thread = ThreadPoolExecutor(1, "jobs")
         waiting = self.bounds.waiting
         self._queue = self._thread.submit(JobQueue, jobs_dir, most_waiting=waiting).result()
@@ -212,8 +215,20 @@ class Service:
             self._counted_to = max([self._counted_to, *(job.ended_at or 0 for job in ended)])
         return self._metrics.text(await self._ask(self._queue.counts))
 
+    def defaults(self) -> dict[str, Any]:
+        """The settings of a run that asks for none."""
+        own = {n: v for n, v in self.flags.items() if n in RunSettings.model_fields}
+        return read_run_settings(self.flags.get("config"), own).model_dump(mode="json")
+
+    async def live(self, job: Job) -> Live | None:
+        """How far a job is; None where it does not run, or has only begun to."""
+        if job.state is not State.RUNNING:
+            return None
+        return await asyncio.to_thread(read_live, self._jobs_dir, job.run_dir.name, job.step.stage)
+
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
+        remove_live(self._jobs_dir, job.run_dir.name)
         await self._ask(self._queue.forget, job.number)
         await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
 
@@ -244,12 +259,6 @@ class Service:
                     await self._changed.wait()
         finally:
             self._waiting -= 1
-
-    async def live(self, job: Job) -> Live | None:
-        """How far a job is; None: nothing is known yet, or it has ended."""
-        if job.began_at is None or job.has_ended:
-            return None
-        return Live(stage=job.step.stage, done=0, total=0, seconds_left=None, preview=None)
 
     async def pictures_of(self, job: Job) -> list[Path]:
         """The pictures' files of a job, once it is done.

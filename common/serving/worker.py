@@ -19,6 +19,7 @@ from common.files.run_lock import HELD_BY_PARENT
 from common.files.stage_table import DENOISE, LAST, STAGES, Stage, numbered
 from common.messages import say, warn
 from common.process import run_in_process
+from common.progress import watched_by
 from common.runs.flags import Given
 from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
@@ -26,6 +27,8 @@ from common.sampling.together import Seat, Together
 from common.serving import vae_jobs
 from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job
+from common.serving.live import LiveWriter, has_listeners, remove_live
+from common.serving.preview_fits import PreviewFits
 from common.serving.said import SaidByStages
 from common.stopping import (
     SECONDS_OF_ONE_SIGNAL,
@@ -82,6 +85,7 @@ class Worker:
         self._kept, self._at_once = kept, at_once
         self._beside: list[ResidentStage] = []  # of stage 2, for jobs that are done at once
         self._vae_command = vae_jobs.make_command(kept)
+        self._fits = PreviewFits()
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
@@ -134,7 +138,8 @@ class Worker:
             job = None
             try:
                 if now - looked_at > SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD:
-                    self._queue.take_from_the_dead()
+                    for ended in self._queue.take_from_the_dead():
+                        remove_live(self._queue.folder, ended.run_dir.name)
                     seen, looked_at = -1, now
                 if (version := self._queue.changes()) != seen:
                     job = self._queue.claim(numbers, self.name)
@@ -148,6 +153,8 @@ class Worker:
                 else:
                     self._do(job)
                 seen, idle_since = -1, time.monotonic()
+                continue
+            if self._fits.advance():
                 continue
             rare = now - idle_since > SECONDS_UNTIL_RARE
             time.sleep(SECONDS_BETWEEN_RARE_LOOKS if rare else SECONDS_BETWEEN_LOOKS)
@@ -177,7 +184,7 @@ class Worker:
             command, arguments = resident.command, job.step.arguments
             if vae_jobs.is_vae_job(job.step):
                 command, arguments = self._vae_command, arguments[1:]
-            with self._as_caller(job):
+            with self._as_caller(job), self._telling_how_far(job, stage):
                 code, error = run_in_process(command, arguments, stage.command)
         except OSError as gone:  # the caller's folder is
             code, error = UnfitEnvironmentError.exit_code, f"{gone.filename}: {gone.strerror}"
@@ -208,7 +215,7 @@ class Worker:
 
         def run(job: Job, resident: ResidentStage, seat: Seat) -> None:
             resident.seat, resident.stop.number = seat, self.stop.number
-            with seat.turn():
+            with seat.turn(), self._telling_how_far(job, DENOISE):
                 ended[job.number] = run_in_process(
                     resident.command, job.step.arguments, DENOISE.command
                 )
@@ -249,6 +256,21 @@ class Worker:
                 yield
         finally:
             del os.environ[HELD_BY_PARENT]
+
+    @contextmanager
+    def _telling_how_far(self, job: Job, stage: Stage) -> Iterator[None]:
+        """Within the block who looks at the job sees how far it is."""
+        folder = self._queue.folder
+        if not has_listeners(folder):
+            yield
+            return
+        weights = self._fits.weights(job.run_dir) if stage is DENOISE else None
+        writer = LiveWriter(folder, job.run_dir.name, stage.number, weights)
+        try:
+            with watched_by(writer):
+                yield
+        finally:
+            writer.end()
 
     def _write(self, change: Callable[[], None]) -> None:
         """Say how a job went, as soon as the queue can be written: nobody else will."""

@@ -72,6 +72,28 @@ def test_steps_are_handed_over_ahead_unless_a_pause_is_wanted(opened: Open) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": STEPS}], ids=str)
+def test_looks_are_at_the_latents_after_each_range_and_change_nothing(
+    opened: Open, backend: str, options: dict[str, int]
+) -> None:
+    """Also where the next range runs by then, to which the state was given."""
+    job = make_job(steps=STEPS)
+    alone = opened(backend, **options)
+    latents = run(alone, job, keep_after=range(1, STEPS + 1))
+    denoiser, wanted = start(opened(backend, **options), job), iter([1, 0, 1, 1, 0, 1])
+    seen = {}
+    for steps in denoiser.run(wants_look=lambda: bool(next(wanted))):
+        assert steps == 1
+        if denoiser.seen is not None:
+            seen[denoiser.done] = denoiser.look()
+    np.testing.assert_array_equal(denoiser.latents(), latents)
+    assert [*seen] == [1, 3, 4, 6]
+    for step, found in seen.items():
+        assert [*found] == [0, 1]
+        np.testing.assert_array_equal([*found.values()], alone.trajectory[step - 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m", "euler_a"])
 def test_going_on_gives_the_bits_of_a_run_without_a_stop(
     opened: Open, backend: str, scheduler: str
@@ -122,7 +144,12 @@ def test_a_scheduler_on_the_host_equals_its_tables(
     denoiser.compile()
     assert not denoiser.can_resume
     denoiser.warm_up(1)
-    ranges = list(denoiser.run(keep_after=[2]))
+    seen, ranges = [], []
+    for steps in denoiser.run(keep_after=[2], wants_look=lambda: True):
+        ranges.append(steps)
+        seen.append([*denoiser.look().values()])
+    np.testing.assert_array_equal(seen[-1], denoiser.latents())
+    np.testing.assert_array_equal(seen[1], denoiser.trajectory[0])
     assert ranges == [1] * len(job.sampler.restart())
     np.testing.assert_allclose(denoiser.latents(), by_tables, rtol=1e-4, atol=1e-4)
     assert len(denoiser.trajectory) == 1

@@ -7,6 +7,7 @@ import pytest
 
 from common.compute.kept import Kept
 from common.models.checkpoint import Checkpoint
+from common.progress import Shown
 from common.sampling import together
 from common.sampling.denoiser import Denoiser
 from common.sampling.job import DenoisingJob
@@ -38,8 +39,11 @@ def at_once(
                 return
             denoiser = open_one(backend, checkpoint, job, kept)
             denoisers.append(denoiser)
-            found[number] = seat.denoise(denoiser, share_of(job))
-            assert seat.denoise(denoiser, share_of(job)) is None  # it has had its turn
+            share = share_of(job)
+            bar = Shown(len(job.sampler.restart()), "denoise", "step")
+            found[number] = seat.denoise(denoiser, share, bar)
+            assert bar.done == (0 if found[number] is None else bar.total)
+            assert seat.denoise(denoiser, share, bar) is None  # it has had its turn
 
     seats = Together(len(jobs)).seats()
     threads = [
@@ -78,7 +82,8 @@ def test_what_has_two_programs_or_steps_on_the_host_is_done_alone(checkpoint: Ch
     assert found == [None, None]
     (denoiser,) = at_once(checkpoint, make_job())[1]
     seat = Together(1).seats()[0]
-    assert seat.denoise(denoiser, Share(make_job(), np.arange(2), None)) is None
+    bar = Shown(4, "denoise", "step")
+    assert seat.denoise(denoiser, Share(make_job(), np.arange(2), None), bar) is None
 
 
 def test_what_fails_at_once_is_left_to_each(

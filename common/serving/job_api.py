@@ -1,0 +1,161 @@
+"""Jobs by JSON, with the project's own names of settings: what the page asks for."""
+
+import base64
+import binascii
+import io
+import json
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.declared import declarations
+from common.errors import BadSettingError
+from common.files.picture_files import read_texts
+from common.runs.generation import RunSettings, read_run_settings
+from common.sampling.schedulers import SCHEDULERS
+from common.serving.service import Service
+
+# The settings that a request may have; the others are the server's, by its flags.
+ALLOWED = (
+    *("seed", "num_inference_steps", "guidance_scale", "scheduler", "height", "width"),
+    *("num_images_per_prompt", "strength", "image_format", "guidance_rescale", "eta", "clip_skip"),
+)
+MOST_SEED = 2**32  # of one that is drawn here: JavaScript's numbers have 53 bits
+
+Text = Annotated[str, Field(max_length=4000)]
+
+
+class JobRequest(BaseModel):
+    """A job that is asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+    negative_prompt: Text | None = None
+    settings: dict[str, Any] = {}
+    image: str | None = None  # base64, or a data URL
+    mask_image: str | None = None
+
+    def flags(self) -> dict[str, Any]:
+        """As `run_all.sh` takes them, checked."""
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        for name in given.keys() - {*ALLOWED}:
+            raise BadSettingError(f"settings.{name[:40]}: a request may have {', '.join(ALLOWED)}")
+        given.setdefault("seed", secrets.randbelow(MOST_SEED))
+        given = checked(given)
+        own = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        return {"prompt": [self.prompt], **own, **given}
+
+    def pictures(self) -> dict[str, bytes]:
+        """Those that came with it."""
+        given = {"image": self.image, "mask_image": self.mask_image}
+        return {flag: decode(text, flag) for flag, text in given.items() if text is not None}
+
+
+class PictureRequest(BaseModel):
+    """A picture to read settings from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str
+
+
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are declared."""
+    values = read_run_settings(None, settings)
+    return {name: getattr(values, name) for name in settings}
+
+
+def decode(text: str, name: str) -> bytes:
+    """The bytes of base64, or of a data URL."""
+    head, comma, body = text.partition(",")
+    if comma and not (head.startswith("data:") and head.endswith(";base64")):
+        raise BadSettingError(f"{name}: give base64, or a data URL with base64")
+    try:
+        return base64.b64decode(body if comma else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadSettingError(f"{name}: it is no base64") from None
+
+
+def router_of(service: Service, models: list[str]) -> APIRouter:
+    """Its routes.
+
+    Args:
+        models: the names of checkpoints that are served.
+    """
+    router = APIRouter(tags=["jobs"])
+
+    @router.post("/jobs", status_code=202)
+    async def submit(asked: JobRequest) -> dict[str, Any]:
+        """Accept a job; its events tell how it goes."""
+        flags = asked.flags()
+        job = await service.submit(flags, pictures=asked.pictures())
+        return {"id": job.run_dir.name, "state": job.state, "seed": flags["seed"]}
+
+    @router.get("/options")
+    async def options() -> dict[str, Any]:
+        """What a request may have: models, schedulers, defaults, bounds."""
+        defaults = service.defaults()
+        bounds = service.bounds
+        return {
+            "models": models,
+            "schedulers": {row.name: row.web_ui for row in SCHEDULERS.values()},
+            "defaults": {name: defaults[name] for name in (*ALLOWED, "negative_prompt")},
+            "bounds": {"pixels": bounds.pixels, "steps": bounds.steps, "images": bounds.images},
+        }
+
+    @router.post("/settings")
+    async def settings(asked: PictureRequest) -> dict[str, Any]:
+        """The settings that a picture's metadata hold, as `POST /jobs` takes them."""
+        return settings_in(decode(asked.image, "image"))
+
+    return router
+
+
+def settings_in(picture: bytes) -> dict[str, Any]:
+    """What a picture says of how it was made: our record, else the text of web UIs.
+
+    Raises:
+        BadSettingError: it is no picture, or says nothing.
+    """
+    try:
+        with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG", "WEBP")) as image:
+            record, parameters = read_texts(image)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise BadSettingError("image is no PNG, JPEG or WebP, or is damaged") from None
+    found = _of_record(record) or _of_web_uis(parameters)
+    if not found:
+        raise BadSettingError("image has no settings in its metadata: choose another one")
+    settings = checked({name: found[name] for name in ALLOWED if found.get(name) is not None})
+    prompts = {name: found.get(name) for name in ("prompt", "negative_prompt")}
+    return {**prompts, "settings": settings}
+
+
+def _of_record(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+        settings = dict(record["settings"])
+        flags = dict(record["flags"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    short = flags.get("scheduler")  # the record has diffusers' class, which several names have
+    return settings | {"num_images_per_prompt": None, "scheduler": short}
+
+
+def _of_web_uis(text: str) -> dict[str, Any]:
+    """`prompt`, `Negative prompt: …`, and a line of `Name: value, …`, as web UIs write it."""
+    *lines, last = text.strip().split("\n")
+    if "Steps:" not in last:
+        return {}
+    said = dict(pair.partition(": ")[::2] for pair in last.split(", "))
+    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    names = {each.web_ui: name for name, each in declarations(RunSettings) if each.web_ui}
+    found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative or None}
+    found |= {names[name]: value for name, value in said.items() if name in names}
+    samplers = {row.web_ui: row.name for row in SCHEDULERS.values()}
+    found["scheduler"] = samplers.get(said.get("Sampler", ""))
+    width, _, height = said.get("Size", "").partition("x")
+    return found | {"width": width or None, "height": height or None}
