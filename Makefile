@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 \
     --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup test test-slow test-all parity faults faults-rows lists fuzz bench check format clean
+.PHONY: setup test test-slow test-all parity faults faults-rows faults-serving lists fuzz bench check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -39,6 +39,10 @@ faults-rows: setup
 lists: setup
 	$(PYTHON_BIN) benchmarks/lists.py
 	$(PYTHON_BIN) benchmarks/large_run.py
+
+# A hundred kills of a server and its stages under load; takes some 40 minutes on two cores.
+faults-serving: setup
+	$(PYTHON_BIN) tests/faults/kill_servers.py --kills 100
 
 # Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup

@@ -7,7 +7,7 @@ import json
 import secrets
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,8 @@ ALLOWED = (
     *("seed", "num_inference_steps", "guidance_scale", "scheduler", "height", "width"),
     *("num_images_per_prompt", "strength", "image_format", "guidance_rescale", "eta", "clip_skip"),
 )
+OF_CLIENTS = "of a client: "  # before keys of clients, so that they are no other ones
+MOST_KEY = 200  # characters
 MOST_SEED = 2**32  # of one that is drawn here: JavaScript's numbers have 53 bits
 
 Text = Annotated[str, Field(max_length=4000)]
@@ -89,10 +91,14 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
     router = APIRouter(tags=["jobs"])
 
     @router.post("/jobs", status_code=202)
-    async def submit(asked: JobRequest) -> dict[str, Any]:
-        """Accept a job; its events tell how it goes."""
+    async def submit(
+        asked: JobRequest,
+        idempotency_key: Annotated[str | None, Header(max_length=MOST_KEY)] = None,
+    ) -> dict[str, Any]:
+        """Accept a job; its events tell how it goes. The same key makes no second job."""
         flags = asked.flags()
-        job = await service.submit(flags, pictures=asked.pictures())
+        key = None if idempotency_key is None else f"{OF_CLIENTS}{idempotency_key}"
+        job = await service.submit(flags, pictures=asked.pictures(), key=key)
         return {"id": job.run_dir.name, "state": job.state, "seed": flags["seed"]}
 
     @router.get("/options")

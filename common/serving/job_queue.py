@@ -203,6 +203,13 @@ class JobQueue:
         with self._told():
             return [job_of(row) for row in self._connection.execute(query, (time,))]
 
+    def states(self, numbers: Sequence[int]) -> dict[int, State]:
+        """Those of some jobs; one that is no more has none."""
+        query = "SELECT number, state FROM jobs WHERE number IN (SELECT value FROM json_each(?))"
+        with self._told():
+            rows = self._connection.execute(query, (json.dumps(numbers),))
+            return {number: State(state) for number, state in rows}
+
     def counts(self) -> dict[State, int]:
         """How many jobs are in a state."""
         query = "SELECT state, count(*) FROM jobs GROUP BY state"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from common.runs.generation import RunSettings, read_run_settings
 from common.runs.in_turn import plan
 from common.sampling.sampling_settings import SamplingSettings
 from common.serving.job_queue import JobQueue
-from common.serving.jobs import Job, Likeness, State, Step
+from common.serving.jobs import ENDED, Job, Likeness, State, Step
 from common.serving.live import LIVE_FOLDER, Live, read_live, remove_live
 from common.serving.metrics import Metrics
 from common.serving.request_pictures import pixels_of
@@ -84,8 +84,8 @@ class Service:
         self._thread = ThreadPoolExecutor(1, "jobs")
         waiting = self.bounds.waiting
         self._queue = self._thread.submit(JobQueue, jobs_dir, most_waiting=waiting).result()
-        self._changed = asyncio.Condition()
-        self._waiting = 0
+        self._waiting: dict[int, list[asyncio.Future[Job]]] = {}  # by their jobs' numbers
+        self._is_to_look = False
         self._metrics, self._counted_to = Metrics(), time.time()
         self._counting = asyncio.Lock()
         self.ends = False  # and answers those who wait
@@ -230,13 +230,13 @@ class Service:
         """Let go of a job that has ended, and of its run directory."""
         remove_live(self._jobs_dir, job.run_dir.name)
         await self._ask(self._queue.forget, job.number)
+        self._is_to_look = True
         await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
 
     async def cancel(self, job: Job) -> None:
         """Ask that a job ends."""
         await self._ask(self._queue.cancel, job.number)
-        async with self._changed:  # `watch` sees what others change
-            self._changed.notify_all()
+        self._is_to_look = True  # `watch` sees what others change
 
     async def wait_for(self, job: Job) -> Job:
         """A job once it has ended.
@@ -244,21 +244,22 @@ class Service:
         Raises:
             ShuttingDownError: the server ends before that.
         """
-        self._waiting += 1
+        future: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(job.number, []).append(future)
+        self._is_to_look = True  # it may have ended before
         try:
-            async with self._changed:
-                while True:
-                    found = await self._ask(self._queue.get, job.number)
-                    if found is None or found.has_ended:
-                        return found or replace(job, exit_code=1, error="the job is no more")
-                    if self.ends:
-                        raise ShuttingDownError(
-                            f"the server is shutting down: job {job.run_dir.name} is kept, and "
-                            "goes on when it is back"
-                        )
-                    await self._changed.wait()
+            if self.ends:  # nobody would tell
+                raise ShuttingDownError("")
+            return await future
+        except ShuttingDownError:
+            raise ShuttingDownError(
+                f"the server is shutting down: job {job.run_dir.name} is kept, and goes on when "
+                "it is back"
+            ) from None
         finally:
-            self._waiting -= 1
+            self._waiting[job.number].remove(future)
+            if not self._waiting[job.number]:
+                del self._waiting[job.number]
 
     async def pictures_of(self, job: Job) -> list[Path]:
         """The pictures' files of a job, once it is done.
@@ -277,18 +278,36 @@ class Service:
         return files
 
     async def watch(self) -> None:
-        """Tell those who wait when jobs change; for as long as the server runs."""
-        seen, told_the_end = -1, False
-        while not told_the_end:
-            version = seen
+        """Tell those who wait when their jobs have ended; for as long as the server runs.
+
+        One look at the queue serves all of them.
+        """
+        seen = -1
+        while not self.ends:
             if self._waiting:
                 with suppress(UnfitEnvironmentError):  # it may pass; those who wait hear later
                     version = await self._ask(self._queue.changes)
-            if version != seen or self.ends:
-                seen, told_the_end = version, self.ends
-                async with self._changed:
-                    self._changed.notify_all()
+                    if version != seen or self._is_to_look:
+                        seen, self._is_to_look = version, False
+                        await self._tell_those_who_wait()
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        for future in [each for own in self._waiting.values() for each in own]:
+            if not future.done():
+                future.set_exception(ShuttingDownError(""))
+
+    async def _tell_those_who_wait(self) -> None:
+        states = await self._ask(self._queue.states, [*self._waiting])
+        for number in [*self._waiting]:
+            if (state := states.get(number)) is not None and state not in ENDED:
+                continue
+            job = None if state is None else await self._ask(self._queue.get, number)
+            for future in self._waiting.get(number, []):
+                if future.done():
+                    continue
+                if job is None:
+                    future.set_exception(BadSettingError("the job was removed: ask again"))
+                else:
+                    future.set_result(job)
 
     def close(self) -> None:
         """Let go of the queue."""
