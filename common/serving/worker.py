@@ -187,7 +187,10 @@ class Worker:
             with self._as_caller(job), self._telling_how_far(job, stage):
                 code, error = run_in_process(command, arguments, stage.command)
         except OSError as gone:  # the caller's folder is
-            code, error = UnfitEnvironmentError.exit_code, f"{gone.filename}: {gone.strerror}"
+            code, error = (
+                UnfitEnvironmentError.exit_code,
+                f"{gone.filename}: {gone.strerror or gone}",
+            )
         finally:
             ended.set()
             watching.join()
@@ -211,7 +214,8 @@ class Worker:
         """Stage 2 of several jobs, a thread for each: they wait for each other to denoise."""
         while len(self._beside) < len(jobs):
             self._beside.append(ResidentStage(DENOISE, self._kept))
-        ended: dict[int, tuple[int, str | None]] = {}
+        failed = (1, "a defect of this program: the job's thread ended")
+        ended: dict[int, tuple[int, str | None]] = dict.fromkeys((j.number for j in jobs), failed)
 
         def run(job: Job, resident: ResidentStage, seat: Seat) -> None:
             resident.seat, resident.stop.number = seat, self.stop.number
