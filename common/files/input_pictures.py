@@ -7,6 +7,7 @@ cuts 16 bits off at 255.
 
 import hashlib
 import io
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 WHITE_FROM = 128  # of 255, diffusers' 0.5: what of a mask is made anew
 MOST_INPUT_PIXELS = 100_000_000  # of a picture: some GB while it is converted
 ORIENTATION = 0x0112  # EXIF's tag; values from 5 on turn a picture by a quarter
+# What Pillow raises for files that are damaged, or made to do harm.
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, MemoryError, TypeError, KeyError, struct.error),
+    Image.DecompressionBombError,
+)
 _QUARTER_TURNS = range(5, 9)
 Source = str | io.BytesIO  # a picture's file, or its content
 
@@ -147,7 +153,7 @@ def _opened(place: Source, flag: str) -> Iterator[Image.Image]:
         raise BadInputFileError(
             f"{said} is no PNG, JPEG or WebP, whatever its name: give one of these"
         ) from None
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+    except UNREADABLE as error:
         reason = in_one_line(error) or "it ends early"
         raise BadInputFileError(
             f"{said} is damaged ({reason}): give a picture that opens"

@@ -187,11 +187,9 @@ def read_texts(image: Image.Image) -> tuple[str, str]:
     if image.format == "PNG":
         texts = [image.info.get(name, "") for name in (HEADER_KEY, "parameters")]
         return texts[0], texts[1]
-    folder = image.getexif().get_ifd(EXIF_FOLDER)
-    record = bytes(folder.get(MAKER_NOTE, b"")).decode()
-    comment = folder.get(USER_COMMENT, b"")
-    said = bytes(comment) if isinstance(comment, bytes) else b""
-    return record, said.removeprefix(UNICODE_MARK).decode("utf-16-be")
+    note = image.getexif().get_ifd(EXIF_FOLDER).get(MAKER_NOTE)
+    record = note.decode("utf-8", "replace") if isinstance(note, bytes) else ""
+    return record, read_web_ui_parameters(image)
 
 
 def read_picture_record(path: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from common.errors import BadSettingError
-from common.files.input_pictures import FORMATS
+from common.files.input_pictures import FORMATS, UNREADABLE
 from common.files.picture_files import read_web_ui_parameters
 from common.runs.run_index import read_index
 
@@ -33,7 +33,7 @@ def infotext_of(data: bytes) -> tuple[str, dict[str, str]]:
             items = {
                 str(name): value for name, value in image.info.items() if isinstance(value, str)
             }
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         raise BadSettingError("image is no PNG, JPEG or WebP that opens: give one") from None
     items.pop("parameters", None)
     return text, items

@@ -83,14 +83,16 @@ class JobEvents:
         return True
 
     async def _keep_looking(self) -> None:
-        while self._listeners and not self._service.ends:
-            before = dict(self._last)
-            with suppress(UnfitEnvironmentError):  # it may pass
-                await self._look()
-            if before != self._last:
-                await self._tell()
-            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-        self._looking = None  # with nothing awaited before: who comes now begins it anew
+        try:
+            while self._listeners and not self._service.ends:
+                before = dict(self._last)
+                with suppress(UnfitEnvironmentError):  # it may pass
+                    await self._look()
+                if before != self._last:
+                    await self._tell()
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            self._looking = None  # with nothing awaited before: who comes now begins it anew
         if not self._listeners:
             self._last.clear()
         await self._tell()

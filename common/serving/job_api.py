@@ -8,14 +8,16 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.declared import declarations
 from common.errors import BadSettingError
+from common.files.input_pictures import UNREADABLE
 from common.files.picture_files import read_texts
 from common.runs.generation import RunSettings, read_run_settings
 from common.sampling.schedulers import SCHEDULERS
+from common.serving.jobs import Job
 from common.serving.service import Service
 
 # The settings that a request may have; the others are the server's, by its flags.
@@ -99,7 +101,7 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
         flags = asked.flags()
         key = None if idempotency_key is None else f"{OF_CLIENTS}{idempotency_key}"
         job = await service.submit(flags, pictures=asked.pictures(), key=key)
-        return {"id": job.run_dir.name, "state": job.state, "seed": flags["seed"]}
+        return {"id": job.run_dir.name, "state": job.state, "seed": _seed_of(job)}
 
     @router.get("/options")
     async def options() -> dict[str, Any]:
@@ -121,6 +123,12 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
     return router
 
 
+def _seed_of(job: Job) -> int:
+    """That of a job, which may be of an earlier request with the same key."""
+    (seed,) = (flag for flag in job.steps[0].arguments if flag.startswith("--seed="))
+    return int(seed.removeprefix("--seed="))
+
+
 def settings_in(picture: bytes) -> dict[str, Any]:
     """What a picture says of how it was made: our record, else the text of web UIs.
 
@@ -130,7 +138,7 @@ def settings_in(picture: bytes) -> dict[str, Any]:
     try:
         with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG", "WEBP")) as image:
             record, parameters = read_texts(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except UNREADABLE:
         raise BadSettingError("image is no PNG, JPEG or WebP, or is damaged") from None
     found = _of_record(record) or _of_web_uis(parameters)
     if not found:

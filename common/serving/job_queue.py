@@ -22,6 +22,7 @@ from common.errors import UnfitEnvironmentError
 from common.serving.jobs import ENDED, Caller, Job, Likeness, State, Step, job_of
 from common.serving.local_disks import refuse_network_file_system
 
+VERSION = 2  # of the table
 JOBS_FILE = "jobs.sqlite3"
 WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
 MOST_ATTEMPTS = 5  # of a job whose stage's process dies at it
@@ -86,13 +87,24 @@ class JobQueue:
             self._connection.row_factory = sqlite3.Row
             self._connection.execute("PRAGMA journal_mode = DELETE")
             self._connection.execute("PRAGMA synchronous = FULL")
+            self._refuse_other_version()
             with self._change() as change:
                 for statement in _SCHEMA.split(";"):
                     change(statement)
+                change(f"PRAGMA user_version = {VERSION}")
         except (OSError, sqlite3.Error) as error:
             raise UnfitEnvironmentError(
                 f"the jobs folder {folder} cannot be used ({error}): choose another, or free it"
             ) from None
+
+    def _refuse_other_version(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and version != VERSION:
+            raise UnfitEnvironmentError(
+                f"the jobs folder {self.folder} is of another version of this program: choose "
+                "another one, or remove it"
+            )
 
     def close(self) -> None:
         """Let go of the file."""
@@ -198,8 +210,8 @@ class JobQueue:
             return [job_of(row) for row in self._connection.execute(query, (most,))]
 
     def ended_since(self, time: float) -> list[Job]:
-        """Those that have ended after a time, in the order in which they did."""
-        query = "SELECT * FROM jobs WHERE ended_at > ? ORDER BY ended_at"
+        """Those of requests that have ended after a time, in the order in which they did."""
+        query = "SELECT * FROM jobs WHERE ended_at > ? AND caller IS NULL ORDER BY ended_at"
         with self._told():
             return [job_of(row) for row in self._connection.execute(query, (time,))]
 
@@ -216,13 +228,17 @@ class JobQueue:
         with self._told():
             return {State(state): count for state, count in self._connection.execute(query)}
 
-    def forget(self, number: int) -> None:
-        """Let go of a job that has ended; its run directory is the caller's."""
+    def forget(self, number: int) -> bool:
+        """Let go of a job that has ended; its run directory is the caller's.
+
+        Returns whether it had, and is no more.
+        """
         with self._change() as change:
-            change(
+            gone = change(
                 f"DELETE FROM jobs WHERE number = ? AND state IN ({', '.join('?' * len(ENDED))})",
                 *(number, *ENDED),
             )
+            return bool(gone.rowcount)
 
     def cancel(self, number: int) -> None:
         """Ask that a job ends: one that waits ends now, one that runs when its stage hears it."""

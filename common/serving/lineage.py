@@ -1,5 +1,6 @@
 """What a job's run directory tells of it: its settings, where its time went, its files."""
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,20 @@ def lineage_of(job: Job) -> dict[str, Any]:
         ],
         "reports": reports_of(run_dir),
         "artifacts": [
-            {"file": path.relative_to(run_dir).as_posix(), "bytes": path.stat().st_size}
-            for path in sorted(run_dir.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
+            {"file": path.relative_to(run_dir).as_posix(), "bytes": size}
+            for path in sorted(run_dir.rglob("[!.]*"))
+            if (size := _size_of(path)) is not None
         ],
     }
+
+
+def _size_of(path: Path) -> int | None:
+    """A file's, in bytes; None of a folder, and of what is removed just now."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def reports_of(run_dir: Path) -> list[dict[str, Any]]:

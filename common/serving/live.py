@@ -108,9 +108,9 @@ def read_live(jobs_dir: Path, name: str, stage: int) -> Live | None:
     """How far a job is with a stage; None where nothing is known of it."""
     try:
         head, _, preview = (jobs_dir / LIVE_FOLDER / name).read_bytes().partition(b"\n")
-    except OSError:
+        found = Live(**json.loads(head), preview=preview or None)
+    except (OSError, ValueError, TypeError):  # it is gone, or of another version
         return None
-    found = Live(**json.loads(head), preview=preview or None)
     return found if found.stage == stage else None  # it may be of a process that died
 
 

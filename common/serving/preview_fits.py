@@ -56,7 +56,7 @@ class PreviewFits:
             try:
                 self._fit = self._fit or _begin(checkpoint)
                 found = self._fit.advance()
-            except (StageError, RuntimeError, MemoryError) as error:
+            except Exception as error:  # previews are worth no process
                 warn(f"there are no previews for {checkpoint.source('vae').said}: {error}")
                 found, is_done = None, True
             else:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -42,10 +42,13 @@ class SaidByStages:
         try:
             for name, path in self._paths.items():
                 path.parent.mkdir(exist_ok=True)
-                setattr(sys, name, path.open("a", encoding="utf-8", buffering=1))
+                own = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+                setattr(sys, name, own)
             yield
         finally:
             for name, stream in before.items():
-                if (own := getattr(sys, name)) is not stream:
-                    own.close()
+                own = getattr(sys, name)
                 setattr(sys, name, stream)
+                if own is not stream:
+                    with suppress(OSError):  # a full disk
+                        own.close()

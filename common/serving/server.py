@@ -50,7 +50,7 @@ def serve(
     """
     refuse_open_address(host, api_key)
     jobs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = FileLock(jobs_dir / SERVER_LOCK, timeout=0)
+    lock = FileLock(jobs_dir / SERVER_LOCK, timeout=1)  # some look whether it is held
     try:
         lock.acquire()
     except Timeout:
@@ -94,15 +94,15 @@ def _serve(
             while not server.should_exit:
                 try:
                     processes.see_to_them()
+                    if not is_told and processes.are_ready():
+                        is_told = True
+                        told.enter_context(announced(jobs_dir, flags, began))
+                        say(f"ready: http://{host}:{port}")
                 except Exception as error:  # without this thread nobody would see to anything
                     failed.append(error)
                 if processes.stopped_by is not None or failed:
                     service.ends = True
                     server.should_exit = True
-                if not is_told and processes.are_ready():
-                    told.enter_context(announced(jobs_dir, flags, began))
-                    say(f"ready: http://{host}:{port}")
-                    is_told = True
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
         looking = threading.Thread(target=look_after)

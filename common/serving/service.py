@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -204,8 +203,9 @@ class Service:
         return await self._ask(self._queue.last, MOST_LISTED)
 
     async def unfinished(self) -> list[Job]:
-        """Those that run or wait, in the order in which they were accepted."""
-        return await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
+        """Those of requests that run or wait, in the order in which they were accepted."""
+        found = await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
+        return [job for job in found if job.caller is None]
 
     async def metrics(self) -> bytes:
         """What Prometheus reads; of what has ended since the server began."""
@@ -229,7 +229,8 @@ class Service:
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
         remove_live(self._jobs_dir, job.run_dir.name)
-        await self._ask(self._queue.forget, job.number)
+        if not await self._ask(self._queue.forget, job.number):
+            return  # it runs still, or somebody else has done so
         self._is_to_look = True
         await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
 
@@ -285,11 +286,13 @@ class Service:
         seen = -1
         while not self.ends:
             if self._waiting:
-                with suppress(UnfitEnvironmentError):  # it may pass; those who wait hear later
+                try:
                     version = await self._ask(self._queue.changes)
                     if version != seen or self._is_to_look:
                         seen, self._is_to_look = version, False
                         await self._tell_those_who_wait()
+                except UnfitEnvironmentError:  # it may pass
+                    self._is_to_look = True
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
         for future in [each for own in self._waiting.values() for each in own]:
             if not future.done():

@@ -6,13 +6,14 @@ processes of their own, in the same run directory; what they print is printed he
 
 import json
 import os
-import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,12 +40,13 @@ SECONDS_BETWEEN_LOOKS_AT_THE_SERVER = 1.0
 # Of an environment, what programs are computed by.
 COMPUTED_BY = (
     *("JAX_", "XLA_", "TPU_", "LIBTPU", "PJRT_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "LD_"),
-    *("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "XDG_CACHE_HOME", "PYTHONPATH"),
+    *("HF_HOME", "HF_HUB_", "HF_ENDPOINT", "HF_TOKEN", "XDG_CACHE_HOME", "PYTHONPATH"),
 )
 # What is measured is measured alone, and these are of a process.
 NOT_SERVED = (
     *("debug", "repeat", "profile", "profile_dir", "profile_steps", "topology", "offline"),
     *("distributed", "stream", "wait", "progress"),
+    "remote_vae",  # which may be this very server, and wait for itself
 )
 
 
@@ -57,7 +59,8 @@ class _Server(BaseModel):
     project: Path
     since: float  # when its processes were begun
     processes: list[str]  # flags that decided how stages were opened
-    environment: dict[str, str]
+    host: str
+    environment: str  # a hash of what of it programs are computed by
 
 
 @contextmanager
@@ -73,23 +76,29 @@ def announced(jobs_dir: Path, flags: Mapping[str, Any], since: float) -> Iterato
         project=PROJECT_DIR,
         since=since,
         processes=flags_of_processes(flags),
+        host=socket.gethostname(),
         environment=_computed_by(),
     )
-    path = private_cache.folder() / SERVERS_FOLDER / f"{secrets.token_hex(8)}.json"
+    path: Path | None = None
     try:
+        # One for each jobs folder: what a killed server has left there is of its successor.
+        name = sha256(f"{own.host} {own.jobs_dir}".encode()).hexdigest()[:16]
+        path = private_cache.folder() / SERVERS_FOLDER / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         write_text_whole(path, own.model_dump_json())
-    except OSError as error:
-        warn(f"run_all.sh does not find this server: {path} cannot be written ({error.strerror})")
+    except (OSError, UnfitEnvironmentError) as error:
+        warn(f"run_all.sh does not find this server ({error})")
     try:
         yield
     finally:
-        with suppress(OSError):
-            remove_file(path)
+        if path is not None:
+            with suppress(OSError, UnfitEnvironmentError):
+                remove_file(path)
 
 
-def _computed_by() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(COMPUTED_BY)}
+def _computed_by() -> str:
+    found = [pair for pair in sorted(os.environ.items()) if pair[0].startswith(COMPUTED_BY)]
+    return sha256(repr(found).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,28 +117,29 @@ class WarmServer:
     ) -> int:
         """As `run_in_turn` of `common.runs`; where the server ends, by processes of their own."""
         chosen = {s: c for s, c in commands.items() if settled is not None or not s.of_pictures}
-        code = None
-        try:
-            code = self._run(chosen, settled)
-        except UnfitEnvironmentError as error:  # a full disk, a queue that is full
-            warn(str(error))
+        code = self._run(chosen, settled)
         if code is not None:
             return code
-        say("  the server is no more: the stages go on as processes of their own")
+        say("  the stages go on as processes of their own")
         return run_in_turn(commands, libraries, settled, stream=stream)
 
     def _run(self, commands: Mapping[Stage, list[str]], settled: Path | None) -> int | None:
         """Have stages run. Returns the exit code, or None where nobody runs them."""
         steps = [Step(stage.number, command[2:]) for stage, command in commands.items()]
         caller = Caller(os.fspath(Path.cwd()), os.environ.get(HELD_BY_PARENT, ""))
-        queue, received = JobQueue(self.jobs_dir), list[int]()
+        folder, received = Path.cwd() if settled is None else settled.resolve(), list[int]()
+        try:
+            queue = JobQueue(self.jobs_dir)
+            job = queue.add(folder, steps, priority=1, caller=caller)
+        except UnfitEnvironmentError as error:  # a full disk, a queue that is full
+            warn(f"the server takes no job: {error}")
+            return None
         before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in heard_signals()}
         try:
-            folder = Path.cwd() if settled is None else settled.resolve()
-            job = queue.add(folder, steps, priority=1, caller=caller)
             job, is_left = _follow(queue, job, received)
             queue.forget(job.number)
             if is_left and job.state is State.CANCELLED and not received:
+                say("  the server is no more")
                 return None
         finally:
             for number, handler in before.items():
@@ -138,7 +148,8 @@ class WarmServer:
         if job.error:
             print(f"error: {job.error}", file=sys.stderr, flush=True)
         if job.exit_code is None or (received and job.exit_code == 0):
-            return STOP_SIGNALS[received[0]][1]
+            # Where nothing was received, somebody has cancelled it at the server.
+            return STOP_SIGNALS[received[0] if received else signal.SIGINT][1]
         return job.exit_code
 
 
@@ -156,6 +167,8 @@ def _follow(queue: JobQueue, job: Job, received: list[int]) -> tuple[Job, bool]:
                 if received and not is_asked:
                     queue.cancel(job.number)
                     is_asked = True
+                if len(received) > 1:  # at once; the stage ends when it has heard
+                    return job, False
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             job = queue.get(job.number) or replace(job, state=State.FAILED, exit_code=1)
             if (
@@ -184,6 +197,8 @@ def _print(files: Mapping[str, TextIO]) -> None:
 
 def is_held(path: Path) -> bool:
     """Whether a process holds a lock."""
+    if not path.exists():
+        return False
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -209,6 +224,8 @@ def find_warm(given: Mapping[str, Any]) -> WarmServer | None:
                 server = _Server.model_validate(json.loads(path.read_text("utf-8")))
             except (OSError, ValueError):
                 continue  # it ends just now, or is of another version
+            if server.host != socket.gethostname():  # whose home is the same
+                continue
             if not is_held(server.jobs_dir / SERVER_LOCK):
                 remove_file(path)
                 continue

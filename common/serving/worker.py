@@ -200,10 +200,15 @@ class Worker:
         """Jobs that are denoised with one that was claimed: with it as many as a power of two."""
         if job.likeness is None or job.step.stage != DENOISE.number:
             return []
-        most = self._at_once.batch_size // job.likeness.images
+        # Groups have powers of two images.
+        most = (1 << (self._at_once.batch_size.bit_length() - 1)) // job.likeness.images
         until = time.monotonic() + self._at_once.max_wait_ms / 1000
         with suppress(UnfitEnvironmentError):  # else it is done alone
-            while (count := 1 + self._queue.count_alike(job)) < most and time.monotonic() < until:
+            while (
+                (count := 1 + self._queue.count_alike(job)) < most
+                and time.monotonic() < until
+                and self.stop.number is None
+            ):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             at_once = 1 << (min(count, most).bit_length() - 1) if most > 1 else 1
             if at_once > 1:

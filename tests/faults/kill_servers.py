@@ -109,7 +109,7 @@ class Load:
             random.Random(seed),
         )
         self._count, self.failures = 0, list[str]()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
         for thread in self._threads:
             thread.start()
 
@@ -156,8 +156,12 @@ class Load:
     def end(self) -> None:
         """Let each client wait for its last picture."""
         self._ends.set()
+        until = time.monotonic() + TIMEOUT
         for thread in self._threads:
-            thread.join(TIMEOUT)
+            thread.join(max(0.0, until - time.monotonic()))
+        waiting = sum(thread.is_alive() for thread in self._threads)
+        if waiting:
+            self.failures.append(f"{waiting} clients wait for a picture that does not come")
 
 
 def undisturbed(bodies: list[dict[str, Any]], folder: Path) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,35 @@ def test_pictures_of_web_uis_tell_theirs() -> None:
         settings_in(b"GIF89a")
 
 
+def a_jpeg(exif: bytes) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "JPEG", exif=exif)
+    return data.getvalue()
+
+
+def with_maker_note(kind: int, count: int, value: bytes) -> bytes:
+    """EXIF with one tag in its folder: a MakerNote."""
+    head = b"Exif\0\0II*\0\x08\0\0\0"
+    folder = struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0)
+    note = struct.pack("<HHHI", 1, 0x927C, kind, count) + value + bytes(4)
+    return head + folder + note
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        with_maker_note(4, 1, b"\xff\xff\xff\xff"),  # a number: as many bytes, if one asks so
+        with_maker_note(7, 4, b"\xff\xfe\xfd\xfc"),  # bytes of a camera
+        with_maker_note(2, 4, b"abc\0"),
+        b"Exif\0\0II*\0",  # it ends there
+    ],
+    ids=["number", "camera", "text", "cut"],
+)
+def test_metadata_of_others_are_no_settings(exif: bytes) -> None:
+    with refusal(BadSettingError, "image "):
+        settings_in(a_jpeg(exif))
+
+
 def test_jobs_of_a_server(server: Server) -> None:
     options = httpx.get(f"{server.url}/options").json()
     assert options["defaults"]["num_inference_steps"] == 2 and options["models"] == ["models/demo"]
@@ -125,3 +155,13 @@ def test_pages_of_other_sites_can_ask_for_nothing(server: Server) -> None:
         for method, path in (("POST", "/jobs"), ("DELETE", "/jobs/x"), ("POST", "/settings")):
             answer = httpx.request(method, f"{server.url}{path}", headers=headers)
             assert answer.status_code == 403 and "another site" in answer.text
+
+
+def test_the_same_key_is_the_same_job(server: Server) -> None:
+    key = {"Idempotency-Key": "one"}
+    answers = [
+        httpx.post(f"{server.url}/jobs", json={"prompt": "a ring"}, headers=key) for _ in range(2)
+    ]
+    assert [answer.status_code for answer in answers] == [202, 202]
+    first, second = (answer.json() for answer in answers)
+    assert (first["id"], first["seed"]) == (second["id"], second["seed"])

@@ -256,3 +256,8 @@ def test_folders_that_are_of_no_use(tmp_path: Path) -> None:
     (tmp_path / "bad" / job_queue.JOBS_FILE).write_text("no database" * 100)
     with refusal(UnfitEnvironmentError, "cannot be used", "not a database"):
         JobQueue(tmp_path / "bad")
+    JobQueue(tmp_path / "other").close()
+    with sqlite3.connect(tmp_path / "other" / job_queue.JOBS_FILE) as other:
+        other.execute("PRAGMA user_version = 1")
+    with refusal(UnfitEnvironmentError, "is of another version of this program: choose another"):
+        JobQueue(tmp_path / "other")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from common.errors import BadSettingError
+from common.errors import BadSettingError, UnfitEnvironmentError
 from common.serving.job_queue import JobQueue
-from common.serving.jobs import Job, State, Step
+from common.serving.jobs import Caller, Job, State, Step
 from common.serving.service import Bounds, Service, ShuttingDownError, without_paths
 from tests.refusals import refusal
 
@@ -146,6 +146,46 @@ def test_a_job_of_its_own_kind_has_what_was_prepared(tmp_path: Path) -> None:
         asyncio.run(service.submit_own(fail))
     service.close()
     assert [*job.run_dir.parent.iterdir()] == [job.run_dir]
+
+
+def test_after_a_look_that_failed_there_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, failed = Service(tmp_path / "jobs", {}), list[int]()
+    look = service._queue.states
+
+    def states(numbers: list[int]) -> dict[int, State]:
+        if not failed:
+            failed.append(1)
+            raise UnfitEnvironmentError("the disk is full")
+        return look(numbers)
+
+    monkeypatch.setattr(service._queue, "states", states)
+
+    async def wait() -> Job:
+        job = await service.submit({"prompt": ["a"]})
+        await service.cancel(job)  # nothing more happens to the file
+        watching = asyncio.create_task(service.watch())
+        found = await asyncio.wait_for(service.wait_for(job), 10)
+        service.ends = True
+        await watching
+        return found
+
+    assert asyncio.run(wait()).state is State.CANCELLED and failed
+    service.close()
+
+
+def test_jobs_of_run_all_are_not_those_of_requests(tmp_path: Path) -> None:
+    service, queue = Service(tmp_path / "jobs", {}), JobQueue(tmp_path / "jobs")
+    queue.add(tmp_path / "mine", [Step(1, [])], caller=Caller("/", ""))
+
+    async def look() -> None:
+        job = await service.submit({"prompt": ["a"]})
+        assert [each.number for each in await service.unfinished()] == [job.number]
+        assert [each.number for each in await service.jobs()] == [job.number]
+
+    asyncio.run(look())
+    service.close()
 
 
 def test_where_the_server_ends_those_who_wait_are_told(tmp_path: Path) -> None:

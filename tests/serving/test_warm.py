@@ -4,13 +4,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from common.serving.job_queue import JOBS_FILE
+from common.files.stage_table import FIRST
+from common.serving.job_queue import JOBS_FILE, JobQueue
 from common.serving.warm import SERVER_LOCK, WarmServer, announced, find_warm
 from tests.conftest import RUN_ALL, file_contents
 from tests.serving.conftest import SMALL, Server, start_server
@@ -121,7 +123,8 @@ def test_which_server_is_used(
         assert find_warm({}) is None  # nobody holds its lock: it was killed
     with lock, announced(jobs_dir, {}, now):
         assert find_warm({"prompt": ["a"], "height": 64}) == WarmServer(jobs_dir=jobs_dir)
-        assert find_warm({"repeat": 3}) is find_warm({"backend": "jax"}) is None
+        for given in ({"repeat": 3}, {"backend": "jax"}, {"remote_vae": "http://localhost"}):
+            assert find_warm(given) is None
         monkeypatch.setenv("JAX_PLATFORMS", "other")
         assert find_warm({}) is None
         monkeypatch.delenv("JAX_PLATFORMS")
@@ -131,3 +134,35 @@ def test_which_server_is_used(
     with lock, announced(jobs_dir, {}, 0):
         assert find_warm({}) is None
         assert "began before the code changed: not used" in capsys.readouterr().out
+
+
+def test_where_a_server_cannot_say_that_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "staged-diffusion").mkdir()
+    (tmp_path / "staged-diffusion").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with announced(tmp_path, {}, time.time()):
+        pass
+    assert "can be written by others" in capsys.readouterr().err
+    assert find_warm({}) is None
+
+
+def test_what_somebody_cancels_at_the_server_is_interrupted(tmp_path: Path) -> None:
+    jobs_dir = tmp_path / "jobs"
+    queue = JobQueue(jobs_dir)
+
+    def cancel() -> None:
+        own = JobQueue(jobs_dir)
+        while not (jobs := own.jobs()):
+            time.sleep(0.01)
+        own.cancel(jobs[0].number)
+        own.close()
+
+    with FileLock(jobs_dir / SERVER_LOCK):
+        cancelling = threading.Thread(target=cancel)
+        cancelling.start()
+        commands = {FIRST: ["python", "script", "--prompt=a"]}
+        assert WarmServer(jobs_dir=jobs_dir).run_in_turn(commands, None) == 130
+        cancelling.join()
+    assert queue.jobs() == []
