@@ -70,11 +70,11 @@ def main(
     ] = None,
     warm: Annotated[
         Literal["auto", "never"],
-        flag("warm", "HOW", RUN_ALL, "auto: by a server's stages, where one runs. [auto]"),
+        flag("warm", "HOW", RUN_ALL, "auto: by a warm server, or never. [auto]"),
     ] = "auto",
     serve: Annotated[bool, flag("serve", " ", SERVING, "Stay, and answer HTTP requests.")] = False,
     host: Annotated[
-        str, flag("host", "NAME", SERVING, "Where it listens; others need --api_key. [127.0.0.1]")
+        str, flag("host", "NAME", SERVING, "Where it listens; others need a key. [127.0.0.1]")
     ] = "127.0.0.1",
     port: Annotated[int, flag("port", "N", SERVING, "0: one that is free. [8000]")] = 8000,
     api_key: Annotated[

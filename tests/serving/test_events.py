@@ -35,6 +35,7 @@ def submit(server: Server, **changes: Any) -> str:
     return str(answer.json()["id"])
 
 
+@pytest.mark.slow
 def test_a_job_is_told_from_the_queue_to_its_pictures(server: Server) -> None:
     with httpx.stream("GET", f"{server.url}/events", timeout=60) as of_all:
         assert of_all.headers["content-type"].startswith("text/event-stream")
@@ -64,6 +65,7 @@ def test_a_job_is_told_from_the_queue_to_its_pictures(server: Server) -> None:
         assert [*told(of_one)] == [("done", done)]
 
 
+@pytest.mark.slow
 def test_the_lineage_has_settings_and_files_and_no_folders(server: Server) -> None:
     job = submit(server, negative_prompt="a/b /c/d")
     with httpx.stream("GET", f"{server.url}/jobs/{job}/events", timeout=60) as answer:
@@ -79,6 +81,7 @@ def test_the_lineage_has_settings_and_files_and_no_folders(server: Server) -> No
     assert str(server.jobs_dir) not in text
 
 
+@pytest.mark.slow
 def test_failed_and_cancelled_jobs_say_so(server: Server) -> None:
     with httpx.stream("GET", f"{server.url}/events", timeout=60) as of_all:
         events = told(of_all)
@@ -90,6 +93,7 @@ def test_failed_and_cancelled_jobs_say_so(server: Server) -> None:
     assert httpx.get(f"{server.url}/jobs/{cancelled}/events").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_hundred_streams_leave_nothing_open(server: Server) -> None:
     process = psutil.Process(server.process.pid)
     with httpx.Client(timeout=60) as client:

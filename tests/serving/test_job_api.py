@@ -125,6 +125,7 @@ def test_metadata_of_others_are_no_settings(exif: bytes) -> None:
         settings_in(a_jpeg(exif))
 
 
+@pytest.mark.slow
 def test_jobs_of_a_server(server: Server) -> None:
     options = httpx.get(f"{server.url}/options").json()
     assert options["defaults"]["num_inference_steps"] == 2 and options["models"] == ["models/demo"]
@@ -143,6 +144,7 @@ def test_jobs_of_a_server(server: Server) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_pages_of_other_sites_can_ask_for_nothing(server: Server) -> None:
     own = {"origin": server.url, "sec-fetch-site": "same-origin"}
     assert httpx.post(f"{server.url}/settings", json={"image": "?"}, headers=own).status_code == 400
@@ -157,6 +159,7 @@ def test_pages_of_other_sites_can_ask_for_nothing(server: Server) -> None:
             assert answer.status_code == 403 and "another site" in answer.text
 
 
+@pytest.mark.slow
 def test_the_same_key_is_the_same_job(server: Server) -> None:
     key = {"Idempotency-Key": "one"}
     answers = [

@@ -1,6 +1,7 @@
 """What Prometheus reads of a server, by its own parser."""
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import Server
@@ -19,6 +20,7 @@ def read(server: Server) -> Samples:
     }
 
 
+@pytest.mark.slow
 def test_what_has_ended_is_counted_once(server: Server) -> None:
     def of(samples: Samples, name: str, **labels: str) -> float:
         return samples.get((name, tuple(sorted(labels.items()))), 0.0)

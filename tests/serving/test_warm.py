@@ -68,6 +68,7 @@ def test_a_warm_server_writes_the_same_files(server: Server, tmp_path: Path) -> 
     assert again.stdout.count("fresh") == 3
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once_and_has_its_code(server: Server, tmp_path: Path) -> None:
     result = run_all(server, tmp_path, "--output_dir=run", "--model_id=absent")
     assert result.returncode != 0 and result.stderr.count("error: ") == 1
