@@ -29,6 +29,8 @@ NOT_RUN = {
     "timbrooks/instruct-pix2pix": "fetches a checkpoint from the network",
     "--topology": "needs the TPU compiler; tests/tpu has it",
     "--distributed": "needs several hosts; tests/sharded has several processes",
+    "--serve": "stays; tests/serving has it",
+    "--remote_vae": "needs a server; tests/serving has one",
     "benchmarks/": "takes long on a machine of its own; tests/benchmarks has small ones",
 }
 README = "README.md"
