@@ -325,6 +325,7 @@ class Ours(Peer):
         from common.sampling.job import DenoisingJob
         from common.sampling.sampler import Sampler
         from common.sampling.scheduler_tables import make_tables
+        from common.sampling.share import Share
 
         denoiser, size = self.denoiser, self.models.size
         config = denoiser.unet.config
@@ -345,7 +346,7 @@ class Ours(Peer):
                 SizeCondition({"time_ids": ids, "negative_time_ids": ids}),
             ),
         )
-        denoiser.start(job, np.arange(batch), make_tables(sampler))
+        denoiser.start(Share(job, np.arange(batch), make_tables(sampler)))
         denoiser.compile()
         with self.clock.running():
             for _ in denoiser.run():  # yields when the devices are done

@@ -41,6 +41,7 @@ def measure(model: str, size: int, way: str) -> float:
     from common.runs.jobs import denoising_job, make_sampler
     from common.sampling.loading import UNetToLoad, load_jax_denoiser
     from common.sampling.scheduler_tables import make_tables
+    from common.sampling.share import Share
 
     jax_start.set_up_jax()
     import jax
@@ -54,7 +55,7 @@ def measure(model: str, size: int, way: str) -> float:
     unet = UNetToLoad(checkpoint=checkpoint, loras=(), dtype="bfloat16")
     devices, options = Devices.described(jax.devices(), 1 << 40), RunOptions(mesh="single")
     denoiser = load_jax_denoiser(unet, [job], options, StageReport(2), devices, {})
-    denoiser.start(job, np.arange(1), make_tables(sampler))
+    denoiser.start(Share(job, np.arange(1), make_tables(sampler)))
     program = denoiser.plan.fullest()
     began = time.perf_counter()
     _ = denoiser.lower(program) if way == "without" else denoiser.lower_stored(program)
