@@ -299,8 +299,9 @@ class Service:
                 future.set_exception(ShuttingDownError(""))
 
     async def _tell_those_who_wait(self) -> None:
-        states = await self._ask(self._queue.states, [*self._waiting])
-        for number in [*self._waiting]:
+        numbers = [*self._waiting]  # others may come while the queue is asked
+        states = await self._ask(self._queue.states, numbers)
+        for number in numbers:
             if (state := states.get(number)) is not None and state not in ENDED:
                 continue
             job = None if state is None else await self._ask(self._queue.get, number)

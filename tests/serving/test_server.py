@@ -86,7 +86,9 @@ def test_requests_that_wait_are_denoised_at_once(server: Server, tmp_path: Path)
     url, found = f"{server.url}/v1/images/generations", dict[int, np.ndarray]()
 
     def ask(body: dict[str, Any]) -> None:
-        answer = httpx.post(url, json=body, timeout=300).raise_for_status().json()
+        response = httpx.post(url, json=body, timeout=300)
+        assert response.status_code == 200, response.text
+        answer = response.json()
         data = base64.b64decode(answer["data"][0]["b64_json"])
         found[body.get("seed", -1)] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
