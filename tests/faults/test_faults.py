@@ -31,6 +31,7 @@ def test_nothing_is_lost_or_half_written() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_job_of_a_server_is_lost() -> None:
     command = [sys.executable, SERVERS, "--kills", "10", "--clients", "6"]
     result = subprocess.run(command, capture_output=True, text=True)
