@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests' own processes compile without LLVM's longer passes, which take a third of their time;
@@ -27,6 +28,7 @@ from filelock import FileLock
 
 from common.files import stage_table
 from common.stopping import STOP_SIGNALS
+from tests.browsers import launched
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 DEMO = PROJECT_DIR / "models" / "demo"
@@ -87,6 +89,12 @@ def quick_stage() -> Iterator[Run]:
 def run_all() -> Run:
     """Run all stages, without the set-up that `run_all.sh` does first."""
     return lambda *arguments, **options: run_script(RUN_ALL, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

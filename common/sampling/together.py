@@ -2,7 +2,7 @@
 
 Each run has a thread and a seat. One thread works at a time, whatever the others wait for, so that
 nothing else has to know of threads; where all runs have come to their denoising, or will not, those
-that the same program serves are denoised by the thread of the first of them.
+that the same program serves are denoised by one of their threads.
 """
 
 import itertools

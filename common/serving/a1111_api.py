@@ -25,11 +25,11 @@ from common.serving.a1111_requests import (
     MOST_NAMED,
     PictureRequest,
     TextRequest,
-    decoded,
     refuse_other_model,
 )
 from common.serving.jobs import Job
 from common.serving.live import Live
+from common.serving.request_pictures import decoded
 from common.serving.service import Service
 
 PREFIX = "/sdapi/v1"

@@ -4,8 +4,6 @@ Its fields with null or with the values that it has by itself are taken; another
 where it would change the picture and nothing here does so.
 """
 
-import base64
-import binascii
 import re
 import secrets
 from typing import Annotated, Any, Literal
@@ -19,6 +17,7 @@ from common.serving.request_pictures import (
     blurred,
     check_mask,
     check_picture,
+    decoded,
     encode,
     filled,
     mask_in,
@@ -229,18 +228,6 @@ class PictureRequest(TextRequest):
         """What an answer repeats of the request: its pictures where that is asked for."""
         without = {} if self.include_init_images else {"init_images": None, "mask": None}
         return super().told() | without
-
-
-def decoded(text: str, field: str) -> bytes:
-    """A picture in base64, alone or as a data URL. Raises `BadSettingError` for what is neither."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise BadSettingError(
-            f"{field}: give pictures as base64 or as data URLs; the server opens no addresses"
-        ) from None
 
 
 def refuse_other_model(name: str | None, models: list[str]) -> None:

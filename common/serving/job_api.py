@@ -1,7 +1,5 @@
 """Jobs by JSON, with the project's own names of settings: what the page asks for."""
 
-import base64
-import binascii
 import io
 import json
 import secrets
@@ -17,7 +15,9 @@ from common.files.input_pictures import UNREADABLE
 from common.files.picture_files import read_texts
 from common.runs.generation import RunSettings, read_run_settings
 from common.sampling.schedulers import SCHEDULERS
+from common.serving.a1111_infotext import parse_infotext
 from common.serving.jobs import Job
+from common.serving.request_pictures import decoded
 from common.serving.service import Service
 
 # The settings that a request may have; the others are the server's, by its flags.
@@ -56,7 +56,7 @@ class JobRequest(BaseModel):
     def pictures(self) -> dict[str, bytes]:
         """Those that came with it."""
         given = {"image": self.image, "mask_image": self.mask_image}
-        return {flag: decode(text, flag) for flag, text in given.items() if text is not None}
+        return {flag: decoded(text, flag) for flag, text in given.items() if text is not None}
 
 
 class PictureRequest(BaseModel):
@@ -71,17 +71,6 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as they are declared."""
     values = read_run_settings(None, settings)
     return {name: getattr(values, name) for name in settings}
-
-
-def decode(text: str, name: str) -> bytes:
-    """The bytes of base64, or of a data URL."""
-    head, comma, body = text.partition(",")
-    if comma and not (head.startswith("data:") and head.endswith(";base64")):
-        raise BadSettingError(f"{name}: give base64, or a data URL with base64")
-    try:
-        return base64.b64decode(body if comma else text, validate=True)
-    except (binascii.Error, ValueError):
-        raise BadSettingError(f"{name}: it is no base64") from None
 
 
 def router_of(service: Service, models: list[str]) -> APIRouter:
@@ -118,7 +107,7 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
     @router.post("/settings")
     async def settings(asked: PictureRequest) -> dict[str, Any]:
         """The settings that a picture's metadata hold, as `POST /jobs` takes them."""
-        return settings_in(decode(asked.image, "image"))
+        return settings_in(decoded(asked.image, "image"))
 
     return router
 
@@ -160,16 +149,14 @@ def _of_record(text: str) -> dict[str, Any]:
 
 
 def _of_web_uis(text: str) -> dict[str, Any]:
-    """`prompt`, `Negative prompt: …`, and a line of `Name: value, …`, as web UIs write it."""
-    *lines, last = text.strip().split("\n")
-    if "Steps:" not in last:
+    """The settings of ours in such a text."""
+    said = parse_infotext(text)
+    if "Steps" not in said:
         return {}
-    said = dict(pair.partition(": ")[::2] for pair in last.split(", "))
-    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     names = {each.web_ui: name for name, each in declarations(RunSettings) if each.web_ui}
-    found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative or None}
+    found: dict[str, Any] = {"prompt": said["Prompt"]}
+    found["negative_prompt"] = said["Negative prompt"] or None
     found |= {names[name]: value for name, value in said.items() if name in names}
     samplers = {row.web_ui: row.name for row in SCHEDULERS.values()}
     found["scheduler"] = samplers.get(said.get("Sampler", ""))
-    width, _, height = said.get("Size", "").partition("x")
-    return found | {"width": width or None, "height": height or None}
+    return found | {"width": said.get("Size-1"), "height": said.get("Size-2")}

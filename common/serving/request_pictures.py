@@ -1,8 +1,10 @@
 """Pictures that come with requests: read within bounds, and turned into what a run takes."""
 
+import base64
+import binascii
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -17,6 +19,22 @@ from common.files.input_pictures import (
 )
 
 WHITE = "#ffffff"  # under what is transparent
+
+
+def decoded(text: str, field: str) -> bytes:
+    """The bytes of base64, alone or in a data URL.
+
+    Raises:
+        BadSettingError: it is neither.
+    """
+    head, comma, body = text.partition(",")
+    is_one = not comma or (head.startswith("data:") and head.endswith(";base64"))
+    with suppress(binascii.Error, ValueError):
+        if is_one:
+            return base64.b64decode(body if comma else text, validate=True)
+    raise BadSettingError(
+        f"{field}: give pictures as base64 or as data URLs; the server opens no addresses"
+    )
 
 
 def check_picture(data: bytes, field: str, most_pixels: int) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from webuiapi.webuiapi import b64_img
 from common.errors import BadSettingError
 from common.files.input_pictures import read_picture
 from common.serving import a1111_requests
-from common.serving.a1111_requests import PictureRequest, TextRequest, decoded, refuse_other_model
+from common.serving.a1111_requests import PictureRequest, TextRequest, refuse_other_model
+from common.serving.request_pictures import decoded
 from tests.refusals import refusal
 
 MOST = 1_000_000

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from common.errors import BadSettingError
-from common.serving.job_api import JobRequest, decode, settings_in
+from common.serving.job_api import JobRequest, settings_in
+from common.serving.request_pictures import decoded
 from tests.conftest import Run
 from tests.refusals import refusal
 from tests.serving.conftest import Server
@@ -37,10 +38,10 @@ def test_what_is_refused(settings: dict[str, Any], said: str) -> None:
 def test_pictures_come_inline() -> None:
     data = base64.b64encode(b"bytes").decode()
     for text in (data, f"data:image/png;base64,{data}"):
-        assert decode(text, "image") == b"bytes"
+        assert decoded(text, "image") == b"bytes"
     for text in ("http://x/y,z", "data:image/png,ab", "?", "/etc/passwd,"):
         with refusal(BadSettingError, "image: "):
-            decode(text, "image")
+            decoded(text, "image")
 
 
 def encoded(*, suffix: str, run_all: Run, folder: Path) -> bytes:

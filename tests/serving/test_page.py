@@ -2,9 +2,7 @@
 
 import base64
 import io
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,12 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from common.serving.page import PAGE, policy_of, router_of
+from tests.browsers import needs_chromium
 from tests.serving.conftest import Server, start_server
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 HOSTILE = "<img src=x onerror=alert(1)> a red star"
 SHOWN = "[...document.querySelectorAll('#gallery img')].filter(i => i.naturalWidth).length"
 PREVIEW = "document.querySelector('.job .seen')?.src || ''"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield launched
-        launched.close()
 
 
 class Tab:

@@ -21,7 +21,7 @@ from common.files import artifacts
 from common.files.artifacts import MADE_BY
 from common.files.stage_table import LATENTS_FILE
 from common.serving.job_queue import WORKERS_FOLDER, JobQueue
-from common.serving.jobs import State
+from common.serving.jobs import Job, State
 from common.serving.server import listening, model_name, refuse_open_address
 from common.serving.stages import Stages
 from tests.conftest import Run
@@ -75,6 +75,15 @@ def test_a_second_server_of_the_same_jobs(server: Server, run_all: Run) -> None:
     expect(result, 5, "another server has the jobs folder")
 
 
+def wait_for_stage_2(queue: JobQueue) -> Job:
+    """A job, once its stage 2 runs."""
+    until = time.monotonic() + 120
+    while not (at_work := [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return at_work[0]
+
+
 @pytest.mark.slow
 def test_requests_that_wait_are_denoised_at_once(server: Server, tmp_path: Path) -> None:
     """Other prompts, seeds, steps and schedulers: each picture as it is alone."""
@@ -97,10 +106,7 @@ def test_requests_that_wait_are_denoised_at_once(server: Server, tmp_path: Path)
     )
     busy.start()
     queue = JobQueue(server.jobs_dir)
-    until = time.monotonic() + 120
-    while not [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for_stage_2(queue)
     threads = [threading.Thread(target=ask, args=(body,)) for body in asked]
     for thread in threads:
         thread.start()
@@ -132,11 +138,7 @@ def test_a_stage_that_is_killed_is_begun_again_and_the_picture_comes(server: Ser
 
     asking, queue = threading.Thread(target=ask), JobQueue(server.jobs_dir)
     asking.start()
-    until = time.monotonic() + 60
-    while not (at_work := [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]):
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    os.kill(int(str(at_work[0].worker).split("-")[1]), signal.SIGKILL)
+    os.kill(int(str(wait_for_stage_2(queue).worker).split("-")[1]), signal.SIGKILL)
     asking.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 10
 
@@ -155,10 +157,7 @@ def test_it_drains_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     queue = JobQueue(first.jobs_dir)
-    until = time.monotonic() + 60
-    while not [job for job in queue.jobs(State.RUNNING) if job.step.stage == 2]:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for_stage_2(queue)
     children = psutil.Process(first.process.pid).children()
     first.process.send_signal(signal.SIGTERM)
     assert first.process.wait(90) == 143

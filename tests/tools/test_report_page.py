@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,13 @@ from PIL import Image
 
 from common.files.artifacts import HEADER_KEY
 from common.runs.sweep import Cell, Sweep, write_sweep
+from tests.browsers import needs_chromium
 from tests.conftest import PROJECT_DIR, Run, run_script
 from tests.refusals import expect
 from tools.report_page import MOST_INSIDE, view_run, write_page
 
 REPORT_PAGE = PROJECT_DIR / "tools" / "report_page.py"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 HOSTILE = """<script>alert('x')</script> "quoted" & <b>bold</b> {{ 7 * 7 }} </title>"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
