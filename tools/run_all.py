@@ -157,6 +157,8 @@ def main(
             raise BadSettingError("--stream is for runs of stages 2 and 3: leave it out")
     if sweep is None:
         found = find_warm(given) if warm == "auto" and not stream else None
+        if found is not None:
+            say(f"by a warm server, whose jobs are in {found.jobs_dir}")
         runs = Turns(
             *(passes, run_dir, given),
             from_stage=from_stage,

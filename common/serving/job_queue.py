@@ -25,6 +25,8 @@ from common.serving.local_disks import refuse_network_file_system
 VERSION = 2  # of the table
 JOBS_FILE = "jobs.sqlite3"
 WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
+# In the environment of such a process: who started it, without whom it is to end.
+STARTED_BY = "STAGED_DIFFUSION_STARTED_BY"
 MOST_ATTEMPTS = 5  # of a job whose stage's process dies at it
 SECONDS_TO_WAIT_FOR_A_WRITER = 30.0
 SECONDS_BETWEEN_LOOKS = 0.01

@@ -14,9 +14,8 @@ from common.errors import StageError, UnfitEnvironmentError
 from common.files.stage_table import FIRST, STAGES, Stage
 from common.messages import say
 from common.runs.in_turn import script_of
-from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, JobQueue
+from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, STARTED_BY, WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job, Step
-from common.serving.worker import STARTED_BY
 from common.stopping import STOP_SIGNALS, heard_signals, holding_signals
 from common.text_files import parse_json, read_text
 from common.whole_files import remove_file

@@ -25,7 +25,7 @@ from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
 from common.sampling.together import Seat, Together
 from common.serving import vae_jobs
-from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, WORKERS_FOLDER, JobQueue
+from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, STARTED_BY, WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job
 from common.serving.live import LiveWriter, has_listeners, remove_live
 from common.serving.preview_fits import PreviewFits
@@ -40,8 +40,6 @@ from common.stopping import (
 )
 from common.whole_files import remove_file, write_text_whole
 
-# The process that started this one, without which it is to end.
-STARTED_BY = "STAGED_DIFFUSION_STARTED_BY"
 SECONDS_BETWEEN_LOOKS_FOR_THE_DEAD = 1.0
 SECONDS_BETWEEN_LOOKS_AT_CANCELS = 0.2
 SECONDS_UNTIL_RARE = 5.0  # without a job, after which it is looked for less often

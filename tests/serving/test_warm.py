@@ -167,3 +167,14 @@ def test_what_somebody_cancels_at_the_server_is_interrupted(tmp_path: Path) -> N
         assert WarmServer(jobs_dir=jobs_dir).run_in_turn(commands, None) == 130
         cancelling.join()
     assert queue.jobs() == []
+
+
+def test_run_all_imports_nothing_that_computes() -> None:
+    """Its stages do; a warm server's picture would be waited for longer than it takes."""
+    program = (
+        "import runpy, sys\n"
+        f"runpy.run_path({str(RUN_ALL)!r})\n"
+        "print({'torch', 'jax', 'transformers', 'diffusers'} & sys.modules.keys())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.serving.job_queue import WORKERS_FOLDER, JobQueue
+from common.serving.job_queue import STARTED_BY, WORKERS_FOLDER, JobQueue
 from common.serving.jobs import State, Step
-from common.serving.worker import STARTED_BY
 from tests.conftest import STAGES, Run
 from tests.refusals import expect
 
