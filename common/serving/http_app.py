@@ -1,11 +1,7 @@
-"""The HTTP server's application: who may ask, how much, and what errors look like."""
+"""The HTTP server's application: its routes, and what of an error is told."""
 
 import asyncio
-import base64
-import binascii
-import hmac
-import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,10 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import StageError, shorten
+from common.errors import StageError
 from common.serving import a1111_api, events, job_api, openai_api, page, vae_api
+from common.serving.guard import Guard, failure
 from common.serving.job_queue import QueueFullError
 from common.serving.jobs import Job, State
 from common.serving.lineage import lineage_of
@@ -28,13 +24,6 @@ from common.serving.service import (
     pictures_of,
     without_paths,
 )
-
-OPEN_TO_ALL = ("/healthz", "/readyz", "/")  # without the key: they tell nothing
-READING = ("GET", "HEAD", "OPTIONS")
-MOST_SAID = 300  # characters of an error
-# By which a browser reaches a server of this machine; another name may be a page's that has turned
-# its own name into this machine's address.
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def make_app(
@@ -72,7 +61,7 @@ def make_app(
     app.include_router(events.router_of(service))
     app.include_router(page.router_of())
     _say_errors(app)
-    app.add_middleware(_Guard, api_key=api_key, most_bytes=service.bounds.body_bytes)
+    app.add_middleware(Guard, bounds=service.bounds, api_key=api_key)
     return app
 
 
@@ -188,87 +177,3 @@ def _say_errors(app: FastAPI) -> None:
     async def of_the_program(request: Request, error: Exception) -> Response:
         said = f"a defect of this program: {type(error).__name__}"
         return failure(500, said, request.url.path)
-
-
-def failure(status: int, sentence: str, path: str) -> JSONResponse:
-    """An error as clients read it: OpenAI's, or those of AUTOMATIC1111's API.
-
-    Only what may pass is to be tried again.
-
-    Args:
-        path: that was asked for.
-    """
-    said = shorten(sentence, MOST_SAID)
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    retry = "true" if status in (429, 503) else "false"
-    content: dict[str, Any] = {
-        "error": {"message": said, "type": kind, "param": None, "code": None}
-    }
-    if path.startswith(a1111_api.PREFIX):
-        content = {"error": kind, "detail": said, "body": "", "errors": said}
-    return JSONResponse(content, status, {"x-should-retry": retry})
-
-
-def key_in(authorization: bytes) -> bytes:
-    """The key that a request has: as a bearer's, or as the password of any user."""
-    scheme, _, given = authorization.partition(b" ")
-    if scheme.lower() == b"bearer":
-        return given
-    if scheme.lower() != b"basic":
-        return b""
-    try:
-        return base64.b64decode(given, validate=True).partition(b":")[2]
-    except binascii.Error:
-        return b""
-
-
-class _Guard:
-    """Refuses requests without the key, and bodies that are too long, before they are read."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, most_bytes: int) -> None:
-        self._app, self._key, self._most = app, api_key, most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers, path = dict(scope["headers"]), scope["path"]
-        wanted = None if self._key is None or path in OPEN_TO_ALL else self._key.encode()
-        given = key_in(headers.get(b"authorization", b""))
-        if wanted is not None and not hmac.compare_digest(given, wanted):
-            said = "give the server's key: Authorization: Bearer KEY"
-            await failure(401, said, path)(scope, receive, send)
-            return
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._key is None and re.sub(r":\d+$", "", host) not in LOCAL_NAMES:
-            said = "without a key the server answers for this machine's own names alone"
-            await failure(400, said, path)(scope, receive, send)
-            return
-        if scope["method"] not in READING and _is_of_another_site(headers, host):
-            await failure(403, "a page of another site asks for this", path)(scope, receive, send)
-            return
-        too_long = failure(413, f"the request's body is longer than {self._most} bytes", path)
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._most:
-            await too_long(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
-                raise HTTPException(413, f"the request's body is longer than {self._most} bytes")
-            return message
-
-        await self._app(scope, counted, send)
-
-
-def _is_of_another_site(headers: Mapping[bytes, bytes], host: str) -> bool:
-    """Whether a browser says that another site's page asks."""
-    site = headers.get(b"sec-fetch-site")
-    if site is not None:  # behind a proxy the host may be another one than the page's
-        return site not in (b"same-origin", b"none")
-    origin = headers.get(b"origin", b"").decode("latin-1")
-    return bool(origin) and origin.partition("://")[2] != host

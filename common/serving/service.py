@@ -41,14 +41,18 @@ _PATH = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)*([^\s/:'\"]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What one request may ask for."""
+    """What a request may ask for, and all of them at once."""
 
     pixels: int = 2048 * 2048  # of a picture
     given_pixels: int = 4096 * 4096  # of one that a request gives
     steps: int = 150
     images: int = 10
     body_bytes: int = 32_000_000
+    body_seconds: float = 300.0  # in which it has to be there
     waiting: int = 1000  # jobs
+    # Of all requests that are being answered.
+    requests: int = 500
+    held_bytes: int = 256_000_000  # of their bodies
 
 
 class ShuttingDownError(UnfitEnvironmentError):

@@ -1,10 +1,14 @@
 """Requests that are made to do harm: each is refused in a sentence, and nothing is left."""
 
+import asyncio
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 import schemathesis
 from fastapi import FastAPI
@@ -31,6 +35,35 @@ def application(folder: Path) -> tuple[FastAPI, Service]:
     """All routes before a queue that takes nothing: what is refused is refused before that."""
     service = Service(folder / "jobs", {}, Bounds(waiting=0, body_bytes=200_000))
     return make_app(service, ["models/demo"], "secret", lambda: True), service
+
+
+@pytest.mark.slow
+def test_ten_thousand_jobs_are_asked_for_at_once(tmp_path: Path) -> None:
+    """As many wait as may, the others are refused in a sentence, and memory stays as it is."""
+    service = Service(tmp_path / "jobs", {}, Bounds())
+    app = make_app(service, ["models/demo"], None, lambda: True)
+    process = psutil.Process()
+
+    async def ask() -> tuple[Counter[int], set[str], int]:
+        statuses, said = Counter[int](), set[str]()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            await client.get("/healthz")
+            before = process.memory_info().rss
+            for first in range(0, 10_000, 100):
+                bodies = [{"prompt": f"star {first + number}"} for number in range(100)]
+                answers = await asyncio.gather(*(client.post("/jobs", json=b) for b in bodies))
+                statuses.update(answer.status_code for answer in answers)
+                said.update(a.json()["error"]["message"] for a in answers if a.is_error)
+            assert len((await client.get("/jobs")).json()) <= 1000
+            assert (await client.get("/metrics")).status_code == 200
+            return statuses, said, process.memory_info().rss - before
+
+    statuses, said, grown = asyncio.run(ask())
+    service.close()
+    assert statuses == {202: 1000, 429: 9000}
+    assert said == {"1000 jobs wait, as many as may: try again later"}
+    assert grown < 100e6
 
 
 @pytest.mark.slow

@@ -1,0 +1,148 @@
+"""Who may ask, and how much at once: before an application, and of a real server's sockets."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+
+from common.serving.http_app import make_app
+from common.serving.service import Bounds, Service
+
+KEY = {"Authorization": "Bearer secret"}
+URL = "/v1/images/generations"
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    service = Service(tmp_path / "jobs", {}, Bounds(body_bytes=2000, waiting=2))
+    app = make_app(service, ["models/demo"], "secret", lambda: False)
+    with TestClient(app, raise_server_exceptions=False) as found:
+        yield found
+    service.close()
+
+
+def test_without_the_key_nothing_is_told(client: TestClient) -> None:
+    wrong = ("Bearer secres", "Bearer ü", "secret", "Basic secret", "Bearer")
+    for headers in ({}, *({"Authorization": each} for each in wrong)):
+        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        answer = client.get("/jobs", headers=encoded)
+        assert answer.status_code == 401 and "server's key" in answer.json()["error"]["message"]
+    for scheme in ("Bearer", "bearer"):
+        assert client.get("/jobs", headers={"Authorization": f"{scheme} secret"}).json() == []
+    assert client.get("/healthz").json() == {"ok": True}
+    assert client.get("/readyz").status_code == 503
+
+
+def test_clients_of_web_uis_have_the_key_as_a_password(client: TestClient) -> None:
+    for user in ("", "anyone"):
+        assert client.get("/sdapi/v1/scripts", auth=(user, "secret")).status_code == 200
+    for headers in ({}, {"Authorization": "Basic ?"}, {"Authorization": "Basic c2VjcmV0"}):
+        assert client.get("/sdapi/v1/scripts", headers=headers).status_code == 401
+    wrong = client.get("/sdapi/v1/scripts", auth=("secret", "secre"))
+    assert wrong.status_code == 401 and "server's key" in wrong.json()["detail"]
+
+
+def test_long_bodies_are_refused(client: TestClient) -> None:
+    body = b'{"prompt": "' + b"a" * 3000 + b'"}'
+    url = "/v1/images/generations"
+    answer = client.post(url, content=body, headers=KEY)
+    assert answer.status_code == 413 and "longer than 2000 bytes" in answer.text
+
+    def in_parts() -> Iterator[bytes]:  # which tell no length before
+        yield from (body[start : start + 500] for start in range(0, len(body), 500))
+
+    answer = client.post(url, content=in_parts(), headers=KEY)
+    assert answer.status_code == 413 and "longer than 2000 bytes" in answer.text
+    odd = client.post(url, content=b"{", headers={**KEY, "content-length": "x"})
+    assert odd.status_code in (400, 413)
+
+
+@contextmanager
+def listening(folder: Path, bounds: Bounds) -> Iterator[str]:
+    """The address of a server whose jobs nobody does."""
+    service = Service(folder / "jobs", {}, bounds)
+    app = make_app(service, ["models/demo"], None, lambda: True)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            service.close()
+
+
+def slow_client(address: str, length: int, sent: bytes = b"{") -> socket.socket:
+    """A connection whose body has begun, and which says that it is longer."""
+    host, port = address.split(":")
+    found = socket.create_connection((host, int(port)), timeout=30)
+    head = f"POST {URL} HTTP/1.1\r\nHost: {address}\r\nContent-Length: {length}\r\n"
+    found.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + sent)
+    return found
+
+
+def test_who_sends_for_too_long_is_told_and_left(tmp_path: Path) -> None:
+    with listening(tmp_path, Bounds(body_seconds=0.5)) as address:
+        clients = [slow_client(address, 2000) for _ in range(100)]
+        until = time.monotonic() + 2  # some go on, a byte at a time
+        while time.monotonic() < until:
+            for client in clients[:10]:
+                try:
+                    client.sendall(b" ")
+                except OSError:  # it has been left
+                    until = 0
+            time.sleep(0.1)
+        assert httpx.get(f"http://{address}/healthz").json() == {"ok": True}
+        for client in clients[10:]:
+            with client.makefile("rb") as file:
+                answer = file.read()  # to its end
+            assert answer.startswith(b"HTTP/1.1 408") and b"did not come within 0.5 s" in answer
+        for client in clients:
+            client.close()
+
+
+def test_bodies_take_no_more_memory_than_is_said(tmp_path: Path) -> None:
+    bounds = Bounds(body_bytes=8_000_000, held_bytes=40_000_000, requests=50)
+    process = psutil.Process()
+    with listening(tmp_path, bounds) as address:
+        httpx.get(f"http://{address}/healthz")
+        before = process.memory_info().rss
+        half = b" " * 4_000_000
+        clients = [slow_client(address, 8_000_000, half) for _ in range(16)]
+        time.sleep(0.5)
+        ended = [client for client in clients if is_answered(client, b"HTTP/1.1 503")]
+        assert 4 <= len(ended) <= 8  # ten are held
+        assert process.memory_info().rss - before < 2.5 * 40e6
+        waiting = [client for client in clients if client not in ended]
+        waiting += [slow_client(address, 3, b"") for _ in range(50 - len(waiting))]
+        time.sleep(0.3)
+        refused = httpx.get(f"http://{address}/healthz")
+        assert refused.status_code == 503 and "50 requests" in refused.json()["error"]["message"]
+        for client in waiting:
+            client.close()
+        until = time.monotonic() + 30
+        while httpx.get(f"http://{address}/healthz").status_code != 200:
+            assert time.monotonic() < until
+        body = b'{"prompt": 3' + half  # what they held is free again
+        for _ in range(20):
+            answer = httpx.post(f"http://{address}{URL}", content=body, timeout=30)
+            assert answer.status_code == 400
+
+
+def is_answered(client: socket.socket, with_: bytes) -> bool:
+    """Whether an answer is there."""
+    client.settimeout(0.05)
+    try:
+        return client.recv(len(with_)) == with_
+    except TimeoutError:
+        return False
