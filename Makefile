@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 \
     --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup test test-slow test-all parity faults faults-rows faults-serving lists fuzz bench check format clean
+.PHONY: setup test test-slow test-all parity faults faults-rows faults-serving soak lists fuzz bench check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -43,6 +43,10 @@ lists: setup
 # A hundred kills of a server and its stages under load; takes some 40 minutes on two cores.
 faults-serving: setup
 	$(PYTHON_BIN) tests/faults/kill_servers.py --kills 100
+
+# Twenty minutes of all that a server takes: memory and compiled programs stay as they are.
+soak: setup
+	$(PYTHON_BIN) tests/faults/soak_server.py --minutes 20
 
 # Twenty thousand damaged and hostile files, two hundred whole processes; some 20 minutes.
 fuzz: setup

@@ -78,9 +78,11 @@ class Together:
                 self._changed.wait()
                 continue
             group = [each for each in self._waiting if each.program == own.program]
-            _denoise(group)
-            self._waiting = [each for each in self._waiting if each not in group]
-            self._changed.notify_all()
+            try:
+                _denoise(group)
+            finally:  # whatever ends this run, the others go on
+                self._waiting = [each for each in self._waiting if each not in group]
+                self._changed.notify_all()
         return own.found
 
 
@@ -167,8 +169,9 @@ def _denoise(group: list[_Waiting]) -> None:
         warn(f"{len(group)} runs are denoised one by one ({in_one_line(error)})")
         for each in group:
             each.found = None
-    for each in group:
-        each.is_over = True
+    finally:
+        for each in group:
+            each.is_over = True
 
 
 def _denoise_as_one(group: list[_Waiting]) -> None:

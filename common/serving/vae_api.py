@@ -9,7 +9,6 @@ https://huggingface.co/docs/diffusers/hybrid_inference/overview; the client is d
 import asyncio
 import io
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from common.declared import Dtype
-from common.errors import BadInputFileError, BadSettingError, NotFiniteError, UnfitEnvironmentError
-from common.files.input_pictures import picture_size, read_picture
+from common.errors import BadSettingError, NotFiniteError, UnfitEnvironmentError
 from common.files.picture_files import LOSSY_QUALITY
 from common.serving.jobs import Job, State, Step
+from common.serving.request_pictures import pixels_of
 from common.serving.service import JobFailedError, Service, without_paths
 from common.serving.vae_jobs import Answer, VaeRequest, read_answer, write_request
 from common.vae.hybrid_format import (
@@ -43,7 +42,6 @@ from common.vae.hybrid_format import (
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg"}
 TENSORS = "tensor/binary"
 SECONDS_BETWEEN_LOOKS = 0.2  # for a client that has gone
-WHITE = "#ffffff"  # under transparent pictures
 
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Shift = Annotated[float, Field(allow_inf_nan=False)]
@@ -177,19 +175,8 @@ def _picture(service: Service, body: bytes, _: _VaeQuery) -> np.ndarray:
     Raises:
         BadSettingError: it is none, or too large.
     """
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(body)
-        file.flush()
-        try:
-            height, width = picture_size(file.name, "image")
-            if (pixels := height * width) > service.bounds.pixels:
-                raise BadSettingError(
-                    f"{pixels} pixels are more than the {service.bounds.pixels} that are allowed"
-                )
-            return read_picture(file.name, WHITE).transpose(2, 0, 1)[None]
-        except BadInputFileError as error:
-            said = str(error).replace(f"--image {file.name}", "the body")
-            raise BadSettingError(said) from None
+    pixels = pixels_of(body, "the body", service.bounds.pixels)
+    return pixels.transpose(2, 0, 1)[None]
 
 
 async def _compute(

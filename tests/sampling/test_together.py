@@ -97,3 +97,22 @@ def test_what_fails_at_once_is_left_to_each(
     assert found == [None, None]
     said = capsys.readouterr().err
     assert "2 runs are denoised one by one" in said and "out of memory" in said
+
+
+def test_what_ends_one_of_them_leaves_the_others(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That thread ends, and the other one's images are for it to denoise."""
+    ended = list[object]()
+
+    class EndedError(BaseException):
+        pass
+
+    def end(group: object) -> None:
+        ended.append(group)
+        raise EndedError
+
+    monkeypatch.setattr(together, "_denoise_as_one", end)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # its end is meant
+    found, _ = at_once(checkpoint, make_job(seed=1), make_job(seed=2))
+    assert found == [None, None] and len(ended) == 1

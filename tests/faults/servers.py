@@ -1,0 +1,72 @@
+"""A server that programs load, kill and watch."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+
+RUN_ALL = Path(__file__).resolve().parent.parent.parent / "tools" / "run_all.py"
+OF_ALL = ("--height=64", "--width=64", "--mesh=single")
+TIMEOUT = 900.0  # seconds; a busy machine is no fault
+
+
+class Server:
+    """A server of one jobs folder at one address, which may be killed and is begun again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.jobs_dir, self._said = folder / "jobs", folder / "server.log"
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        """Begin it, and wait until all of its stages are open."""
+        command = [sys.executable, RUN_ALL, "--serve", f"--port={self.port}", *OF_ALL]
+        with self._said.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, f"--output_dir={self.jobs_dir}"], stdout=log, stderr=log
+            )
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait until all of its stages are open."""
+        until = time.monotonic() + TIMEOUT
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended: {self._said.read_text()[-2000:]}")
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError("the server does not get ready")
+
+    def kill(self, target: str) -> None:
+        """Kill a part of it, and see that all of it comes back."""
+        stages = psutil.Process(self.process.pid).children()
+        groups = [child for child in stages if "--serve=1" in child.cmdline()]
+        others = [child for child in stages if child not in groups]
+        chosen = {"stage 1": groups, "stages on devices": others, "all": stages}.get(target, [])
+        for child in chosen:
+            child.kill()
+        if target in ("server", "all"):
+            self.process.kill()
+            self.process.wait()
+            self.start()
+        else:
+            psutil.wait_procs(chosen)
+            time.sleep(0.5)  # the server sees it
+            self.wait_until_ready()
+
+    def stop(self) -> None:
+        """End it as a supervisor does."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(TIMEOUT)
+        if code != 143:
+            raise RuntimeError(f"the server ended with {code}")
