@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import UnfitEnvironmentError
 from common.serving.jobs import ENDED, Caller, Job, Likeness, State, Step, job_of
-from common.serving.local_disks import refuse_network_file_system
+from common.serving.local_disks import make_own_file, refuse_network_file_system
 
 VERSION = 2  # of the table
 JOBS_FILE = "jobs.sqlite3"
@@ -82,7 +82,7 @@ class JobQueue:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / WORKERS_FOLDER).mkdir(exist_ok=True)
             refuse_network_file_system(folder)
-            os.close(os.open(folder / JOBS_FILE, os.O_CREAT | os.O_RDWR, 0o600))  # it has prompts
+            make_own_file(folder / JOBS_FILE)  # it has prompts
             self._connection = sqlite3.connect(
                 folder / JOBS_FILE, timeout=SECONDS_TO_WAIT_FOR_A_WRITER, isolation_level=None
             )

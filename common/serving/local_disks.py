@@ -1,5 +1,7 @@
 """Folders whose locks of files have to hold: on a disk of this machine."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,3 +29,13 @@ def refuse_network_file_system(folder: Path) -> None:
             f"the jobs folder {folder} is on a network file system ({mount.fstype}), where SQLite "
             "cannot lock its file: choose a folder on a disk of this machine"
         )
+
+
+def make_own_file(path: Path) -> None:
+    """Make an empty file for its owner alone, where there is none.
+
+    One that is there is not opened: with any file that a process closes go all locks that it has
+    there (POSIX), those of a database's transaction in another thread as well.
+    """
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))

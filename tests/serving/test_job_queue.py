@@ -4,7 +4,10 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +264,21 @@ def test_folders_that_are_of_no_use(tmp_path: Path) -> None:
         other.execute("PRAGMA user_version = 1")
     with refusal(UnfitEnvironmentError, "is of another version of this program: choose another"):
         JobQueue(tmp_path / "other")
+
+
+def test_a_second_queue_of_a_process_takes_no_locks_from_the_first(queue: JobQueue) -> None:
+    """A process that closes a file loses its locks there, which SQLite's transactions have."""
+    with queue._change():
+        opening = threading.Thread(target=lambda: JobQueue(queue.folder).close())
+        opening.start()
+        time.sleep(0.5)  # it waits for this transaction by now
+        program = (
+            "import sqlite3, sys\n"
+            "other = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+            "other.execute('BEGIN IMMEDIATE')\n"
+        )
+        path = queue.folder / job_queue.JOBS_FILE
+        result = subprocess.run([sys.executable, "-c", program, path], capture_output=True)
+        assert b"database is locked" in result.stderr
+    opening.join(60)
+    assert not opening.is_alive()
