@@ -121,6 +121,7 @@ def test_report_overhead() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_many_pictures() -> None:
     """`make lists` makes ten thousand."""
     small = ["--pictures", "300", "--beside", "60"]

@@ -35,7 +35,7 @@ def start(run_dir: Path, seed: int, *flags: str) -> "subprocess.Popen[str]":
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     """One of them ends at once, or waits; what is there at the end is of one run alone."""
     run_dir = tmp_path / "run"
-    both = [start(run_dir, 1), start(run_dir, 2)]
+    both = [start(run_dir, seed, "--to_stage", "1") for seed in (1, 2)]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 5], said
     assert f"{run_dir} is in use by run_all.py" in "".join(said)

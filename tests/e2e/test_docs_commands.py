@@ -163,13 +163,8 @@ def test_commands_run_as_written(name: str, tree_of_a_reader: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == README else pytest.param(name, marks=pytest.mark.long)
-        for name in pages_with(slow=True)
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", pages_with(slow=True))
 def test_slow_commands_run_as_written(name: str, tree_of_a_reader: Path) -> None:
     """On the run that the README makes, and with the others of their page."""
     first = [] if name == README else [TO_RUN[README][0]]

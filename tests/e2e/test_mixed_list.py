@@ -81,6 +81,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, stage: Run) -> Path:
     return folder / "mixed"
 
 
+@pytest.mark.long
 def test_each_row_is_that_of_a_run_of_it_alone(mixed: Path, quick_stage: Run) -> None:
     made = {name: rows_of(mixed, name) for name in (EMBEDDINGS_FILE, LATENTS_FILE)}
     pictures = pictures_of(mixed)

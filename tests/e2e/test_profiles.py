@@ -84,6 +84,7 @@ def test_stage_2_traces_the_steps_that_were_asked_for(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stage_3_and_stage_1_trace_their_modules(
     run_copy: Path, stage: Run, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def pixels(folder: Path, place: int) -> bytes:
         return image.tobytes()
 
 
+@pytest.mark.slow
 def test_what_is_new_or_changed_is_made(tmp_path: Path, quick_stage: Run) -> None:
     run, fresh = tmp_path / "run", tmp_path / "fresh"
     make(quick_stage, run, FIRST)

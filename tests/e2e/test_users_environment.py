@@ -62,6 +62,7 @@ def test_a_path_in_the_home_folder(tmp_path: Path, stage: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_compile_cache_damaged_elsewhere_and_not_there(
     run_copy: Path, tmp_path: Path, stage: Run
 ) -> None:
@@ -95,7 +96,7 @@ def test_the_compile_cache_damaged_elsewhere_and_not_there(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=LONG) for n in (signal.SIGINT, signal.SIGHUP))],
+    [pytest.param(n, marks=LONG) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
 )
 def test_a_signal_to_run_all_alone_reaches_its_stage(
     tmp_path: Path, run_all: Run, number: signal.Signals

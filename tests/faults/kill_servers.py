@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,12 +65,14 @@ class Load:
             }
 
     def _ask(self) -> None:
+        with httpx.Client(base_url=self.url) as client:
+            self._ask_by(client)
+
+    def _ask_by(self, client: httpx.Client) -> None:
         while not self._ends.is_set():
             body = self._next()
             key = {"Idempotency-Key": f"picture {body['settings']['seed']}"}
-            answer = self._until_answered(
-                lambda body=body, key=key: httpx.post(f"{self.url}/jobs", json=body, headers=key)
-            )
+            answer = self._until_answered(client, "POST", "/jobs", json=body, headers=key)
             if answer.status_code != 202:
                 self.failures.append(f"{answer.status_code}: {answer.text[:200]}")
                 return
@@ -79,15 +80,17 @@ class Load:
             with self._lock:
                 self.accepted[name] = body
             while True:  # one picture at a time, as people do
-                found = self._until_answered(lambda name=name: httpx.get(f"{self.url}/jobs/{name}"))
+                found = self._until_answered(client, "GET", f"/jobs/{name}")
                 if found.json().get("state") not in (State.WAITING, State.RUNNING):
                     break
                 time.sleep(0.1)
 
-    def _until_answered(self, ask: Callable[[], httpx.Response]) -> httpx.Response:
+    def _until_answered(
+        self, client: httpx.Client, method: str, path: str, **more: Any
+    ) -> httpx.Response:
         while True:
             with suppress(httpx.TransportError):
-                answer = ask()
+                answer = client.request(method, path, **more)
                 if answer.status_code not in (429, 503):
                     return answer
             time.sleep(0.1)

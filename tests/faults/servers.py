@@ -38,13 +38,14 @@ class Server:
     def wait_until_ready(self) -> None:
         """Wait until all of its stages are open."""
         until = time.monotonic() + TIMEOUT
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended: {self._said.read_text()[-2000:]}")
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
-                    return
-            time.sleep(0.1)
+        with httpx.Client(base_url=self.url) as client:
+            while time.monotonic() < until:
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the server ended: {self._said.read_text()[-2000:]}")
+                with suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        return
+                time.sleep(0.1)
         raise RuntimeError("the server does not get ready")
 
     def kill(self, target: str) -> None:

@@ -52,6 +52,7 @@ def test_what_is_imported_ahead(
     assert in_turn.libraries_of(given | {"repeat": "3"}) is None
 
 
+@pytest.mark.slow
 def test_only_what_changed_runs_again(run_copy: Path, run_all: Run, tmp_path: Path) -> None:
     base = ["--output_dir", run_copy, "--num_inference_steps", 4, "--num_images_per_prompt", 2]
     before = file_contents(run_copy)

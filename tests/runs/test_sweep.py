@@ -146,6 +146,7 @@ def test_six_cells_run_stage_1_once(run_all: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(
     run_all: Run, tmp_path: Path
 ) -> None:

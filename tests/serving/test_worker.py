@@ -47,6 +47,7 @@ def begin(jobs_dir: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_a_signal_ends_it_and_no_job_is_lost(tmp_path: Path, number: int, code: int) -> None:
     jobs_dir, run_dir = tmp_path / "jobs", tmp_path / "run"
     process = begin(jobs_dir)

@@ -99,6 +99,7 @@ def test_a_size_that_rows_do_not_divide_says_so(
         ("data=2,cfg=2,rows=2", {"batch": 4, "rows": 2}),
     ],
 )
+@pytest.mark.slow
 def test_activations_are_really_split(
     mesh: str, parts: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
