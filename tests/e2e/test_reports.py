@@ -57,11 +57,11 @@ def test_the_parts_sum_to_the_wall_time_cold_and_warm(
         assert warm["seconds"]["compile"] < cold["seconds"]["compile"]
 
 
-def test_repeats_measure_the_steady_state(run_copy: Path, stage: Run) -> None:
+def test_repeats_measure_the_steady_state(run_copy: Path, quick_stage: Run) -> None:
     before = {path.name: path.read_bytes() for path in run_copy.glob("stage*.safetensors")}
     settings = ("--num_inference_steps", 4, "--num_images_per_prompt", 2)
     for number, flags, steps in ((1, settings, None), (2, (), 4), (3, (), None)):
-        result = stage(number, "--output_dir", run_copy, "--repeat", 3, *flags)
+        result = quick_stage(number, "--output_dir", run_copy, "--repeat", 3, *flags)
         assert result.returncode == 0, result.stderr
         assert "3 further run(s): median" in result.stdout
         report = Report.model_validate_json((run_copy / f"stage{number}_report.json").read_text())

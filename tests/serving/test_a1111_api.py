@@ -42,20 +42,20 @@ def pixels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB"))
 
 
-def by_scripts(stage: Run, run_dir: Path, *flags: str) -> list[np.ndarray]:
+def by_scripts(quick_stage: Run, run_dir: Path, *flags: str) -> list[np.ndarray]:
     """The pictures of a run of scripts."""
     folder = ("--output_dir", run_dir)
-    first = stage(1, *folder, "--height=64", "--width=64", "--num_inference_steps=4", *flags)
+    first = quick_stage(1, *folder, "--height=64", "--width=64", "--num_inference_steps=4", *flags)
     assert first.returncode == 0, first.stderr
     numbers = (0, 2, 3) if any(flag.startswith("--image=") for flag in flags) else (2, 3)
     for number in numbers:
-        assert stage(number, *folder, "--mesh=single").returncode == 0
+        assert quick_stage(number, *folder, "--mesh=single").returncode == 0
     return [read_pixels(path) for path in sorted(run_dir.glob("output_image*.png"))]
 
 
 @pytest.mark.slow
 def test_pictures_of_a_prompt_are_those_of_the_scripts(
-    client: Any, tmp_path: Path, stage: Run
+    client: Any, tmp_path: Path, quick_stage: Run
 ) -> None:
     found = client.txt2img(
         prompt="a (red:1.3) star",
@@ -70,7 +70,7 @@ def test_pictures_of_a_prompt_are_those_of_the_scripts(
         **SMALL,
     )
     expected = by_scripts(
-        stage,
+        quick_stage,
         tmp_path / "run",
         *("--prompt=a (red:1.3) star", "--negative_prompt=dark", "--seed=7", "--clip_skip=1"),
         *("--scheduler=dpmpp_2m_karras", "--guidance_scale=5", "--num_images_per_prompt=2"),
@@ -89,7 +89,7 @@ def test_pictures_of_a_prompt_are_those_of_the_scripts(
 
 @pytest.mark.slow
 def test_what_is_white_in_a_mask_is_made_anew_as_by_the_scripts(
-    client: Any, tmp_path: Path, stage: Run
+    client: Any, tmp_path: Path, quick_stage: Run
 ) -> None:
     found = client.img2img(
         images=[Image.fromarray(PICTURE)],
@@ -105,7 +105,7 @@ def test_what_is_white_in_a_mask_is_made_anew_as_by_the_scripts(
     for name, data in (("image", png(PICTURE)), ("mask", png(ANEW))):
         (tmp_path / f"{name}.png").write_bytes(data)
     (expected,) = by_scripts(
-        stage,
+        quick_stage,
         tmp_path / "run",
         *("--prompt=a red star", "--negative_prompt=", "--seed=3", "--scheduler=euler"),
         *("--guidance_scale=7", "--strength=0.9", "--padding_mask_crop=4", "--keep_unmasked"),

@@ -34,7 +34,7 @@ def pixels(encoded: str) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_picture_is_that_of_the_scripts(
-    client: openai.OpenAI, tmp_path: Path, stage: Run
+    client: openai.OpenAI, tmp_path: Path, quick_stage: Run
 ) -> None:
     own = {"seed": 7, "negative_prompt": "dark", "num_inference_steps": 3, "scheduler": "ddim"}
     answer = client.images.generate(
@@ -44,10 +44,10 @@ def test_a_picture_is_that_of_the_scripts(
     found = pixels(answer.data[0].b64_json)
     flags = [f"--{name}={value}" for name, value in own.items()]
     folder = ("--output_dir", tmp_path / "run")
-    first = stage(1, *folder, "--prompt=a red star", "--height=64", "--width=96", *flags)
+    first = quick_stage(1, *folder, "--prompt=a red star", "--height=64", "--width=96", *flags)
     assert first.returncode == 0, first.stderr
     for number in (2, 3):
-        assert stage(number, *folder, "--mesh=single").returncode == 0
+        assert quick_stage(number, *folder, "--mesh=single").returncode == 0
     with Image.open(tmp_path / "run" / "output_image.png") as expected:
         assert np.array_equal(found, np.asarray(expected.convert("RGB")))
 
@@ -68,7 +68,7 @@ OF_EDITS = {"seed": 11, "negative_prompt": "dark", "num_inference_steps": 4}
 @pytest.mark.slow
 @pytest.mark.parametrize("whose", ["mask", "image", "none"])
 def test_an_edit_is_that_of_the_scripts_with_the_inverted_mask(
-    client: openai.OpenAI, tmp_path: Path, stage: Run, whose: str
+    client: openai.OpenAI, tmp_path: Path, quick_stage: Run, whose: str
 ) -> None:
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
     image.write_bytes(png(PICTURE))
@@ -93,10 +93,10 @@ def test_an_edit_is_that_of_the_scripts_with_the_inverted_mask(
         assert np.array_equal(found[ANEW == 0], PICTURE[ANEW == 0])
         assert (found[ANEW > 0] != PICTURE[ANEW > 0]).any(1).mean() > 0.9
     folder = ("--output_dir", tmp_path / "run")
-    first = stage(1, *folder, "--prompt=a red star", *flags)
+    first = quick_stage(1, *folder, "--prompt=a red star", *flags)
     assert first.returncode == 0, first.stderr
     for number in (0, 2, 3):
-        assert stage(number, *folder, "--mesh=single").returncode == 0
+        assert quick_stage(number, *folder, "--mesh=single").returncode == 0
     with Image.open(tmp_path / "run" / "output_image.png") as expected:
         assert np.array_equal(found, np.asarray(expected.convert("RGB")))
 

@@ -23,7 +23,7 @@ def stages() -> Iterator[Stages]:
 
 @pytest.mark.slow
 def test_a_run_is_as_by_the_command_and_the_next_one_is_warm(
-    stages: Stages, tmp_path: Path, stage: Run
+    stages: Stages, tmp_path: Path, quick_stage: Run
 ) -> None:
     first = stages.run(prompt="a red star", output_dir=tmp_path / "first")
     assert first.files == [tmp_path / "first" / "output_image.png"]
@@ -35,10 +35,10 @@ def test_a_run_is_as_by_the_command_and_the_next_one_is_warm(
     assert report.programs is None and report.shapes["latents"] == [2, 4, 8, 8]
     by_script = tmp_path / "by_script"
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
-    result = stage(1, "--output_dir", by_script, *flags, "--prompt=a red star")
+    result = quick_stage(1, "--output_dir", by_script, *flags, "--prompt=a red star")
     assert result.returncode == 0, result.stderr
     for number in (2, 3):
-        result = stage(number, "--output_dir", by_script, "--mesh", "single")
+        result = quick_stage(number, "--output_dir", by_script, "--mesh", "single")
         assert result.returncode == 0, result.stderr
     (ours,), (expected,) = first.files, [by_script / "output_image.png"]
     # This process has other virtual devices, and so other threads for each.

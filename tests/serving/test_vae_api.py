@@ -42,7 +42,7 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, stage: Run) -> Made:
+def made(tmp_path_factory: pytest.TempPathFactory, quick_stage: Run) -> Made:
     folder = tmp_path_factory.mktemp("made")
     picture, run_dir = folder / "picture.png", folder / "run"
     values = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, stage: Run) -> Made:
     settings = ("--height=64", "--width=96", "--num_inference_steps=4", "--strength=1")
     asked = (*settings, "--num_images_per_prompt=2", "--image", picture)
     for number, flags in ((1, asked), *((each, ("--mesh=single",)) for each in (0, 2, 3))):
-        result = stage(number, "--output_dir", run_dir, *flags)
+        result = quick_stage(number, "--output_dir", run_dir, *flags)
         assert result.returncode == 0, result.stderr
     latents = load_file(run_dir / "stage2_latents.safetensors")["latents"]
     files = [run_dir / f"output_image_{number:04d}.png" for number in range(2)]
@@ -191,16 +191,16 @@ def test_nothing_is_left_of_a_request(server: Server, made: Made) -> None:
 
 @pytest.mark.slow
 def test_stages_that_ask_a_server_make_the_same(
-    server: Server, made: Made, stage: Run, tmp_path: Path
+    server: Server, made: Made, quick_stage: Run, tmp_path: Path
 ) -> None:
     elsewhere = ("--remote_vae", server.url)
     to = ("--input_dir", made.run_dir, "--output_dir", tmp_path)
-    assert stage(0, *to, *elsewhere).returncode == 0
+    assert quick_stage(0, *to, *elsewhere).returncode == 0
     name = "stage0_latents.safetensors"
     found, expected = (load_file(folder / name) for folder in (tmp_path, made.run_dir))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[each], expected[each]) for each in expected)
-    assert stage(3, *to, *elsewhere).returncode == 0
+    assert quick_stage(3, *to, *elsewhere).returncode == 0
     for number in range(2):
         path = tmp_path / f"output_image_{number:04d}.png"
         assert np.array_equal(read_pixels(path), made.pixels[number])
@@ -210,21 +210,21 @@ def test_stages_that_ask_a_server_make_the_same(
     report = read_report(tmp_path, 3)
     assert report is not None and (report.backend, report.dtype) == ("remote", "float32")
     assert report.weights_bytes is None and report.programs is None
-    again = stage(3, "--output_dir", made.run_dir, "--skip_fresh", "--remote_vae", NOWHERE)
+    again = quick_stage(3, "--output_dir", made.run_dir, "--skip_fresh", "--remote_vae", NOWHERE)
     assert again.returncode == 0 and "fresh" in again.stdout
 
 
 @pytest.mark.slow
-def test_tiles_are_a_servers_as_well(server: Server, stage: Run, tmp_path: Path) -> None:
+def test_tiles_are_a_servers_as_well(server: Server, quick_stage: Run, tmp_path: Path) -> None:
     """Cut and blended here, and so where the server has other flags."""
     run_dir = tmp_path / "run"
     flags = ("--height=192", "--width=64", "--num_inference_steps=1")
-    assert stage(1, "--output_dir", run_dir, *flags).returncode == 0
-    assert stage(2, "--output_dir", run_dir, "--mesh=single").returncode == 0
+    assert quick_stage(1, "--output_dir", run_dir, *flags).returncode == 0
+    assert quick_stage(2, "--output_dir", run_dir, "--mesh=single").returncode == 0
     pixels = []
     for name, own in (("here", "--mesh=single"), ("there", f"--remote_vae={server.url}")):
         to = ("--input_dir", run_dir, "--output_dir", tmp_path / name)
-        assert stage(3, *to, "--tile", own).returncode == 0
+        assert quick_stage(3, *to, "--tile", own).returncode == 0
         pixels.append(read_pixels(tmp_path / name / "output_image.png"))
     assert np.array_equal(*pixels)
 
@@ -241,13 +241,15 @@ def test_a_run_of_all_stages(server: Server, made: Made, run_all: Run, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_stage_whose_server_is_away(made: Made, stage: Run, tmp_path: Path) -> None:
+def test_a_stage_whose_server_is_away(made: Made, quick_stage: Run, tmp_path: Path) -> None:
     to = ("--input_dir", made.run_dir, "--output_dir", tmp_path)
-    expect(stage(3, *to, "--remote_vae", NOWHERE), 5, f"--remote_vae {NOWHERE} cannot be reached")
+    expect(
+        quick_stage(3, *to, "--remote_vae", NOWHERE), 5, f"--remote_vae {NOWHERE} cannot be reached"
+    )
     assert not [*tmp_path.glob("output_*")]
-    expect(stage(3, *to, "--remote_vae", "ftp://a"), 2, "--remote_vae", "give an address")
+    expect(quick_stage(3, *to, "--remote_vae", "ftp://a"), 2, "--remote_vae", "give an address")
     said = "--profile is for a VAE of this machine"
-    expect(stage(3, *to, "--remote_vae", NOWHERE, "--profile"), 2, said)
+    expect(quick_stage(3, *to, "--remote_vae", NOWHERE, "--profile"), 2, said)
 
 
 # --- without stages ------------------------------------------------------------------------------
