@@ -23,7 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     found = start_server(disk / "jobs")
     yield found
     found.process.terminate()
-    found.process.wait(60)
+    found.process.wait(120)
     subprocess.run(["umount", disk], check=True)
 
 
@@ -40,18 +40,22 @@ def picture(server: Server, prompt: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("left", "said"),  # bytes: too few for a job, a stage, a picture
-    [(0, "is full): free its disk"), (40_000, "make room"), (400_000, "make room")],
+    ("left", "said"),  # bytes: too few for a job, its embeddings, its picture
+    [
+        (0, "is full): free its disk"),
+        (40_000, "stage1_embeddings.safetensors cannot be written (No space"),
+        (300_000, "output_image.png cannot be written (No space"),
+    ],
 )
 def test_a_full_disk_is_said_and_passes(server: Server, left: int, said: str) -> None:
     expected = picture(server, "a red star")
     balloon, free = server.jobs_dir.parent / "others", psutil.disk_usage(str(server.jobs_dir)).free
     balloon.write_bytes(bytes(free - left))
-    answer = ask(server, "a blue ring")
+    answer = ask(server, "a blue ring", size="512x512")
+    balloon.unlink()
     assert answer.status_code == 500, answer.text
     message = answer.json()["error"]["message"]
     assert said in message and str(server.jobs_dir) not in message
-    balloon.unlink()
     assert picture(server, "a red star") == expected
 
 
@@ -61,8 +65,8 @@ def test_memory_that_the_device_has_not_is_said_and_passes(server: Server) -> No
     children = psutil.Process(server.process.pid).children()
     (process,) = (child for child in children if "--serve=1" not in child.cmdline())
     limits, held = process.rlimit(psutil.RLIMIT_AS), process.memory_info().vms
-    process.rlimit(psutil.RLIMIT_AS, (held + 1_000_000_000, limits[1]))
-    answer = ask(server, "a blue ring", size="2048x2048", n=4, num_inference_steps=1)
+    process.rlimit(psutil.RLIMIT_AS, (held + 2_000_000_000, limits[1]))
+    answer = ask(server, "a blue ring", size="1024x1024", n=8, num_inference_steps=1)
     assert answer.status_code == 500, answer.text
     assert "out of memory" in answer.json()["error"]["message"]
     process.rlimit(psutil.RLIMIT_AS, limits)
