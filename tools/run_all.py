@@ -48,7 +48,8 @@ from tools import report_page
 JOBS_FOLDER = ".jobs"  # of a server, where none is named
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 SERVING = "A server"
-OF_SERVERS = {"serve", "host", "port", "api_key", "max_wait_ms"}
+FOLDERS = ("models_dir", "loras_dir", "embeddings_dir")  # of what requests may name
+OF_SERVERS = {"serve", "host", "port", "api_key", "max_wait_ms", *FOLDERS}
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
 
@@ -74,7 +75,7 @@ def main(
     ] = "auto",
     serve: Annotated[bool, flag("serve", " ", SERVING, "Stay, and answer HTTP requests.")] = False,
     host: Annotated[
-        str, flag("host", "NAME", SERVING, "Where it listens; others need a key. [127.0.0.1]")
+        str, flag("host", "NAME", SERVING, "Its address; others need a key. [127.0.0.1]")
     ] = "127.0.0.1",
     port: Annotated[int, flag("port", "N", SERVING, "0: one that is free. [8000]")] = 8000,
     api_key: Annotated[
@@ -83,6 +84,15 @@ def main(
     max_wait_ms: Annotated[
         int, flag("max_wait_ms", "N", SERVING, "For requests to denoise at once. [0]")
     ] = 0,
+    models_dir: Annotated[
+        Path | None, flag("models_dir", "DIR", SERVING, "Checkpoints that requests may name.")
+    ] = None,
+    loras_dir: Annotated[
+        Path | None, flag("loras_dir", "DIR", SERVING, "LoRAs that requests may name.")
+    ] = None,
+    embeddings_dir: Annotated[
+        Path | None, flag("embeddings_dir", "DIR", SERVING, "Textual inversions, likewise.")
+    ] = None,
     hires: Annotated[
         float | None, flag("hires", "X", PASSES, "Again, so many times larger.")
     ] = None,
@@ -144,6 +154,7 @@ def main(
             port=port,
             api_key=api_key,
             max_wait_ms=max_wait_ms,
+            folders={name: context.params[name] for name in FOLDERS},
         )
     for name in OF_SERVERS:
         if was_given(context, name):

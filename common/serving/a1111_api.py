@@ -25,8 +25,8 @@ from common.serving.a1111_requests import (
     MOST_NAMED,
     PictureRequest,
     TextRequest,
-    refuse_other_model,
 )
+from common.serving.catalog import Catalog
 from common.serving.jobs import Job
 from common.serving.live import Live
 from common.serving.request_pictures import decoded
@@ -35,7 +35,7 @@ from common.serving.service import Service
 PREFIX = "/sdapi/v1"
 # Kinds of things that the web UI has and that are not here; clients ask for their lists.
 NONE_HERE = (
-    *("loras", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles", "sd-vae"),
+    *("hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles", "sd-vae"),
     *("upscalers", "latent-upscale-modes"),
 )
 BEGUN = 0.01  # the progress of a job that has not come to its steps
@@ -47,38 +47,42 @@ class PngInfoRequest(BaseModel):
     image: str
 
 
-def router_of(service: Service, models: list[str]) -> APIRouter:
+def router_of(service: Service, catalog: Catalog) -> APIRouter:
     """Its routes.
 
     Args:
-        models: the names of checkpoints that a request may ask for.
+        catalog: what requests may name.
     """
     router = APIRouter(prefix=PREFIX, tags=["AUTOMATIC1111"])
     settings = settings_of_every_run(service.flags)
-    _add_pictures(router, service, models, settings)
+    _add_pictures(router, service, catalog, settings)
     _add_progress(router, service)
-    _add_lists(router, models)
-    _add_options(router, models, settings)
+    _add_lists(router, catalog, settings)
+    _add_options(router, catalog, settings)
     return router
 
 
 def _add_pictures(
-    router: APIRouter, service: Service, models: list[str], settings: RunSettings
+    router: APIRouter, service: Service, catalog: Catalog, settings: RunSettings
 ) -> None:
     """What makes pictures, or reads them."""
 
     async def make(asked: TextRequest, pictures: Mapping[str, bytes]) -> dict[str, Any]:
         """Make a job of a request, wait for it, and tell its pictures."""
-        refuse_other_model(asked.override_settings.sd_model_checkpoint, models)
+        model = asked.override_settings.sd_model_checkpoint
+        words = catalog.embeddings_in(asked.prompt, asked.negative_prompt)
+        named = catalog.flags(model, asked.loras(), words)
         if asked.override_settings.clip_stop == 1 and settings.clip_skip:
             raise BadSettingError("CLIP_stop_at_last_layers 1: this server leaves layers out")
-        job = await service.submit(asked.flags(), pictures=pictures)
+        job = await service.submit(asked.flags() | named, pictures=pictures)
         files = await service.pictures_of(job)
         shown = files if asked.send_images else []
         return {
             "images": await asyncio.to_thread(_encoded, shown),
             "parameters": asked.told(),
-            "info": await asyncio.to_thread(_info_of, job, files, asked, models[0]),
+            "info": await asyncio.to_thread(
+                _info_of, job, files, asked, model or catalog.own_model
+            ),
         }
 
     @router.post("/txt2img")
@@ -129,7 +133,7 @@ def _add_progress(router: APIRouter, service: Service) -> None:
         await cancel()
 
 
-def _add_lists(router: APIRouter, models: list[str]) -> None:
+def _add_lists(router: APIRouter, catalog: Catalog, settings: RunSettings) -> None:
     """What there is."""
 
     @router.get("/samplers")
@@ -149,11 +153,32 @@ def _add_lists(router: APIRouter, models: list[str]) -> None:
     async def sd_models() -> list[dict[str, Any]]:
         """The checkpoints."""
         unknown = dict.fromkeys(("hash", "sha256", "config"))
-        return [{"title": name, "model_name": name, "filename": name, **unknown} for name in models]
+        return [
+            {"title": name, "model_name": name, "filename": name, **unknown}
+            for name in catalog.models()
+        ]
 
     @router.post("/refresh-checkpoints")
     async def refresh_checkpoints() -> None:
-        """Nothing to do: they are those that the server was started with."""
+        """Nothing to do: folders are read anew for each request."""
+
+    @router.post("/refresh-loras")
+    async def refresh_loras() -> None:
+        """Nothing to do: folders are read anew for each request."""
+
+    @router.get("/loras")
+    async def loras() -> list[dict[str, Any]]:
+        """The LoRAs that prompts may call, `<lora:NAME:SCALE>`."""
+        return [
+            {"name": name, "alias": name, "path": name, "metadata": {}} for name in catalog.loras()
+        ]
+
+    @router.get("/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        """The textual inversions that prompts may name."""
+        unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
+        names = [each.token or Path(each.file).stem for each in settings.embeddings]
+        return {"loaded": dict.fromkeys([*names, *catalog.embeddings()], unknown), "skipped": {}}
 
     @router.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
@@ -168,10 +193,10 @@ def _add_lists(router: APIRouter, models: list[str]) -> None:
         router.add_api_route(f"/{name}", none, methods=["GET"])
 
 
-def _add_options(router: APIRouter, models: list[str], settings: RunSettings) -> None:
+def _add_options(router: APIRouter, catalog: Catalog, settings: RunSettings) -> None:
     """What the server was started with."""
     options = {
-        "sd_model_checkpoint": models[0],
+        "sd_model_checkpoint": catalog.own_model,
         "CLIP_stop_at_last_layers": (settings.clip_skip or 0) + 1,
         "samples_format": settings.image_format,
     }
@@ -195,13 +220,6 @@ def _add_options(router: APIRouter, models: list[str], settings: RunSettings) ->
     async def cmd_flags() -> dict[str, bool]:
         """The web UI's own flags that hold here."""
         return {"api": True, "nowebui": True}
-
-    @router.get("/embeddings")
-    async def embeddings() -> dict[str, Any]:
-        """The textual inversions that prompts may name."""
-        unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
-        names = [each.token or Path(each.file).stem for each in settings.embeddings]
-        return {"loaded": dict.fromkeys(names, unknown), "skipped": {}}
 
     @router.get("/memory")
     async def memory() -> dict[str, Any]:

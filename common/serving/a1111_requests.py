@@ -52,6 +52,8 @@ FILL, ORIGINAL = 0, 1  # what a masked part begins with
 # Prompts that change with the steps, [a:b:0.5] and [a|b], and several in one.
 _CHANGING = re.compile(r"(?<!\\)\[[^\[\]]*(?::\s*[\d.]+\s*|\|[^\[\]]*)\]")
 _SEVERAL = re.compile(r"\bAND\b")
+# A LoRA by its name, and how much of it; the web UI takes further numbers, which are refused.
+_CALL = re.compile(r"<lora:(?P<name>[^<>:]+)(?::(?P<scale>-?(?:\d+\.?\d*|\.\d+)))?>")
 
 
 class OverrideSettings(BaseModel):
@@ -114,10 +116,12 @@ class TextRequest(BaseModel):
             raise BadSettingError(f"{said} is no field that is known here: leave it out")
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
-            if calls := calls_of_loras(text):
+            calls = calls_of_loras(text)
+            unread = [each for each in calls if name != "prompt" or not _CALL.fullmatch(each)]
+            if unread:
                 raise BadSettingError(
-                    f"{name}: {shorten(calls[0], MOST_NAMED)} is not supported here: leave it out; "
-                    "the server's own --lora is in every picture"
+                    f"{name}: {shorten(unread[0], MOST_NAMED)} is not supported here: leave it "
+                    "out; a prompt may have <lora:NAME:SCALE>"
                 )
             if found := _CHANGING.search(text) or _SEVERAL.search(text):
                 raise BadSettingError(
@@ -125,8 +129,18 @@ class TextRequest(BaseModel):
                     r"is not supported here: leave it out, or write \[ for a bracket"
                 )
 
+    def loras(self) -> dict[str, float]:
+        """Those that the prompt calls, and how much of each is added."""
+        found = dict[str, float]()
+        for call in calls_of_loras(self.prompt):
+            if (match := _CALL.fullmatch(call)) is not None:
+                found[match["name"]] = found.get(match["name"], 0.0) + float(match["scale"] or 1)
+        return found
+
     def flags(self) -> dict[str, Any]:
         """As `run_all.sh` takes them; each call chooses a seed where none is asked for.
+
+        What is asked for by name is in the prompt and in `override_settings`.
 
         Raises:
             BadSettingError: as `sampler_flags` and `refuse_what_is_not_here`.
@@ -137,7 +151,7 @@ class TextRequest(BaseModel):
         skipped = (options.clip_stop or 1) - 1
         format = options.samples_format
         return {
-            "prompt": [self.prompt],
+            "prompt": [_CALL.sub("", self.prompt)],
             "negative_prompt": self.negative_prompt,
             "prompt_weighting": "a1111",
             "long_prompts": "chunk",
@@ -228,12 +242,3 @@ class PictureRequest(TextRequest):
         """What an answer repeats of the request: its pictures where that is asked for."""
         without = {} if self.include_init_images else {"init_images": None, "mask": None}
         return super().told() | without
-
-
-def refuse_other_model(name: str | None, models: list[str]) -> None:
-    """Raise `BadSettingError` where a checkpoint is asked for that is not served."""
-    if name not in (None, *models):
-        raise BadSettingError(
-            f"sd_model_checkpoint {shorten(str(name), MOST_NAMED)!r} is not here: there is "
-            f"{', '.join(models)}"
-        )

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from common.errors import StageError
 from common.serving import a1111_api, events, job_api, openai_api, page, vae_api
+from common.serving.catalog import Catalog
 from common.serving.guard import Guard, failure
 from common.serving.job_queue import QueueFullError
 from common.serving.jobs import Job, State
@@ -27,12 +28,12 @@ from common.serving.service import (
 
 
 def make_app(
-    service: Service, models: list[str], api_key: str | None, is_ready: Callable[[], bool]
+    service: Service, catalog: Catalog, api_key: str | None, is_ready: Callable[[], bool]
 ) -> FastAPI:
     """The application.
 
     Args:
-        models: the names of checkpoints that a request may ask for.
+        catalog: what requests may name.
         api_key: that requests must have; None: no key.
         is_ready: whether all stages are open.
     """
@@ -53,11 +54,11 @@ def make_app(
         redoc_url=None,
     )
     app.include_router(vae_api.router_of(service))
-    app.include_router(openai_api.router_of(service, models))
-    app.include_router(a1111_api.router_of(service, models))
+    app.include_router(openai_api.router_of(service, catalog))
+    app.include_router(a1111_api.router_of(service, catalog))
     app.include_router(_router_of_health(service, is_ready))
     app.include_router(_router_of_jobs(service))
-    app.include_router(job_api.router_of(service, models))
+    app.include_router(job_api.router_of(service, catalog))
     app.include_router(events.router_of(service))
     app.include_router(page.router_of())
     _say_errors(app)

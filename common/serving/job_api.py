@@ -16,6 +16,7 @@ from common.files.picture_files import read_texts
 from common.runs.generation import RunSettings, read_run_settings
 from common.sampling.schedulers import SCHEDULERS
 from common.serving.a1111_infotext import parse_infotext
+from common.serving.catalog import Catalog, Embeddings, Loras
 from common.serving.jobs import Job
 from common.serving.request_pictures import decoded
 from common.serving.service import Service
@@ -39,6 +40,9 @@ class JobRequest(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
     negative_prompt: Text | None = None
+    model: Text | None = None
+    loras: Loras = {}
+    embeddings: Embeddings = []
     settings: dict[str, Any] = {}
     image: str | None = None  # base64, or a data URL
     mask_image: str | None = None
@@ -73,11 +77,11 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(values, name) for name in settings}
 
 
-def router_of(service: Service, models: list[str]) -> APIRouter:
+def router_of(service: Service, catalog: Catalog) -> APIRouter:
     """Its routes.
 
     Args:
-        models: the names of checkpoints that are served.
+        catalog: what requests may name.
     """
     router = APIRouter(tags=["jobs"])
 
@@ -87,18 +91,20 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
         idempotency_key: Annotated[str | None, Header(max_length=MOST_KEY)] = None,
     ) -> dict[str, Any]:
         """Accept a job; its events tell how it goes. The same key makes no second job."""
-        flags = asked.flags()
+        flags = asked.flags() | catalog.flags(asked.model, asked.loras, asked.embeddings)
         key = None if idempotency_key is None else f"{OF_CLIENTS}{idempotency_key}"
         job = await service.submit(flags, pictures=asked.pictures(), key=key)
         return {"id": job.run_dir.name, "state": job.state, "seed": _seed_of(job)}
 
     @router.get("/options")
     async def options() -> dict[str, Any]:
-        """What a request may have: models, schedulers, defaults, bounds."""
+        """What a request may have: names, schedulers, defaults, bounds."""
         defaults = service.defaults()
         bounds = service.bounds
         return {
-            "models": models,
+            "models": catalog.models(),
+            "loras": catalog.loras(),
+            "embeddings": catalog.embeddings(),
             "schedulers": {row.name: row.web_ui for row in SCHEDULERS.values()},
             "defaults": {name: defaults[name] for name in (*ALLOWED, "negative_prompt")},
             "bounds": {"pixels": bounds.pixels, "steps": bounds.steps, "images": bounds.images},

@@ -25,12 +25,12 @@ from pydantic import (
     model_validator,
 )
 
-from common.errors import BadSettingError, shorten
+from common.errors import BadSettingError
+from common.serving.catalog import Catalog, Embeddings, Loras
 from common.serving.multipart_forms import digest_of, read_form
 from common.serving.request_pictures import to_edit
 from common.serving.service import Service
 
-MOST_NAMED = 60  # characters of what is refused
 FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # its name → ours
 SECONDS_OF_REQUESTS = 900  # in which a client's retry means the request before
 FILES = ("image", "mask")  # of edits
@@ -63,6 +63,8 @@ class PicturesRequest(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     scheduler: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
+    loras: Loras = {}
+    embeddings: Embeddings = []
 
     def flags(self, seed: int) -> dict[str, Any]:
         """As `run_all.sh` takes them.
@@ -115,11 +117,11 @@ class EditRequest(PicturesRequest):
         return {**super().flags(seed), "strength": self.strength}
 
 
-def router_of(service: Service, models: list[str]) -> APIRouter:
+def router_of(service: Service, catalog: Catalog) -> APIRouter:
     """Its routes.
 
     Args:
-        models: the names of checkpoints that a request may ask for.
+        catalog: what requests may name.
     """
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -130,14 +132,12 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
         pictures: Mapping[str, bytes] | None = None,
     ) -> dict[str, Any]:
         """Make a job of a request, wait for it, and tell its pictures."""
-        if asked.model not in (None, *models):
-            name = shorten(asked.model or "", MOST_NAMED)
-            raise BadSettingError(f"model {name!r} is not here: there is {', '.join(models)}")
         # Another request is another picture, unless it says its seed; a retry is the same one.
         is_retry = retry not in (None, "0")
         job = await service.last_of(digest, SECONDS_OF_REQUESTS) if is_retry else None
         if job is None:
             flags = asked.flags(seed=time.time_ns() % 2**32)
+            flags |= catalog.flags(asked.model, asked.loras, asked.embeddings)
             if pictures and "mask_image" in pictures:
                 flags["keep_unmasked"] = True
             job = await service.submit(flags, pictures=pictures, key=f"{digest} {time.time_ns()}")
@@ -148,10 +148,8 @@ def router_of(service: Service, models: list[str]) -> APIRouter:
     @router.get("/models")
     async def list_models() -> dict[str, Any]:
         """The checkpoints."""
-        own = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in models
-        ]
-        return {"object": "list", "data": own}
+        facts = {"object": "model", "created": 0, "owned_by": "local"}
+        return {"object": "list", "data": [{"id": name, **facts} for name in catalog.models()]}
 
     @router.post("/images/generations")
     async def generate(

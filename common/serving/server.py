@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from common.errors import BadSettingError, UnfitEnvironmentError
 from common.messages import say
 from common.runs.generation import read_run_settings
+from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.said import SAID_FOLDER
 from common.serving.service import Bounds, Service
@@ -36,6 +37,7 @@ def serve(
     port: int,
     api_key: str | None,
     max_wait_ms: int = 0,
+    folders: Mapping[str, Path | None] | None = None,
 ) -> int:
     """Serve until a signal to stop comes. Returns its exit code.
 
@@ -43,12 +45,15 @@ def serve(
         flags: of every run, as `run_all.sh` takes them.
         port: 0: one that is free.
         max_wait_ms: for jobs that can be denoised at once.
+        folders: `models_dir` and others of `Catalog`, of what requests may name.
 
     Raises:
         BadSettingError: the address is open to others and there is no key, or it cannot be used.
         UnfitEnvironmentError: another server has the jobs folder, or a stage does not start.
     """
     refuse_open_address(host, api_key)
+    catalog = Catalog(own_model=model_name(flags), **(folders or {}))
+    catalog.check()
     jobs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(jobs_dir / SERVER_LOCK, timeout=1)  # some look whether it is held
     try:
@@ -59,7 +64,7 @@ def serve(
         ) from None
     try:
         with listening(host, port) as listener:
-            return _serve(jobs_dir, flags, listener, api_key, max_wait_ms)
+            return _serve(jobs_dir, flags, listener, api_key, max_wait_ms, catalog)
     finally:
         lock.release()
 
@@ -70,6 +75,7 @@ def _serve(
     listener: socket.socket,
     api_key: str | None,
     max_wait_ms: int,
+    catalog: Catalog,
 ) -> int:
     shutil.rmtree(jobs_dir / SAID_FOLDER, ignore_errors=True)  # of programs that were killed
     began = time.time()
@@ -78,7 +84,7 @@ def _serve(
         arguments.append(f"--batch_size={flags['batch_size']}")
     with StageProcesses(jobs_dir, GROUPS, arguments) as processes, ExitStack() as told:
         service = Service(jobs_dir, flags, Bounds())
-        app = make_app(service, [model_name(flags)], api_key, processes.are_ready)
+        app = make_app(service, catalog, api_key, processes.are_ready)
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -28,6 +28,8 @@ RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
 GIVEN_FOLDER = "given"  # of a run directory: the pictures that came with the request
 SECONDS_BETWEEN_LOOKS = 0.01  # while somebody waits
 MOST_LISTED = 100  # jobs
+# Flags that may be given again: those of every run, and those of a request.
+OF_ALL_AND_ONE = {"lora", "embedding"}
 SECONDS_OF_RETRIES = 30.0  # that a client lets pass at most before it asks again
 # What may be another for each image that one program denoises.
 OF_EACH_IMAGE = {
@@ -118,6 +120,8 @@ class Service:
         if self.ends:
             raise ShuttingDownError("the server is shutting down: try again later")
         given = {**self.flags, **{k: v for k, v in flags.items() if v is not None}}
+        for name in OF_ALL_AND_ONE & given.keys():
+            given[name] = [*self.flags.get(name, ()), *flags.get(name, ())]
         run_dir = self._runs / secrets.token_hex(8)
         try:
             kept, size = await asyncio.to_thread(self._keep_pictures, run_dir, pictures or {})

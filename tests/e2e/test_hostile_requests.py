@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
+from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.service import Bounds, Service
 
@@ -34,14 +35,14 @@ INNER_WORDS = re.compile(r"Traceback|\w+Error\b|/(home|root|tmp|usr)/|site-packa
 def application(folder: Path) -> tuple[FastAPI, Service]:
     """All routes before a queue that takes nothing: what is refused is refused before that."""
     service = Service(folder / "jobs", {}, Bounds(waiting=0, body_bytes=200_000))
-    return make_app(service, ["models/demo"], "secret", lambda: True), service
+    return make_app(service, Catalog(own_model="models/demo"), "secret", lambda: True), service
 
 
 @pytest.mark.slow
 def test_ten_thousand_jobs_are_asked_for_at_once(tmp_path: Path) -> None:
     """As many wait as may, the others are refused in a sentence, and memory stays as it is."""
     service = Service(tmp_path / "jobs", {}, Bounds())
-    app = make_app(service, ["models/demo"], None, lambda: True)
+    app = make_app(service, Catalog(own_model="models/demo"), None, lambda: True)
     process = psutil.Process()
 
     async def ask() -> tuple[Counter[int], set[str], int]:

@@ -19,6 +19,7 @@ from webuiapi import WebUIApi
 
 from common.files.picture_files import read_pixels
 from common.serving.a1111_api import progress_of, router_of
+from common.serving.catalog import Catalog
 from common.serving.job_queue import JobQueue
 from common.serving.jobs import State
 from common.serving.live import Live
@@ -242,7 +243,7 @@ def test_options_are_those_of_the_server(tmp_path: Path) -> None:
     flags = {"clip_skip": 1, "image_format": "webp", "embedding": ["a/b.safetensors:<x>", "c.pt"]}
     service = Service(tmp_path / "jobs", flags)
     app = FastAPI()
-    app.include_router(router_of(service, ["mine"]))
+    app.include_router(router_of(service, Catalog(own_model="mine")))
     with TestClient(app) as client:
         options = client.get("/sdapi/v1/options").json()
         loaded = client.get("/sdapi/v1/embeddings").json()["loaded"]

@@ -14,7 +14,7 @@ from webuiapi.webuiapi import b64_img
 from common.errors import BadSettingError
 from common.files.input_pictures import read_picture
 from common.serving import a1111_requests
-from common.serving.a1111_requests import PictureRequest, TextRequest, refuse_other_model
+from common.serving.a1111_requests import PictureRequest, TextRequest
 from common.serving.request_pictures import decoded
 from tests.refusals import refusal
 
@@ -102,7 +102,8 @@ def test_what_would_change_the_picture_and_is_not_here(field: str, value: object
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("a <lora:x:0.5> star", "prompt: <lora:x:0.5> is not supported"),
+        ("a <lora:x:0.5:1> star", "prompt: <lora:x:0.5:1> is not supported"),
+        ("a <hypernet:x:0.5> star", "prompt: <hypernet:x:0.5> is not supported"),
         ("a [red:blue:0.5] star", "prompt: '[red:blue:0.5]' stands for several prompts"),
         ("a [:blue:3]", "prompt: '[:blue:3]' stands for"),
         ("a [red|blue] star", "prompt: '[red|blue]' stands for"),
@@ -213,9 +214,8 @@ def test_what_an_answer_repeats() -> None:
     assert "hr_scale" not in TextRequest.model_validate({"hr_scale": float("nan")}).told()
 
 
-def test_other_checkpoints() -> None:
-    asked = TextRequest.model_validate({"override_settings": {"sd_model_checkpoint": "other"}})
-    refuse_other_model(asked.override_settings.sd_model_checkpoint, ["other"])
-    refuse_other_model(None, ["mine"])
-    with refusal(BadSettingError, "sd_model_checkpoint 'other' is not here: there is mine"):
-        refuse_other_model(asked.override_settings.sd_model_checkpoint, ["mine"])
+def test_loras_are_called_in_a_prompt() -> None:
+    asked = TextRequest(prompt="a <lora:fine:0.5>star<lora:old one:-.2>, <lora:fine:1> <lora:x>")
+    assert asked.loras() == {"fine": 1.5, "old one": -0.2, "x": 1.0}
+    assert asked.flags()["prompt"] == ["a star,  "]
+    assert TextRequest(prompt="a star").loras() == {}

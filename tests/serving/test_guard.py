@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
+from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.service import Bounds, Service
 
@@ -23,7 +24,7 @@ URL = "/v1/images/generations"
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[TestClient]:
     service = Service(tmp_path / "jobs", {}, Bounds(body_bytes=2000, waiting=2))
-    app = make_app(service, ["models/demo"], "secret", lambda: False)
+    app = make_app(service, Catalog(own_model="models/demo"), "secret", lambda: False)
     with TestClient(app, raise_server_exceptions=False) as found:
         yield found
     service.close()
@@ -69,7 +70,7 @@ def test_long_bodies_are_refused(client: TestClient) -> None:
 def listening(folder: Path, bounds: Bounds) -> Iterator[str]:
     """The address of a server whose jobs nobody does."""
     service = Service(folder / "jobs", {}, bounds)
-    app = make_app(service, ["models/demo"], None, lambda: True)
+    app = make_app(service, Catalog(own_model="models/demo"), None, lambda: True)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.job_queue import JobQueue
 from common.serving.service import Bounds, Service
@@ -16,7 +17,7 @@ KEY = {"Authorization": "Bearer secret"}
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[TestClient]:
     service = Service(tmp_path / "jobs", {}, Bounds(body_bytes=2000, waiting=2))
-    app = make_app(service, ["models/demo"], "secret", lambda: False)
+    app = make_app(service, Catalog(own_model="models/demo"), "secret", lambda: False)
     with TestClient(app, raise_server_exceptions=False) as found:
         yield found
     service.close()
@@ -95,7 +96,7 @@ def test_a_queue_that_is_full_says_when_to_come_again(client: TestClient, tmp_pa
 def test_without_a_key_only_this_machines_names_are_answered(tmp_path: Path) -> None:
     """A page elsewhere can have its own name mean this machine."""
     service = Service(tmp_path / "jobs", {})
-    app = make_app(service, ["models/demo"], None, lambda: True)
+    app = make_app(service, Catalog(own_model="models/demo"), None, lambda: True)
     with TestClient(app) as client:
         for host in ("127.0.0.1:8000", "localhost", "[::1]:80"):
             assert client.get("/jobs", headers={"host": host}).status_code == 200

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from common.files.picture_files import read_picture_record, read_pixels
 from common.files.report import read_report
+from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.job_queue import JobQueue
 from common.serving.service import Bounds, Service
@@ -258,7 +259,7 @@ def test_a_stage_whose_server_is_away(made: Made, quick_stage: Run, tmp_path: Pa
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[TestClient]:
     service = Service(tmp_path / "jobs", {}, Bounds(images=2, pixels=4096, body_bytes=100_000))
-    app = make_app(service, ["models/demo"], None, lambda: True)
+    app = make_app(service, Catalog(own_model="models/demo"), None, lambda: True)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as found:
         yield found
     service.close()
@@ -324,7 +325,7 @@ def test_pictures_are_no_larger_than_may(client: TestClient, tmp_path: Path) -> 
 
 def test_a_request_whose_client_goes_is_cancelled(tmp_path: Path) -> None:
     service = Service(tmp_path / "jobs", {})
-    app = make_app(service, ["models/demo"], None, lambda: True)
+    app = make_app(service, Catalog(own_model="models/demo"), None, lambda: True)
     states: list[str] = []
 
     async def ask() -> None:
