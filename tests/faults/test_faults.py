@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("kill_stages.py")
-SERVERS = Path(__file__).with_name("kill_servers.py")
 
 
 @pytest.mark.slow
@@ -28,12 +27,3 @@ def test_nothing_is_lost_or_half_written() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "3 kills, 2 signals" in result.stdout
     assert ": 0 exceptions" in result.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_no_job_of_a_server_is_lost() -> None:
-    command = [sys.executable, SERVERS, "--kills", "10", "--clients", "6"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "10 of 10" in result.stdout and "FAULT" not in result.stdout
