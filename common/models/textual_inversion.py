@@ -151,7 +151,7 @@ class _Words:
         self.words.append(word)
         # The longer first: another may begin as it does.
         longest = sorted(self.words, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(_bounded, longest)), re.IGNORECASE)
+        self.pattern = re.compile("|".join(map(word_pattern, longest)), re.IGNORECASE)
 
     def convert(self, prompt: Any, tokenizer: Any, weighted: bool = False) -> Any:
         """As diffusers' `maybe_convert_prompt`: for each word the tokens of its vectors."""
@@ -174,7 +174,7 @@ def _taught(pipeline: Any) -> _Words | None:
     return owner if isinstance(owner, _Words) else None
 
 
-def _bounded(word: str) -> str:
+def word_pattern(word: str) -> str:
     """A pattern for a word where it stands alone, not within a longer one (`art-word`, `words`)."""
     before = r"(?<!\w)(?<!\w-)" if re.match(r"\w", word) else ""
     after = r"(?!\w)(?!-\w)" if re.search(r"\w$", word) else ""

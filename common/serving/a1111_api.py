@@ -67,11 +67,17 @@ def _add_pictures(
 ) -> None:
     """What makes pictures, or reads them."""
 
+    own_words = words_of(settings)
+
+    def named_by(asked: TextRequest) -> dict[str, Any]:
+        """What a request names, as flags."""
+        words = catalog.embeddings_in([asked.text(), asked.negative_prompt], own_words)
+        return catalog.flags(asked.override_settings.sd_model_checkpoint, asked.loras(), words)
+
     async def make(asked: TextRequest, pictures: Mapping[str, bytes]) -> dict[str, Any]:
         """Make a job of a request, wait for it, and tell its pictures."""
         model = asked.override_settings.sd_model_checkpoint
-        words = catalog.embeddings_in(asked.prompt, asked.negative_prompt)
-        named = catalog.flags(model, asked.loras(), words)
+        named = await asyncio.to_thread(named_by, asked)
         if asked.override_settings.clip_stop == 1 and settings.clip_skip:
             raise BadSettingError("CLIP_stop_at_last_layers 1: this server leaves layers out")
         job = await service.submit(asked.flags() | named, pictures=pictures)
@@ -155,7 +161,7 @@ def _add_lists(router: APIRouter, catalog: Catalog, settings: RunSettings) -> No
         unknown = dict.fromkeys(("hash", "sha256", "config"))
         return [
             {"title": name, "model_name": name, "filename": name, **unknown}
-            for name in catalog.models()
+            for name in await asyncio.to_thread(catalog.models)
         ]
 
     @router.post("/refresh-checkpoints")
@@ -170,15 +176,16 @@ def _add_lists(router: APIRouter, catalog: Catalog, settings: RunSettings) -> No
     async def loras() -> list[dict[str, Any]]:
         """The LoRAs that prompts may call, `<lora:NAME:SCALE>`."""
         return [
-            {"name": name, "alias": name, "path": name, "metadata": {}} for name in catalog.loras()
+            {"name": name, "alias": name, "path": name, "metadata": {}}
+            for name in await asyncio.to_thread(catalog.loras)
         ]
 
     @router.get("/embeddings")
     async def embeddings() -> dict[str, Any]:
         """The textual inversions that prompts may name."""
         unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
-        names = [each.token or Path(each.file).stem for each in settings.embeddings]
-        return {"loaded": dict.fromkeys([*names, *catalog.embeddings()], unknown), "skipped": {}}
+        names = [*words_of(settings), *await asyncio.to_thread(catalog.embeddings)]
+        return {"loaded": dict.fromkeys(names, unknown), "skipped": {}}
 
     @router.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
@@ -278,6 +285,11 @@ def settings_of_every_run(flags: Mapping[str, Any]) -> RunSettings:
     names = {"clip_skip": "clip_skip", "image_format": "image_format", "embedding": "embeddings"}
     own = {names[flag]: value for flag, value in flags.items() if flag in names}
     return read_run_settings(flags.get("config"), own)
+
+
+def words_of(settings: RunSettings) -> list[str]:
+    """Those that every prompt may have."""
+    return [each.token or Path(each.file).stem for each in settings.embeddings]
 
 
 def _info_of(job: Job, files: Sequence[Path], asked: TextRequest, model: str) -> str:

@@ -129,6 +129,10 @@ class TextRequest(BaseModel):
                     r"is not supported here: leave it out, or write \[ for a bracket"
                 )
 
+    def text(self) -> str:
+        """The prompt without its calls of LoRAs."""
+        return _CALL.sub("", self.prompt)
+
     def loras(self) -> dict[str, float]:
         """Those that the prompt calls, and how much of each is added."""
         found = dict[str, float]()
@@ -151,7 +155,7 @@ class TextRequest(BaseModel):
         skipped = (options.clip_stop or 1) - 1
         format = options.samples_format
         return {
-            "prompt": [_CALL.sub("", self.prompt)],
+            "prompt": [self.text()],
             "negative_prompt": self.negative_prompt,
             "prompt_weighting": "a1111",
             "long_prompts": "chunk",

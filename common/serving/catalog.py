@@ -1,42 +1,48 @@
 """What requests may name: checkpoints, LoRAs and textual inversions in folders of the server's."""
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from common.errors import BadSettingError, shorten
+from common.errors import BadSettingError, UnfitEnvironmentError, listed, shorten
+from common.models.model_settings import ModelSettings
+from common.models.textual_inversion import word_pattern
+from common.runs.generation import RunSettings, read_run_settings
+from common.text_files import parse_json
 
 SUFFIX, INDEX_FILE = ".safetensors", "model_index.json"
+# Flags take FILE:SCALE and FILE:WORD, and lists of names have commas.
+NAME = re.compile(r"[^.:,<>][^:,<>]*")
 MOST_NAMED = 60  # characters of what is refused
-MOST_TOLD = 20  # names
+MOST = 16  # LoRAs, or textual inversions, of a request
 MOST_SCALE = 100.0
 
 
 def _of_forms(value: Any) -> Any:
     """Forms have texts alone: JSON."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value) if isinstance(value, str) else value
     except ValueError:
-        return value
+        return value  # which is refused
 
 
 # Of requests. LoRAs by their names → how much of each is added.
-Loras = Annotated[dict[str, float], Field(max_length=16), BeforeValidator(_of_forms)]
-Embeddings = Annotated[list[str], Field(max_length=64), BeforeValidator(_of_forms)]
+Loras = Annotated[dict[str, float], Field(max_length=MOST), BeforeValidator(_of_forms)]
+Embeddings = Annotated[list[str], Field(max_length=MOST), BeforeValidator(_of_forms)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
     """Names for what lies in folders; they are read anew each time, so that what is new is there.
 
-    A checkpoint is a folder of diffusers' or one file, anything else one file; their names are the
-    files' without `.safetensors`.
+    A checkpoint is a folder of diffusers', anything else a file, which is named without
+    `.safetensors`. Names have no `:`, `,`, `<`, `>` and no dot at their begin; other files are not
+    there. Folders that cannot be read are an `UnfitEnvironmentError`.
     """
 
     own_model: str  # the name of the one that is served where none is named
@@ -44,25 +50,43 @@ class Catalog:
     loras_dir: Path | None = None
     embeddings_dir: Path | None = None
 
-    def check(self) -> None:
-        """Raise `BadSettingError` for a folder that is not there."""
-        for kind in ("models", "loras", "embeddings"):
-            folder = getattr(self, f"{kind}_dir")
+    def check(self, flags: Mapping[str, Any]) -> None:
+        """Raise `BadSettingError` for a folder that is not there, or what does not go with one.
+
+        Args:
+            flags: of every run, as `run_all.sh` takes them.
+        """
+        for name in ("models_dir", "loras_dir", "embeddings_dir"):
+            folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
-                raise BadSettingError(f"--{kind}_dir {folder} is no folder")
+                raise BadSettingError(f"--{name} {folder} is no folder")
+        of_file = read_run_settings(flags.get("config"), {})
+        for name in ModelSettings.model_fields.keys() - {"model_id"}:
+            default = RunSettings.model_fields[name].default
+            if self.models_dir and (name in flags or getattr(of_file, name) != default):
+                raise BadSettingError(
+                    f"--{name} is of one checkpoint, and --models_dir lets requests name others: "
+                    "leave one of both out"
+                )
+        for kind, flag in (("loras", "lora"), ("embeddings", "embedding")):
+            if getattr(self, f"{kind}_dir") and getattr(of_file, kind):
+                raise BadSettingError(
+                    f"--config has {kind}, which those of --{kind}_dir would replace: give them by "
+                    f"--{flag}"
+                )
 
     def models(self) -> list[str]:
         """The checkpoints, the server's own one first."""
-        there = _files(self.models_dir, folders=True)
-        return [self.own_model, *(name for name in there if name != self.own_model)]
+        others = (name for name in self._there("models") if name != self.own_model)
+        return [self.own_model, *others]
 
     def loras(self) -> list[str]:
         """The LoRAs."""
-        return [*_files(self.loras_dir)]
+        return [*self._there("loras")]
 
     def embeddings(self) -> list[str]:
-        """The textual inversions, each with the word that stands for it."""
-        return [*_files(self.embeddings_dir)]
+        """The textual inversions, each by the word that stands for it."""
+        return [*self._there("embeddings")]
 
     def flags(
         self, model: str | None, loras: Mapping[str, float], embeddings: Sequence[str]
@@ -74,61 +98,74 @@ class Catalog:
             loras: name → scale.
 
         Raises:
-            BadSettingError: it is not here, or the scale is out of bounds.
+            BadSettingError: it is not here, too much, or the scale is out of bounds.
         """
         found: dict[str, Any] = {}
         if model not in (None, self.own_model):
-            there = _files(self.models_dir, folders=True)
-            found["model_id"] = str(_find("model", str(model), there, self.models()))
-        files = _files(self.loras_dir)
+            found["model_id"] = str(self._find("models", str(model)))
+        for kind, named in (("LoRAs", loras), ("textual inversions", embeddings)):
+            if len(named) > MOST:
+                raise BadSettingError(f"{len(named)} {kind} are more than {MOST}: name fewer")
         for name, scale in loras.items():
-            path = _find("lora", name, files, [*files])
+            path = self._find("loras", name)
             if not (math.isfinite(scale) and abs(scale) <= MOST_SCALE):
-                said = shorten(name, MOST_NAMED)
-                raise BadSettingError(f"lora {said}: give a scale of at most {MOST_SCALE:g}")
+                said = f"give a scale from {-MOST_SCALE:g} to {MOST_SCALE:g}"
+                raise BadSettingError(f"lora {shorten(name, MOST_NAMED)}: {said}")
             found.setdefault("lora", []).append(f"{path}:{scale}")
-        files = _files(self.embeddings_dir)
         for name in dict.fromkeys(embeddings):
             # By its name here, whatever word its file has.
-            path = _find("embedding", name, files, [*files])
+            path = self._find("embeddings", name)
             found.setdefault("embedding", []).append(f"{path}:{name}")
         return found
 
-    def embeddings_in(self, *prompts: str) -> list[str]:
-        """The textual inversions whose names stand in prompts, as web UIs load them."""
+    def embeddings_in(self, prompts: Sequence[str], known: Sequence[str]) -> list[str]:
+        """The textual inversions whose names stand in prompts, as web UIs load them.
+
+        Args:
+            known: words of the server's own ones.
+        """
+        own = {word.lower() for word in known}
         return [
             name
             for name in self.embeddings()
-            if any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I) for text in prompts)
+            if name.lower() not in own
+            and any(re.search(word_pattern(name), text, re.I) for text in prompts)
         ]
 
+    def _there(self, kind: str) -> dict[str, Path]:
+        """Name → path, in their order."""
+        folder: Path | None = getattr(self, f"{kind}_dir")
+        if folder is None:
+            return {}
+        try:
+            paths = sorted(folder.resolve().iterdir())
+        except OSError as error:
+            said = error.strerror
+            raise UnfitEnvironmentError(f"--{kind}_dir cannot be read ({said})") from None
+        found = {
+            path.name if kind == "models" else path.stem: path
+            for path in paths
+            if (_is_checkpoint(path) if kind == "models" else path.suffix == SUFFIX)
+        }
+        return {name: path for name, path in found.items() if _is_name(name)}
 
-def _files(folder: Path | None, *, folders: bool = False) -> dict[str, Path]:
-    """Name → file of a folder, and checkpoints that are folders."""
-    if folder is None:
-        return {}
-    return dict(_named(folder, folders))
+    def _find(self, kind: str, name: str) -> Path:
+        there = self._there(kind)
+        if name not in there:
+            said = shorten(name, MOST_NAMED)
+            told = self.models() if kind == "models" else [*there]
+            raise BadSettingError(
+                f"{kind.removesuffix('s')} {said!r} is not here: there is {listed(told) or 'none'}"
+            )
+        return there[name]
 
 
-def _named(folder: Path, folders: bool) -> Iterator[tuple[str, Path]]:
+def _is_checkpoint(path: Path) -> bool:
     try:
-        paths = sorted(folder.iterdir())
-    except OSError:
-        raise BadSettingError("the folder of what is asked for is not there any more") from None
-    for path in paths:
-        if path.suffix == SUFFIX and path.is_file():
-            is_twice = folders and (path.with_suffix("") / INDEX_FILE).is_file()
-            yield path.name if is_twice else path.stem, path.resolve()
-        elif folders and (path / INDEX_FILE).is_file():
-            yield path.name, path.resolve()
+        return (path / INDEX_FILE).is_file()
+    except OSError:  # it is not for this user
+        return False
 
 
-def _find(kind: str, name: str, there: Mapping[str, Path], told: Sequence[str]) -> Path:
-    path = there.get(name)
-    if path is None:
-        names = ", ".join(told[:MOST_TOLD]) or "none"
-        raise BadSettingError(
-            f"{kind} {shorten(name, MOST_NAMED)!r} is not here: there is {names}"
-            + (f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else "")
-        )
-    return path
+def _is_name(name: str) -> bool:
+    return name.isprintable() and NAME.fullmatch(name) is not None

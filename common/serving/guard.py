@@ -6,6 +6,7 @@ import binascii
 import hmac
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -18,6 +19,7 @@ from common.serving.service import Bounds
 OPEN_TO_ALL = ("/healthz", "/readyz", "/")  # without the key: they tell nothing
 READING = ("GET", "HEAD", "OPTIONS")
 MOST_SAID = 300  # characters of an error
+REQUESTS_WITHOUT_BODIES = 100  # beyond those that `Bounds` allows
 # By which a browser reaches a server of this machine; another name may be a page's that has turned
 # its own name into this machine's address.
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -61,6 +63,13 @@ class _RefusedError(Exception):
         self.status, self.sentence = status, sentence
 
 
+@dataclass
+class _Held:
+    """Of a request."""
+
+    bytes: int = 0
+
+
 class Guard:
     """Refuses requests without the key, and reads the bodies of others, so that none holds memory
     for as long as it likes: the application gets whole ones.
@@ -74,7 +83,10 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        held, self._requests = [0], self._requests + 1
+        if scope["path"] in OPEN_TO_ALL and scope["method"] in READING and not _has_body(scope):
+            await self._app(scope, receive, send)  # whatever else is asked for at once
+            return
+        held, self._requests = _Held(), self._requests + 1
         try:
             self._refuse(scope)
             body = await self._read(receive, held)
@@ -87,11 +99,11 @@ class Guard:
             await answer(scope, receive, send)
         finally:
             self._requests -= 1
-            self._held -= held[0]
+            self._held -= held.bytes
 
     def _refuse(self, scope: Scope) -> None:
         headers, most = dict(scope["headers"]), self._bounds.body_bytes
-        wanted = None if self._key is None or scope["path"] in OPEN_TO_ALL else self._key.encode()
+        wanted = None if self._key is None else self._key.encode()
         given = key_in(headers.get(b"authorization", b""))
         if wanted is not None and not hmac.compare_digest(given, wanted):
             raise _RefusedError(401, "give the server's key: Authorization: Bearer KEY")
@@ -101,24 +113,26 @@ class Guard:
             raise _RefusedError(400, said)
         if scope["method"] not in READING and _is_of_another_site(headers, host):
             raise _RefusedError(403, "a page of another site asks for this")
-        if self._requests > self._bounds.requests:
+        # Some are left to look and to cancel.
+        others = 0 if _has_body(scope) else REQUESTS_WITHOUT_BODIES
+        if self._requests > self._bounds.requests + others:
             said = f"{self._bounds.requests} requests are being answered: ask again later"
             raise _RefusedError(503, said)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
             raise _RefusedError(413, f"the request's body is longer than {most} bytes")
 
-    async def _read(self, receive: Receive, held: list[int]) -> bytes | None:
+    async def _read(self, receive: Receive, held: "_Held") -> bytes | None:
         """A request's body, or None where its client has gone; how much of it is held is told."""
-        bounds, parts = self._bounds, list[bytes]()
+        bounds, body = self._bounds, bytearray()
         try:
             async with asyncio.timeout(bounds.body_seconds):
                 while (message := await receive())["type"] == "http.request":
                     part = message.get("body", b"")
-                    parts.append(part)
-                    held[0] += len(part)
+                    body += part
+                    held.bytes += len(part)
                     self._held += len(part)
-                    if held[0] > bounds.body_bytes:
+                    if held.bytes > bounds.body_bytes:
                         said = f"the request's body is longer than {bounds.body_bytes} bytes"
                         raise _RefusedError(413, said)
                     if self._held > bounds.held_bytes:
@@ -127,11 +141,17 @@ class Guard:
                         )
                         raise _RefusedError(503, said)
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return bytes(body)
         except TimeoutError:
             said = f"the request's body did not come within {bounds.body_seconds:g} s"
             raise _RefusedError(408, said) from None
         return None
+
+
+def _has_body(scope: Scope) -> bool:
+    """Whether a request says that it has one."""
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
 def _with(body: bytes, receive: Receive) -> Receive:

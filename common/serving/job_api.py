@@ -1,5 +1,6 @@
 """Jobs by JSON, with the project's own names of settings: what the page asks for."""
 
+import asyncio
 import io
 import json
 import secrets
@@ -91,10 +92,15 @@ def router_of(service: Service, catalog: Catalog) -> APIRouter:
         idempotency_key: Annotated[str | None, Header(max_length=MOST_KEY)] = None,
     ) -> dict[str, Any]:
         """Accept a job; its events tell how it goes. The same key makes no second job."""
-        flags = asked.flags() | catalog.flags(asked.model, asked.loras, asked.embeddings)
+        named = (asked.model, asked.loras, asked.embeddings)
+        flags = asked.flags() | await asyncio.to_thread(catalog.flags, *named)
         key = None if idempotency_key is None else f"{OF_CLIENTS}{idempotency_key}"
         job = await service.submit(flags, pictures=asked.pictures(), key=key)
         return {"id": job.run_dir.name, "state": job.state, "seed": _seed_of(job)}
+
+    def names() -> dict[str, list[str]]:
+        own = {"models": catalog.models(), "loras": catalog.loras()}
+        return own | {"embeddings": catalog.embeddings()}
 
     @router.get("/options")
     async def options() -> dict[str, Any]:
@@ -102,9 +108,7 @@ def router_of(service: Service, catalog: Catalog) -> APIRouter:
         defaults = service.defaults()
         bounds = service.bounds
         return {
-            "models": catalog.models(),
-            "loras": catalog.loras(),
-            "embeddings": catalog.embeddings(),
+            **await asyncio.to_thread(names),
             "schedulers": {row.name: row.web_ui for row in SCHEDULERS.values()},
             "defaults": {name: defaults[name] for name in (*ALLOWED, "negative_prompt")},
             "bounds": {"pixels": bounds.pixels, "steps": bounds.steps, "images": bounds.images},

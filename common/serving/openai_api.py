@@ -137,7 +137,8 @@ def router_of(service: Service, catalog: Catalog) -> APIRouter:
         job = await service.last_of(digest, SECONDS_OF_REQUESTS) if is_retry else None
         if job is None:
             flags = asked.flags(seed=time.time_ns() % 2**32)
-            flags |= catalog.flags(asked.model, asked.loras, asked.embeddings)
+            named = (asked.model, asked.loras, asked.embeddings)
+            flags |= await asyncio.to_thread(catalog.flags, *named)
             if pictures and "mask_image" in pictures:
                 flags["keep_unmasked"] = True
             job = await service.submit(flags, pictures=pictures, key=f"{digest} {time.time_ns()}")
@@ -149,7 +150,8 @@ def router_of(service: Service, catalog: Catalog) -> APIRouter:
     async def list_models() -> dict[str, Any]:
         """The checkpoints."""
         facts = {"object": "model", "created": 0, "owned_by": "local"}
-        return {"object": "list", "data": [{"id": name, **facts} for name in catalog.models()]}
+        names = await asyncio.to_thread(catalog.models)
+        return {"object": "list", "data": [{"id": name, **facts} for name in names]}
 
     @router.post("/images/generations")
     async def generate(

@@ -53,7 +53,7 @@ def serve(
     """
     refuse_open_address(host, api_key)
     catalog = Catalog(own_model=model_name(flags), **(folders or {}))
-    catalog.check()
+    catalog.check(flags)
     jobs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(jobs_dir / SERVER_LOCK, timeout=1)  # some look whether it is held
     try:

@@ -20,11 +20,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
-    found = start_server(disk / "jobs")
-    yield found
-    found.process.terminate()
-    found.process.wait(120)
-    subprocess.run(["umount", disk], check=True)
+    try:
+        found = start_server(disk / "jobs")
+        try:
+            yield found
+        finally:
+            found.process.terminate()
+            found.process.wait(120)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def ask(server: Server, prompt: str, **fields: Any) -> httpx.Response:
@@ -51,8 +55,10 @@ def test_a_full_disk_is_said_and_passes(server: Server, left: int, said: str) ->
     expected = picture(server, "a red star")
     balloon, free = server.jobs_dir.parent / "others", psutil.disk_usage(str(server.jobs_dir)).free
     balloon.write_bytes(bytes(free - left))
-    answer = ask(server, "a blue ring", size="512x512")
-    balloon.unlink()
+    try:
+        answer = ask(server, "a blue ring", size="512x512")
+    finally:
+        balloon.unlink()
     assert answer.status_code == 500, answer.text
     message = answer.json()["error"]["message"]
     assert said in message and str(server.jobs_dir) not in message
@@ -66,8 +72,10 @@ def test_memory_that_the_device_has_not_is_said_and_passes(server: Server) -> No
     (process,) = (child for child in children if "--serve=1" not in child.cmdline())
     limits, held = process.rlimit(psutil.RLIMIT_AS), process.memory_info().vms
     process.rlimit(psutil.RLIMIT_AS, (held + 2_000_000_000, limits[1]))
-    answer = ask(server, "a blue ring", size="1024x1024", n=8, num_inference_steps=1)
+    try:
+        answer = ask(server, "a blue ring", size="1024x1024", n=8, num_inference_steps=1)
+    finally:
+        process.rlimit(psutil.RLIMIT_AS, limits)
     assert answer.status_code == 500, answer.text
     assert "out of memory" in answer.json()["error"]["message"]
-    process.rlimit(psutil.RLIMIT_AS, limits)
     assert process.is_running() and picture(server, "a red star") == expected

@@ -172,6 +172,10 @@ def main(
         load.end()
         server.stop()
     faults = list(load.failures)
+    for fault in faults:  # of which figures tell nothing
+        print(f"FAULT: {fault}")
+    if faults:
+        raise typer.Exit(1)
     table = Table("process", "MB at half time", "MB at the end", "apart in the last half")
     for each, seen in held.items():
         apart = spread(seen)

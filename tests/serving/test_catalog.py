@@ -1,5 +1,6 @@
 """What requests may name, as folders have it, and pictures that are made of it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.errors import BadSettingError
+from common.errors import BadSettingError, UnfitEnvironmentError
 from common.files.picture_files import read_pixels
 from common.serving.catalog import Catalog
 from tests.browsers import needs_chromium
@@ -23,12 +24,15 @@ from tests.tiny_checkpoints import save_demo_lora
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    """Two checkpoints, two LoRAs, a textual inversion, and files that are none of these."""
+    """Two checkpoints, two LoRAs, a textual inversion, and what is none of these."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("models", "loras", "embeddings")}
     (folders["models"] / "copy").symlink_to(DEMO.resolve())
     (folders["models"] / "notes").mkdir()
-    (folders["models"] / "copy.safetensors").write_bytes(b"")
-    save_demo_lora(folders["loras"] / "fine.safetensors", size=0.1)
+    (folders["models"] / "one file.safetensors").write_bytes(b"")
+    blob = save_demo_lora(folders["models"] / "blob", size=0.1)
+    (folders["loras"] / "fine.safetensors").symlink_to(blob)  # as hubs' caches have it
+    for name in (".hidden", "a:b", "a,b", "a\nb", "\udcff"):
+        (folders["loras"] / f"{name}.safetensors").write_bytes(b"")
     save_demo_lora(folders["loras"] / "other.v2.safetensors", seed=1, size=0.1)
     (folders["loras"] / "old.pt").write_bytes(b"")
     vectors = {  # one for each of the two text encoders
@@ -40,29 +44,45 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
 
 
 def test_what_lies_in_the_folders(catalog: Catalog) -> None:
-    assert catalog.models() == ["models/demo", "copy", "copy.safetensors"]
+    assert catalog.models() == ["models/demo", "copy"]
     assert catalog.loras() == ["fine", "other.v2"]
     assert catalog.embeddings() == ["glow"]
-    catalog.check()
+    catalog.check({})
     empty = Catalog(own_model="mine")
     assert (empty.models(), empty.loras(), empty.embeddings()) == (["mine"], [], [])
     assert empty.flags(None, {}, []) == empty.flags("mine", {}, []) == {}
     gone = Catalog(own_model="mine", loras_dir=Path("nowhere"))
     with refusal(BadSettingError, "--loras_dir nowhere is no folder"):
-        gone.check()
+        gone.check({})
+    assert gone.flags("mine", {}, []) == {}
+    with refusal(UnfitEnvironmentError, "--loras_dir cannot be read (No such file"):
+        gone.loras()
+
+
+def test_what_does_not_go_with_folders(catalog: Catalog, tmp_path: Path) -> None:
+    with refusal(BadSettingError, "--vae is of one checkpoint", "--models_dir"):
+        catalog.check({"vae": "other"})
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"loras": ["a.safetensors"]}))
+    with refusal(BadSettingError, "--config has loras", "by --lora"):
+        catalog.check({"config": config})
+    config.write_text(json.dumps({"revision": "main"}))
+    with refusal(BadSettingError, "--revision is of one checkpoint"):
+        catalog.check({"config": config})
 
 
 def test_names_become_flags(catalog: Catalog) -> None:
-    assert catalog.loras_dir is not None and catalog.embeddings_dir is not None
+    assert catalog.models_dir and catalog.loras_dir and catalog.embeddings_dir
     found = catalog.flags("copy", {"fine": 0.5, "other.v2": -1}, ["glow", "glow"])
     folder = catalog.loras_dir.resolve()
     assert found == {
-        "model_id": str(DEMO.resolve()),
+        "model_id": str(catalog.models_dir.resolve() / "copy"),
         "lora": [f"{folder / 'fine.safetensors'}:0.5", f"{folder / 'other.v2.safetensors'}:-1"],
         "embedding": [f"{catalog.embeddings_dir.resolve() / 'glow.safetensors'}:glow"],
     }
-    assert catalog.embeddings_in("a (Glow:1.2) star", "") == ["glow"]
-    assert catalog.embeddings_in("a glowing star", "") == []
+    assert catalog.embeddings_in(["a (Glow:1.2) star", ""], []) == ["glow"]
+    assert catalog.embeddings_in(["a glowing star, glow-worm", ""], []) == []
+    assert catalog.embeddings_in(["a glow", ""], ["GLOW"]) == []
 
 
 @pytest.mark.parametrize(
@@ -72,8 +92,10 @@ def test_names_become_flags(catalog: Catalog) -> None:
         (("../copy", {}, []), "model '../copy' is not here"),
         ((None, {"old": 1.0}, []), "lora 'old' is not here: there is fine, other.v2"),
         ((None, {"/etc/passwd": 1.0}, []), "lora '/etc/passwd' is not here"),
-        ((None, {"fine": float("nan")}, []), "lora fine: give a scale of at most 100"),
+        ((None, {"fine": float("nan")}, []), "lora fine: give a scale from -100 to 100"),
         ((None, {}, ["x" * 200]), "is not here: there is glow"),
+        ((None, {}, ["glow"] * 17), "17 textual inversions are more than 16"),
+        ((None, {f"{k}": 1.0 for k in range(17)}, []), "17 LoRAs are more than 16"),
     ],
 )
 def test_what_is_not_there(catalog: Catalog, named: Any, said: str) -> None:
@@ -133,7 +155,8 @@ def test_what_is_named_is_in_the_picture(
 def test_what_there_is_is_told_without_folders(server: Server, catalog: Catalog) -> None:
     asked = ("/options", "/v1/models", "/sdapi/v1/sd-models", "/sdapi/v1/loras")
     answers = [httpx.get(f"{server.url}{path}") for path in (*asked, "/sdapi/v1/embeddings")]
-    assert not any("/tmp" in each.text for each in answers)
+    folders = (catalog.models_dir, catalog.loras_dir, catalog.embeddings_dir)
+    assert not any(str(folder) in each.text for each in answers for folder in folders)
     options, models, checkpoints, loras, embeddings = (each.json() for each in answers)
     assert options["loras"] == [each["name"] for each in loras] == ["fine", "other.v2"]
     assert [*embeddings["loaded"]] == options["embeddings"] == ["glow"]
@@ -143,7 +166,8 @@ def test_what_there_is_is_told_without_folders(server: Server, catalog: Catalog)
     new = save_demo_lora(catalog.loras_dir / "new.safetensors", seed=3)
     assert "new" in httpx.get(f"{server.url}/options").json()["loras"]
     new.unlink()
-    for body in ({"model": "nope"}, {"loras": {"nope": 1}}, {"loras": {"fine": "x"}}):
+    wrong = ({"nope": 1}, {"fine": "x"}, {"fine": None}, "[" * 100_000, '{"fine": 1, "fine": 2}')
+    for body in ({"model": "nope"}, *({"loras": each} for each in wrong)):
         answer = httpx.post(f"{server.url}/jobs", json={"prompt": "a", **body})
         assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
 
@@ -153,7 +177,7 @@ def test_what_there_is_is_told_without_folders(server: Server, catalog: Catalog)
 def test_the_page_names_checkpoints_and_loras(server: Server, browser: Any) -> None:
     tab = Tab(browser, server, viewport={"width": 390, "height": 900})
     page = tab.page
-    tab.until("document.querySelectorAll('#checkpoint option').length === 3")
+    tab.until("document.querySelectorAll('#checkpoint option').length === 2")
     page.fill("#prompt", "by the page")
     page.click("summary")
     page.select_option("#checkpoint", "copy")
