@@ -36,6 +36,7 @@ def rows_of(*command: object) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tracing() -> None:
     (row,) = rows_of(
         *(BENCHMARKS / "tracing.py", "--model", "models/demo", "--size", 64, "--rounds", 1)

@@ -132,6 +132,7 @@ def test_steps_beyond_the_run_are_an_error(run_copy: Path, quick_stage: Run) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_that_cannot_be_written_is_an_error(run_copy: Path, stage: Run) -> None:
     (run_copy / "file").write_text("")
     for number in (1, 2, 3):

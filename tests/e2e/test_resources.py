@@ -107,6 +107,7 @@ def test_many_prompts_take_little_more_memory_than_their_embeddings(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_memory_on_the_device(tmp_path: Path, stage: Run) -> None:
     flags = ("--height", 4096, "--width", 4096, "--num_inference_steps", 1)
     assert stage(1, "--output_dir", tmp_path, *flags).returncode == 0

@@ -40,7 +40,7 @@ STAGE_0 = ("stages/stage0_image_encoder.py", "--batch_size", "1")
 STAGE_1 = ("stages/stage1_text_encoder.py",)
 STAGE_2 = ("stages/stage2_unet.py", "--batch_size", "1", "--checkpoint_every", "1")
 STAGE_3 = ("stages/stage3_vae_decoder.py", "--batch_size", "1")
-RUN_ALL = ("tools/run_all.py", "--batch_size", "1", "--checkpoint_every", "1")
+RUN_ALL = ("tools/run_all.py", "--warm=never", "--batch_size", "1", "--checkpoint_every", "1")
 NEW = ("--prompt", "a small green ring", "--num_inference_steps", "5", "--seed", "9")
 SIZES = ("--num_images_per_prompt", "3")
 OLD = ("--prompt", "a large red star", "--num_inference_steps", "2", "--seed", "1", *SIZES)
@@ -150,7 +150,7 @@ class Faults:
         self.after: dict[str, dict[str, object]] = {}
         self.seconds: dict[str, float] = {}
         if {*names} - {CHANGED, STREAMED}:
-            self._run(("tools/run_all.py", *OLD), self.old)
+            self._run((*RUN_ALL, *OLD), self.old)
             shutil.copytree(self.old, self.new)
             seconds = self._run((*RUN_ALL, *NEW, *SIZES), self.new)
             for name in names:

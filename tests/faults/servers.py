@@ -1,5 +1,6 @@
 """A server that programs load, kill and watch."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -29,9 +30,14 @@ class Server:
     def start(self) -> None:
         """Begin it, and wait until all of its stages are open."""
         command = [sys.executable, RUN_ALL, "--serve", f"--port={self.port}", *OF_ALL]
+        # Of what programs are computed by, so that no other program's run_all.sh takes it.
+        environment = os.environ | {"PJRT_SERVER_OF_A_TEST": str(self.jobs_dir)}
         with self._said.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, f"--output_dir={self.jobs_dir}"], stdout=log, stderr=log
+                [*command, f"--output_dir={self.jobs_dir}"],
+                stdout=log,
+                stderr=log,
+                env=environment,
             )
         self.wait_until_ready()
 

@@ -110,6 +110,7 @@ def test_a_single_file(family: str, sdxl: Path, sd: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_single_file_by_the_stages(sdxl: Path, tmp_path: Path, stage: Run) -> None:
     file = save_original(sdxl, tmp_path / "model.safetensors")
     small = ["--num_inference_steps", 2, "--output_dir"]

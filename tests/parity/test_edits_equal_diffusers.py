@@ -61,6 +61,7 @@ def test_guidance_is_on_or_off_as_a_whole(way: Way, text: float, picture: float)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pixels_on_both_backends_and_eight_devices(way: Way) -> None:
     config = way.config(batch=2, scheduler="ddim")
     expected = np.stack([np.asarray(image) for image in way.by_diffusers(config, "pil")])

@@ -85,6 +85,7 @@ def test_latents_and_pictures_equal_diffusers(
 
 @pytest.mark.parametrize("scheduler", ["euler_a", "heun", "dpmpp_2m_karras", "unipc", "pndm"])
 @pytest.mark.slow
+@pytest.mark.long
 def test_other_schedulers_equal_diffusers(both: tuple[Any, Ours], scheduler: str) -> None:
     pipeline, ours = both
     config = make_config(DEMO, scheduler=scheduler, batch=2, num_inference_steps=8)

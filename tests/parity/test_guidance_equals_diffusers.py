@@ -59,6 +59,7 @@ def run_with_guider(model: Path, guider: ClassifierFreeGuidance, steps: int) -> 
 )
 @pytest.mark.parametrize("steps_per_call", [pytest.param(None, marks=LONG), 4])
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interval_equals_diffusers_guider(
     tiny_sdxl: Path, start: float, end: float, steps_per_call: int | None
 ) -> None:

@@ -201,6 +201,7 @@ def test_a_scheduler_on_the_host_equals_diffusers(way: Way) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_give_what_one_gives(way: Way) -> None:
     """Encoding, denoising and decoding, each on a mesh of its own kind."""
     config = way.config(batch=2, strength=0.6)

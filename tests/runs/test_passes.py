@@ -190,6 +190,7 @@ def test_stages_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_command_makes_two_passes(tmp_path: Path, run_all: Run) -> None:
     """Also where the first begins with two pictures of one prompt, as a config file has it."""
     for name in ("a.png", "b.png"):

@@ -28,6 +28,8 @@ def start_server(jobs_dir: Path, *flags: object) -> Server:
     """Begin one; it answers when this returns, and may not be ready yet."""
     said = jobs_dir.with_suffix(".log")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Of what programs are computed by, so that no other test's run_all.sh takes it for its own.
+    environment["PJRT_SERVER_OF_A_TEST"] = str(jobs_dir)
     with said.open("w") as log:
         process = subprocess.Popen(
             [

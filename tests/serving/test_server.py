@@ -128,6 +128,7 @@ def test_requests_that_wait_are_denoised_at_once(server: Server, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_is_killed_is_begun_again_and_the_picture_comes(server: Server) -> None:
     answers: list[httpx.Response] = []
 

@@ -83,6 +83,7 @@ def test_no_run_directory_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_image_is_made_alone_by_the_commands_that_are_shown(
     tmp_path: Path, stage: Run, quick_stage: Run
 ) -> None:
