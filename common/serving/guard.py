@@ -83,9 +83,6 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] in OPEN_TO_ALL and scope["method"] in READING and not _has_body(scope):
-            await self._app(scope, receive, send)  # whatever else is asked for at once
-            return
         held, self._requests = _Held(), self._requests + 1
         try:
             self._refuse(scope)
@@ -103,7 +100,9 @@ class Guard:
 
     def _refuse(self, scope: Scope) -> None:
         headers, most = dict(scope["headers"]), self._bounds.body_bytes
-        wanted = None if self._key is None else self._key.encode()
+        has_body = _has_body(scope)
+        is_open = scope["path"] in OPEN_TO_ALL and scope["method"] in READING and not has_body
+        wanted = None if self._key is None or is_open else self._key.encode()
         given = key_in(headers.get(b"authorization", b""))
         if wanted is not None and not hmac.compare_digest(given, wanted):
             raise _RefusedError(401, "give the server's key: Authorization: Bearer KEY")
@@ -113,9 +112,9 @@ class Guard:
             raise _RefusedError(400, said)
         if scope["method"] not in READING and _is_of_another_site(headers, host):
             raise _RefusedError(403, "a page of another site asks for this")
-        # Some are left to look and to cancel.
-        others = 0 if _has_body(scope) else REQUESTS_WITHOUT_BODIES
-        if self._requests > self._bounds.requests + others:
+        # Some are left to look and to cancel; what is open is answered whatever else is asked for.
+        others = 0 if has_body else REQUESTS_WITHOUT_BODIES
+        if self._requests > self._bounds.requests + others and not is_open:
             said = f"{self._bounds.requests} requests are being answered: ask again later"
             raise _RefusedError(503, said)
         length = headers.get(b"content-length", b"0")

@@ -99,8 +99,11 @@ def router_of(service: Service, catalog: Catalog) -> APIRouter:
         return {"id": job.run_dir.name, "state": job.state, "seed": _seed_of(job)}
 
     def names() -> dict[str, list[str]]:
-        own = {"models": catalog.models(), "loras": catalog.loras()}
-        return own | {"embeddings": catalog.embeddings()}
+        return {
+            "models": catalog.models(),
+            "loras": catalog.loras(),
+            "embeddings": catalog.embeddings(),
+        }
 
     @router.get("/options")
     async def options() -> dict[str, Any]:

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
+from common.serving.catalog import Catalog
+from common.serving.http_app import make_app
+from common.serving.service import Bounds, Service
 from tests.conftest import RUN_ALL
 
+KEY = {"Authorization": "Bearer secret"}  # of `keyed`
 SMALL = ("--height=64", "--width=64", "--num_inference_steps=2", "--mesh=single")
 
 
@@ -56,3 +61,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield found
     found.process.terminate()
     found.process.wait(60)
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[TestClient]:
+    """A client of an application that wants a key, and whose jobs nobody does."""
+    service = Service(tmp_path / "jobs", {}, Bounds(body_bytes=2000, waiting=2))
+    app = make_app(service, Catalog(own_model="models/demo"), "secret", lambda: False)
+    with TestClient(app, raise_server_exceptions=False) as found:
+        yield found
+    service.close()

@@ -9,63 +9,53 @@ from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
 from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.service import Bounds, Service
+from tests.serving.conftest import KEY
 
-KEY = {"Authorization": "Bearer secret"}
 URL = "/v1/images/generations"
 
 
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[TestClient]:
-    service = Service(tmp_path / "jobs", {}, Bounds(body_bytes=2000, waiting=2))
-    app = make_app(service, Catalog(own_model="models/demo"), "secret", lambda: False)
-    with TestClient(app, raise_server_exceptions=False) as found:
-        yield found
-    service.close()
-
-
-def test_without_the_key_nothing_is_told(client: TestClient) -> None:
+def test_without_the_key_nothing_is_told(keyed: TestClient) -> None:
     wrong = ("Bearer secres", "Bearer ü", "secret", "Basic secret", "Bearer")
     for headers in ({}, *({"Authorization": each} for each in wrong)):
         encoded = {name: value.encode("latin-1") for name, value in headers.items()}
-        answer = client.get("/jobs", headers=encoded)
+        answer = keyed.get("/jobs", headers=encoded)
         assert answer.status_code == 401 and "server's key" in answer.json()["error"]["message"]
     for scheme in ("Bearer", "bearer"):
-        assert client.get("/jobs", headers={"Authorization": f"{scheme} secret"}).json() == []
-    assert client.get("/healthz").json() == {"ok": True}
+        assert keyed.get("/jobs", headers={"Authorization": f"{scheme} secret"}).json() == []
+    assert keyed.get("/healthz").json() == {"ok": True}
     for path in ("/healthz", "/"):  # no body is read of who has no key
-        assert client.post(path, content=b"a").status_code == 401
-        assert client.request("GET", path, content=b"a").status_code == 401
-    assert client.get("/readyz").status_code == 503
+        assert keyed.post(path, content=b"a").status_code == 401
+        assert keyed.request("GET", path, content=b"a").status_code == 401
+    assert keyed.get("/readyz").status_code == 503
 
 
-def test_clients_of_web_uis_have_the_key_as_a_password(client: TestClient) -> None:
+def test_clients_of_web_uis_have_the_key_as_a_password(keyed: TestClient) -> None:
     for user in ("", "anyone"):
-        assert client.get("/sdapi/v1/scripts", auth=(user, "secret")).status_code == 200
+        assert keyed.get("/sdapi/v1/scripts", auth=(user, "secret")).status_code == 200
     for headers in ({}, {"Authorization": "Basic ?"}, {"Authorization": "Basic c2VjcmV0"}):
-        assert client.get("/sdapi/v1/scripts", headers=headers).status_code == 401
-    wrong = client.get("/sdapi/v1/scripts", auth=("secret", "secre"))
+        assert keyed.get("/sdapi/v1/scripts", headers=headers).status_code == 401
+    wrong = keyed.get("/sdapi/v1/scripts", auth=("secret", "secre"))
     assert wrong.status_code == 401 and "server's key" in wrong.json()["detail"]
 
 
-def test_long_bodies_are_refused(client: TestClient) -> None:
+def test_long_bodies_are_refused(keyed: TestClient) -> None:
     body = b'{"prompt": "' + b"a" * 3000 + b'"}'
     url = "/v1/images/generations"
-    answer = client.post(url, content=body, headers=KEY)
+    answer = keyed.post(url, content=body, headers=KEY)
     assert answer.status_code == 413 and "longer than 2000 bytes" in answer.text
 
     def in_parts() -> Iterator[bytes]:  # which tell no length before
         yield from (body[start : start + 500] for start in range(0, len(body), 500))
 
-    answer = client.post(url, content=in_parts(), headers=KEY)
+    answer = keyed.post(url, content=in_parts(), headers=KEY)
     assert answer.status_code == 413 and "longer than 2000 bytes" in answer.text
-    odd = client.post(url, content=b"{", headers={**KEY, "content-length": "x"})
+    odd = keyed.post(url, content=b"{", headers={**KEY, "content-length": "x"})
     assert odd.status_code in (400, 413)
 
 
