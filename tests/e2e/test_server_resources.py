@@ -8,6 +8,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.faults.servers import stages_of
 from tests.serving.conftest import Server, start_server
 
 SIZE = 16_000_000  # bytes of the disk
@@ -68,8 +69,7 @@ def test_a_full_disk_is_said_and_passes(server: Server, left: int, said: str) ->
 @pytest.mark.slow
 def test_memory_that_the_device_has_not_is_said_and_passes(server: Server) -> None:
     expected = picture(server, "a red star")
-    children = psutil.Process(server.process.pid).children()
-    (process,) = (child for child in children if "--serve=1" not in child.cmdline())
+    process = stages_of(server.process)["stages on devices"]
     limits, held = process.rlimit(psutil.RLIMIT_AS), process.memory_info().vms
     process.rlimit(psutil.RLIMIT_AS, (held + 2_000_000_000, limits[1]))
     try:

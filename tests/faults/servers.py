@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -15,6 +16,13 @@ import psutil
 RUN_ALL = Path(__file__).resolve().parent.parent.parent / "tools" / "run_all.py"
 OF_ALL = ("--height=64", "--width=64", "--mesh=single")
 TIMEOUT = 900.0  # seconds; a busy machine is no fault
+
+
+def stages_of(process: "subprocess.Popen[Any]") -> dict[str, psutil.Process]:
+    """The processes of a server's stages that live, by their names here."""
+    found = psutil.Process(process.pid).children()
+    names = ("stage 1" if "--serve=1" in each.cmdline() else "stages on devices" for each in found)
+    return dict(zip(names, found, strict=True))
 
 
 class Server:
@@ -56,10 +64,8 @@ class Server:
 
     def kill(self, target: str) -> None:
         """Kill a part of it, and see that all of it comes back."""
-        stages = psutil.Process(self.process.pid).children()
-        groups = [child for child in stages if "--serve=1" in child.cmdline()]
-        others = [child for child in stages if child not in groups]
-        chosen = {"stage 1": groups, "stages on devices": others, "all": stages}.get(target, [])
+        stages = stages_of(self.process)
+        chosen = [child for name, child in stages.items() if target in (name, "all")]
         for child in chosen:
             child.kill()
         if target in ("server", "all"):

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from common.files.report import Report, read_report
 from common.files.stage_table import STAGES
-from tests.faults.servers import TIMEOUT, Server
+from tests.faults.servers import TIMEOUT, Server, stages_of
 
 SIZES = ((64, 64), (64, 96), (96, 64), (128, 128))  # height, width
 SCHEDULERS = ("euler", "ddim", "euler_a", "dpmpp_2m")
@@ -130,16 +130,6 @@ class Load:
             thread.join(TIMEOUT)
 
 
-def parts(server: Server) -> dict[str, psutil.Process]:
-    """The processes of a server."""
-    whole = psutil.Process(server.process.pid)
-    found = {"server": whole}
-    for child in whole.children():
-        is_first = "--serve=1" in child.cmdline()
-        found["stage 1" if is_first else "stages on devices"] = child
-    return found
-
-
 def spread(seen: list[float]) -> float:
     """How far apart the medians of the windows of the last half are."""
     half = seen[len(seen) // 2 :]
@@ -155,7 +145,8 @@ def main(
     """Load a server, and see what grows."""
     with tempfile.TemporaryDirectory() as name:
         server = Server(Path(name))
-        processes, load = parts(server), Load(server, clients, seed)
+        processes = {"server": psutil.Process(server.process.pid), **stages_of(server.process)}
+        load = Load(server, clients, seed)
         held: dict[str, list[float]] = {each: [] for each in processes}
         began, halfway = time.monotonic(), Counter[tuple[Any, ...]]()
         while (gone := time.monotonic() - began) < minutes * 60 and not load.failures:
@@ -171,11 +162,8 @@ def main(
             time.sleep(SECONDS_BETWEEN_LOOKS)
         load.end()
         server.stop()
-    faults = list(load.failures)
-    for fault in faults:  # of which figures tell nothing
-        print(f"FAULT: {fault}")
-    if faults:
-        raise typer.Exit(1)
+    tell(load.failures)  # before figures, which tell nothing of a part of the time
+    faults = list[str]()
     table = Table("process", "MB at half time", "MB at the end", "apart in the last half")
     for each, seen in held.items():
         apart = spread(seen)
@@ -187,6 +175,11 @@ def main(
     print(f"programs: {len(halfway)} shapes at half time, {len(load.programs)} at the end")
     again = [each for each, count in load.programs.items() if count > 1]
     faults += [f"compiled {load.programs[each]} times: {each}" for each in again]
+    tell(faults)
+
+
+def tell(faults: list[str]) -> None:
+    """Print what is wrong, and end where something is."""
     for fault in faults:
         print(f"FAULT: {fault}")
     if faults:
