@@ -157,6 +157,7 @@ class Report(_Fields):
     peak_device_bytes: int | None = None
     """The most that a device held; null where it does not tell, as on CPUs."""
     weights_bytes: int | None = None
+    """Of those that were read; what the process had already is not counted."""
     host_bytes_while_loading: int | None = None
     """Memory that no file backs, taken while weights moved; on CPUs with the devices' copy."""
     shapes: dict[str, list[int]]

@@ -75,8 +75,7 @@ class Fusion:
             weights: by their names in the model, in the dtype of their file.
         """
         for name, weight in weights:
-            module, _, kind = name.rpartition(".")
-            changes = [each for each in self.changes.get(module, ()) if each.is_of(kind)]
+            changes, kind = self._changes_of(name), name.rpartition(".")[2]
             if not changes:
                 yield name, weight.to(dtype)
                 continue
@@ -89,6 +88,16 @@ class Fusion:
             self.kept += float(((rounded.float() - before.to(dtype).float()) * delta).sum())
             yield name, rounded
         self._say_what_is_kept(dtype)
+
+    def leave(self, weights: dict[str, Any]) -> None:
+        """Take out of a model's weights, by name, those that something is added to."""
+        for name in [*weights]:
+            if self._changes_of(name):
+                del weights[name]
+
+    def _changes_of(self, name: str) -> list["_Change"]:
+        module, _, kind = name.rpartition(".")
+        return [each for each in self.changes.get(module, ()) if each.is_of(kind)]
 
     def _say_what_is_kept(self, dtype: "torch.dtype") -> None:
         if self.changed and self.kept < LEAST_KEPT * self.changed:
@@ -167,30 +176,6 @@ def plan_fusion(
         _say_axes(content, found, shapes)
         _say_the_rest(content, name, unused)
     return fusion
-
-
-def fuse_into_text_encoders(
-    pipeline: Any, checkpoint: Checkpoint, loras: Sequence[LoraFile], dtype: "torch.dtype"
-) -> None:
-    """Add LoRAs to a pipeline's text encoders, whose weights then are in `dtype`.
-
-    Raises:
-        BadInputFileError: a file does not fit, or changes a text encoder that is not there.
-    """
-    for name in text_encoders():
-        encoder: Any = getattr(pipeline, name, None)
-        added = [lora for lora in loras if name in parts_of(lora)]
-        if encoder is None and added:
-            raise BadInputFileError(
-                f"--lora {added[0].file} changes {name}, which this checkpoint does not have: "
-                "choose a LoRA for this family"
-            )
-        if added:
-            weights = ((key, value.detach()) for key, value in encoder.named_parameters())
-            fused = dict(plan_fusion(name, encoder, checkpoint, added).fuse(weights, dtype))
-            encoder.load_state_dict(fused, strict=False, assign=True)
-        if encoder is not None:
-            encoder.to(dtype)
 
 
 def _on_meta(content: LoraContent, module: Module) -> "dict[str, torch.Tensor]":

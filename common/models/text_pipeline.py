@@ -3,27 +3,43 @@
 import inspect
 import json
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from common.declared import EMBEDDINGS
+from common.errors import BadInputFileError
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import COMPONENTS, component, text_encoders
-from common.models.lora import fuse_into_text_encoders, lora_settings
+from common.models.lora import lora_settings, parts_of, plan_fusion
 from common.models.model_settings import LoraFile, TokenFile
 from common.models.textual_inversion import embedding_settings, teach
-from common.models.weight_files import read_weights
-from common.models.weights import find_all_weights, reading
+from common.models.weights import read_model, reading
 
 if TYPE_CHECKING:
     import torch
 
 Loaded = TypeVar("Loaded")
+Shared = TypeVar("Shared")
+# Weights of text encoders: the encoder's name → theirs
+_Weights = dict[str, dict[str, Any]]
 
 
 class KeepsModels(Protocol):
     """What keeps models from one run of a process to the next, as `compute.kept.Kept` does."""
 
-    def model(self, key: Hashable, load: Callable[[], Loaded]) -> Loaded: ...
+    def variant(
+        self,
+        base: Hashable,
+        added: Hashable,
+        share: Callable[[Sequence[Loaded]], Shared],
+        load: Callable[[Shared], Loaded],
+    ) -> Loaded: ...
+
+
+class _Taught(NamedTuple):
+    """A text pipeline, and those of its weights that nothing is added to."""
+
+    pipeline: Any
+    own: _Weights
 
 
 def open_text_pipeline(
@@ -39,28 +55,36 @@ def open_text_pipeline(
         dtype: of the text encoders, such as "float32".
     """
 
-    of_loras = lora_settings(loras, text_encoders())
-
-    def load() -> Any:
+    def load(own: _Weights) -> _Taught:
         import torch
 
-        # What is added to weights is added before they are rounded.
-        read_in = torch.float32 if of_loras else getattr(torch, dtype)
-        pipeline = load_text_pipeline(checkpoint, read_in)
-        if of_loras:
-            fuse_into_text_encoders(pipeline, checkpoint, loras, getattr(torch, dtype))
+        pipeline = load_text_pipeline(checkpoint, getattr(torch, dtype), loras, own)
         teach(pipeline, embeddings)
-        return pipeline
+        for name, weights in own.items():
+            encoder = getattr(pipeline, name)
+            own[name] = {key: each for key, each in weights.items() if _has(encoder, key, each)}
+        return _Taught(pipeline, own)
 
-    content = {
+    base = {
         "pipeline": checkpoint.pipeline_class,
         "force_zeros_for_empty_prompt": checkpoint.index().get("force_zeros_for_empty_prompt"),
         "weights": checkpoint.fingerprints_for(EMBEDDINGS),
         "dtype": dtype,
-        "loras": of_loras,
+    }
+    added = {
+        "loras": lora_settings(loras, text_encoders()),
         "embeddings": embedding_settings(embeddings),
     }
-    return kept.model(("text pipeline", json.dumps(content, sort_keys=True)), load)
+    base_key, added_key = (json.dumps(each, sort_keys=True) for each in (base, added))
+    return kept.variant(("text pipeline", base_key), added_key, _share, load).pipeline
+
+
+def _share(alike: Sequence[_Taught]) -> _Weights:
+    shared: _Weights = {}
+    for taught in alike:
+        for name, weights in taught.own.items():
+            shared.setdefault(name, {}).update(weights)
+    return shared
 
 
 def import_text_classes(checkpoint: Checkpoint) -> None:
@@ -73,8 +97,22 @@ def import_text_classes(checkpoint: Checkpoint) -> None:
         getattr(transformers, checkpoint.index()[name][1])
 
 
-def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
-    """diffusers' own pipeline with the text parts alone, for its `encode_prompt`."""
+def load_text_pipeline(
+    checkpoint: Checkpoint,
+    dtype: "torch.dtype",
+    loras: Sequence[LoraFile] = (),
+    own: _Weights | None = None,
+) -> Any:
+    """diffusers' own pipeline with the text parts alone, for its `encode_prompt`.
+
+    Args:
+        loras: what is added to the text encoders' weights.
+        own: the checkpoint's weights of each text encoder that are there; it is made those that
+            nothing is added to.
+
+    Raises:
+        BadInputFileError: a file does not fit, or changes a text encoder that is not there.
+    """
     import diffusers
     import transformers
 
@@ -82,8 +120,18 @@ def load_text_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     diffusers.utils.logging.disable_progress_bar()
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     options = _without_others(pipeline_class, checkpoint)
+    own, names = {} if own is None else own, checkpoint.components_for(EMBEDDINGS)
+    for name in (each for each in text_encoders() if each not in names):
+        if added := [lora for lora in loras if name in parts_of(lora)]:
+            raise BadInputFileError(
+                f"--lora {added[0].file} changes {name}, which this checkpoint does not have: "
+                "choose a LoRA for this family"
+            )
     parts = {
-        name: _load_part(checkpoint, name, dtype) for name in checkpoint.components_for(EMBEDDINGS)
+        name: _load_encoder(checkpoint, name, dtype, loras, own.setdefault(name, {}))
+        if component(name).has_weights
+        else _load_tokenizer(checkpoint, name)
+        for name in names
     }
     return pipeline_class(**options, **parts)
 
@@ -124,16 +172,29 @@ def _without_others(pipeline_class: Any, checkpoint: Checkpoint) -> dict[str, An
     return options | {"requires_safety_checker": False}
 
 
-def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
-    """A tokenizer or text encoder."""
+def _load_tokenizer(checkpoint: Checkpoint, name: str) -> Any:
+    import transformers
+
+    source = checkpoint.source(name)
+    with reading(source):
+        part_class = getattr(transformers, checkpoint.index()[name][1])
+        return part_class.from_pretrained(source.folder, local_files_only=True)
+
+
+def _load_encoder(
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: "torch.dtype",
+    loras: Sequence[LoraFile],
+    own: dict[str, Any],
+) -> Any:
+    """A text encoder; `own` as `load_text_pipeline` takes it."""
     import torch
     import transformers
 
     source = checkpoint.source(name)
     with reading(source):
         part_class = getattr(transformers, checkpoint.index()[name][1])
-        if not component(name).has_weights:
-            return part_class.from_pretrained(source.folder, local_files_only=True)
         # Attention named, so that no config can have another kind fetched from a hub.
         own_attention = {"attn_implementation": "sdpa"}
         config = part_class.config_class.from_pretrained(
@@ -141,11 +202,22 @@ def _load_part(checkpoint: Checkpoint, name: str, dtype: "torch.dtype") -> Any:
         )
         with torch.device("meta"):
             module = part_class(config)
-        weights = read_weights(find_all_weights(checkpoint, name, module).places, dtype)
-        return part_class.from_pretrained(
+    fusion = plan_fusion(name, module, checkpoint, loras)
+    fusion.leave(own)
+    weights = dict(read_model(checkpoint, name, module, dtype, fusion, but=own)) | own
+    with reading(source):
+        encoder = part_class.from_pretrained(
             None,
             config=config,
-            state_dict=dict(weights),
+            state_dict=weights,
             dtype=dtype,
             **own_attention,
         )
+    # Of their own, since a parameter of a module gets other data where tokens are added.
+    own.update((key, weight.detach()) for key, weight in encoder.named_parameters())
+    fusion.leave(own)
+    return encoder
+
+
+def _has(encoder: Any, name: str, weight: Any) -> bool:
+    return bool(encoder.get_parameter(name).data_ptr() == weight.data_ptr())

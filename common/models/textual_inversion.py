@@ -188,7 +188,11 @@ def _extend(
     tokenizer.add_tokens(list(names))
     text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids = tokenizer.convert_tokens_to_ids(list(names))
-    text_encoder.get_input_embeddings().weight.data[ids] = vectors.to(text_encoder.dtype)
+    embeddings = text_encoder.get_input_embeddings()
+    # A copy: where the checkpoint had rows to spare, others may have the same memory.
+    weight = embeddings.weight.detach().clone()
+    weight[ids] = vectors.to(weight.dtype)
+    embeddings.weight = type(embeddings.weight)(weight, requires_grad=False)
     # Configs of before transformers' PR 24773 say 2, for which the pooled embedding is taken at
     # the highest id: with tokens added that is no longer the end token.
     for module in text_encoder.modules():

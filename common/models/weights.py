@@ -2,15 +2,14 @@
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import BadInputFileError, StageError, in_one_line, listed
 from common.messages import warn
 from common.models.checkpoint import Checkpoint, Source
 from common.models.component_table import AESTHETICS, component
-from common.models.lora import plan_fusion
-from common.models.model_settings import LoraFile
+from common.models.lora import Fusion
 from common.models.weight_files import Found, find_weights, read_weights
 
 if TYPE_CHECKING:
@@ -26,34 +25,55 @@ def load_model(
     name: str,
     dtype: "torch.dtype",
     *,
-    loras: Sequence[LoraFile] = (),
     by_config: bool = False,
 ) -> tuple[Any, "Weights"]:
     """A diffusers model of a checkpoint, such as "unet", for its code, and its weights.
 
-    Weights are read from their files one by one, when their turn comes, so that the host never
-    holds all.
+    Args:
+        by_config: read no weights; theirs stay on torch's meta device.
+    """
+    module = make_without_weights(checkpoint, name, dtype)
+    if by_config:
+        return module, weights_of(module)
+    return module, read_model(checkpoint, name, module, dtype)
+
+
+def read_model(
+    checkpoint: Checkpoint,
+    name: str,
+    module: Any,
+    dtype: "torch.dtype",
+    fusion: Fusion | None = None,
+    *,
+    but: Container[str] = (),
+) -> "Weights":
+    """A model's weights, with what LoRAs add to them.
+
+    They are read from their files one by one, when their turn comes, so that the host never holds
+    all.
 
     Args:
-        loras: what is added to the weights.
-        by_config: read no weights; theirs stay on torch's meta device.
+        module: the model, on any device.
+        fusion: of its LoRAs.
+        but: weights that are not to be read.
+
+    Raises:
+        BadInputFileError: a file cannot be used, or lacks some of them.
     """
     import torch
 
-    source, module = checkpoint.source(name), make_without_weights(checkpoint, name, dtype)
-    if by_config:
-        return module, weights_of(module)
-    fusion = plan_fusion(name, module, checkpoint, loras)
     found = find_all_weights(checkpoint, name, module)
+    places = {own: place for own, place in found.places.items() if own not in but}
+    is_changed = fusion is not None and bool(fusion.changes)
 
     def read() -> "Weights":
         # What is added to weights is added before they are rounded.
-        with reading(source):
-            yield from read_weights(found.places, None if fusion.changes else dtype)
+        with reading(checkpoint.source(name)):
+            yield from read_weights(places, None if is_changed else dtype)
         for own in found.missing:
             yield own, torch.zeros(module.get_parameter(own).shape, dtype=dtype)
 
-    return module, fusion.fuse(read(), dtype) if fusion.changes else read()
+    return fusion.fuse(read(), dtype) if fusion is not None and is_changed else read()
 
 
 def find_all_weights(checkpoint: Checkpoint, name: str, module: Any) -> Found:

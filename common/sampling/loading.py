@@ -1,11 +1,12 @@
 """Load a UNet to denoise with: by PyTorch, or for the devices of a mesh that suits the images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from common import messages
 from common.compute import sharding
@@ -15,9 +16,14 @@ from common.compute.kept import Kept
 from common.compute.options import RunOptions
 from common.errors import listed
 from common.models.checkpoint import Checkpoint
-from common.models.lora import lora_settings, plan_fusion
+from common.models.lora import Fusion, lora_settings, plan_fusion
 from common.models.model_settings import LoraFile
-from common.models.weights import load_model, make_without_weights, with_weights
+from common.models.weights import (
+    load_model,
+    make_without_weights,
+    read_model,
+    with_weights,
+)
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -30,6 +36,9 @@ if TYPE_CHECKING:
     from common.sampling.torch_denoiser import TorchDenoiser
 
 
+Model = TypeVar("Model")
+
+
 @dataclass(frozen=True, kw_only=True)
 class UNetToLoad:
     """A UNet, and what is added to its weights."""
@@ -38,22 +47,42 @@ class UNetToLoad:
     loras: tuple[LoraFile, ...]
     dtype: str  # that it computes in
 
-    def key(self, backend: str, *more: Any) -> tuple[Any, ...]:
-        """What tells the loaded UNet from others: its content, not where it was found."""
-        added = tuple((lora["sha256"], lora["scale"]) for lora in self.added())
-        own = self.checkpoint.weights_fingerprint("unet")
-        return "unet", backend, own, added, self.dtype, *more
+    def base(self, backend: str, *more: Any) -> tuple[Any, ...]:
+        """What tells it from others, but for LoRAs: its content, not where it was found."""
+        return "unet", backend, self.checkpoint.weights_fingerprint("unet"), self.dtype, *more
 
-    def added(self) -> list[dict[str, Any]]:
-        """The LoRAs that change a UNet, by their content."""
-        return lora_settings(self.loras, ("unet",))
+    def added(self) -> tuple[tuple[str, float], ...]:
+        """The LoRAs that change a UNet, by their content and scale."""
+        loras = lora_settings(self.loras, ("unet",))
+        return tuple((lora["sha256"], lora["scale"]) for lora in loras)
 
-    def load(self, **how: bool) -> "tuple[Any, Weights]":
-        """diffusers' module without weights, and its weights, the LoRAs fused into them."""
+    def load(self, shared: dict[str, Any]) -> "tuple[Any, Fusion, Weights]":
+        """diffusers' module without weights, what LoRAs add to them, and those that are to be read.
+
+        Args:
+            shared: the checkpoint's weights that are there; those that something is added to are
+                taken out, and read.
+        """
         import torch
 
         dtype = getattr(torch, self.dtype)
-        return load_model(self.checkpoint, "unet", dtype, loras=self.loras, **how)
+        module = make_without_weights(self.checkpoint, "unet", dtype)
+        fusion = plan_fusion("unet", module, self.checkpoint, self.loras)
+        fusion.leave(shared)
+        weights = read_model(self.checkpoint, "unet", module, dtype, fusion, but=shared)
+        return module, fusion, weights
+
+
+@dataclass(frozen=True)
+class _Loaded(Generic[Model]):
+    """A UNet, and those of its weights that nothing is added to, by name.
+
+    Another one of the same checkpoint shares them: its LoRAs are applied by reading what they
+    change alone.
+    """
+
+    unet: Model
+    own: dict[str, Any]
 
 
 def open_denoiser(
@@ -143,15 +172,17 @@ def open_torch_denoiser(
     """`open_denoiser` of PyTorch's backend."""
     from common.sampling.torch_denoiser import TorchDenoiser
 
-    module = kept.model(unet.key(TorchBackend.name), partial(load_torch_unet, unet, report))
-    return TorchDenoiser(module, options, report)
+    base, load = unet.base(TorchBackend.name), partial(load_torch_unet, unet, report)
+    loaded = kept.variant(base, unet.added(), _share, load)
+    return TorchDenoiser(loaded.unet, options, report)
 
 
-def load_torch_unet(unet: UNetToLoad, report: StageReport) -> Any:
-    """diffusers' module with its weights."""
+def load_torch_unet(unet: UNetToLoad, report: StageReport, shared: dict[str, Any]) -> _Loaded[Any]:
+    """diffusers' module with its weights; those that others share are not read."""
     with report.part("checkpoint_read"):
-        module, weights = unet.load()
-        return with_weights(module, report.watch_memory(weights))
+        module, fusion, weights = unet.load(shared)
+        with_weights(module, chain(report.watch_memory(weights), shared.items()))
+    return _loaded(module, module.state_dict(), fusion)
 
 
 def open_jax_denoiser(
@@ -168,10 +199,12 @@ def open_jax_denoiser(
 
     devices = Devices.present()
     mesh = settle_mesh(unet, jobs, options, devices)
-    loaded = kept.model(
-        unet.key(JaxBackend.name, mesh, options.operations),
+    loaded = kept.variant(
+        unet.base(JaxBackend.name, mesh, options.operations),
+        unet.added(),
+        _share,
         partial(load_unet_on_devices, unet, mesh, devices, options.operations, report),
-    )
+    ).unet
     programs = kept.programs(compiled_in(loaded.module, mesh, options.operations))
     _say_mesh(loaded)
     return JaxDenoiser(loaded, options, report, programs)
@@ -193,20 +226,36 @@ def load_jax_denoiser(
     from common.sampling.jax_denoiser import JaxDenoiser
 
     mesh = settle_mesh(unet, jobs, options, devices)
-    loaded = load_unet_on_devices(unet, mesh, devices, options.operations, report)
+    loaded = load_unet_on_devices(unet, mesh, devices, options.operations, report, {}).unet
     _say_mesh(loaded)
     return JaxDenoiser(loaded, options, report, programs)
 
 
 def load_unet_on_devices(
-    unet: UNetToLoad, mesh: "Mesh", devices: "Devices", operations: str, report: StageReport
-) -> "ModelOnDevices":
-    """diffusers' module for its code, its weights on the devices of a mesh."""
+    unet: UNetToLoad,
+    mesh: "Mesh",
+    devices: "Devices",
+    operations: str,
+    report: StageReport,
+    shared: dict[str, Any],
+) -> "_Loaded[ModelOnDevices]":
+    """diffusers' module for its code, its weights on the devices of a mesh.
+
+    Args:
+        shared: weights that others of the same checkpoint have on them.
+    """
+    import torch
+
     from common.compute.devices import ModelOnDevices
     from common.compute.fast_ops import arrange_weight
 
     with report.part("checkpoint_read"):
-        module, weights = unet.load(by_config=not devices.are_there)
+        if devices.are_there:
+            module, fusion, weights = unet.load(shared)
+        else:  # LoRAs change no program
+            dtype = getattr(torch, unet.dtype)
+            module, weights = load_model(unet.checkpoint, "unet", dtype, by_config=True)
+            fusion = Fusion("unet", "")
     size = sum(p.numel() for p in module.parameters()) * module.dtype.itemsize
     spread = sharding.axis_to_spread(mesh, size, devices.memory_bytes)
     if spread is not None:
@@ -217,9 +266,21 @@ def load_unet_on_devices(
             lambda name, shape: sharding.split_weight(mesh, name, shape, spread),
             arrange=partial(arrange_weight, operations=operations, platform=devices.platform),
         )
-    return ModelOnDevices(
+    parameters |= shared
+    there = ModelOnDevices(
         module=module, parameters=parameters, mesh=mesh, devices=devices, operations=operations
     )
+    return _loaded(there, parameters, fusion)
+
+
+def _loaded(unet: Model, weights: Mapping[str, Any], fusion: Fusion) -> _Loaded[Model]:
+    own = dict(weights)
+    fusion.leave(own)
+    return _Loaded(unet, own)
+
+
+def _share(alike: Sequence[_Loaded[Any]]) -> dict[str, Any]:
+    return {name: weight for loaded in alike for name, weight in loaded.own.items()}
 
 
 def _say_mesh(unet: "ModelOnDevices") -> None:

@@ -42,6 +42,35 @@ def test_a_model_goes_before_its_successor_is_loaded() -> None:
     kept.model("b", load)
 
 
+def test_a_variant_gets_what_all_of_its_base_share() -> None:
+    kept, got = Kept(most_models=2), []
+
+    def get(base: str, added: str) -> str:
+        def load(shared: str) -> str:
+            got.append(shared)
+            return f"{base}+{added}"
+
+        return kept.variant(base, added, "|".join, load)
+
+    assert get("a", "x") == "a+x" and get("b", "x") == "b+x" and get("a", "y") == "a+y"
+    assert get("a", "x") == "a+x"  # which went when a+y came
+    assert get("a", "x") == "a+x" and get("b", "x") == "b+x"
+    assert get("b", "y") == "b+y" and get("b", "z") == "b+z"
+    assert got == ["", "", "a+x", "a+y", "", "b+x", "b+x|b+y"]
+
+
+def test_a_variant_needs_no_more_memory_than_its_own() -> None:
+    kept = Kept(most_models=1)
+    before = weakref.ref(kept.variant("a", "x", len, lambda _: Model()))
+
+    def load(shared: int) -> Model:
+        gc.collect()
+        assert before() is None and shared == 1
+        return Model()
+
+    kept.variant("a", "y", len, load)
+
+
 def test_a_model_that_could_not_be_loaded_is_tried_again() -> None:
     kept = Kept()
 

@@ -17,11 +17,11 @@ from common.declared import EMBEDDINGS, LATENTS
 from common.errors import BadInputFileError
 from common.models.checkpoint import Checkpoint
 from common.models.component_table import loaded_for
-from common.models.lora import lora_settings, parts_of
+from common.models.lora import lora_settings, parts_of, plan_fusion
 from common.models.model_settings import LoraFile
 from common.models.original_names import original_unet_name
 from common.models.text_pipeline import open_text_pipeline
-from common.models.weights import load_model
+from common.models.weights import make_without_weights, read_model
 from tests.in_process import Ours
 from tests.models.lora_files import FORMATS, Format, MadeFile, make_file
 from tests.refusals import call, refusal
@@ -50,14 +50,18 @@ class Model:
     def with_loras(self, loras: Sequence[LoraFile], dtype: str) -> Weights:
         """All weights, as the stages load them."""
         added = tuple(loras)
-        _, weights = load_model(self.checkpoint, "unet", getattr(torch, dtype), loras=added)
-        found = {("unet", name): tensor for name, tensor in weights}
+        found = {("unet", name): tensor for name, tensor in self.unet_with(added, dtype).items()}
         pipeline = open_text_pipeline(Kept(), self.checkpoint, dtype, added, ())
         for component in TEXT_ENCODERS:
             encoder = getattr(pipeline, component, None)
             if encoder is not None:
                 found |= {(component, name): t.detach() for name, t in encoder.named_parameters()}
         return found
+
+    def unet_with(self, loras: Sequence[LoraFile], dtype: str) -> dict[str, torch.Tensor]:
+        module = make_without_weights(self.checkpoint, "unet", getattr(torch, dtype))
+        fusion = plan_fusion("unet", module, self.checkpoint, loras)
+        return dict(read_model(self.checkpoint, "unet", module, getattr(torch, dtype), fusion))
 
     def make(self, kind: Format, folder: Path, seed: int = 0) -> tuple[Path, MadeFile]:
         made = make_file(kind, self.shapes, self.originals, seed)
@@ -207,10 +211,9 @@ def test_settings_of_peft_scale_what_has_no_alpha(sdxl: Model, tmp_path: Path) -
         save_file(beside, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(config))
         for file in (tmp_path / "a.safetensors", folder / "adapter_model.safetensors"):
-            loras = (LoraFile(file=str(file)),)
-            _, weights = load_model(sdxl.checkpoint, "unet", torch.float32, loras=loras)
+            weights = sdxl.unet_with([LoraFile(file=str(file))], "float32")
             expected = sdxl.before["unet", f"{module}.weight"] + scaling * up @ down
-            torch.testing.assert_close(dict(weights)[f"{module}.weight"], expected)
+            torch.testing.assert_close(weights[f"{module}.weight"], expected)
 
 
 # --- what is not right, or not all ----------------------------------------------------------------

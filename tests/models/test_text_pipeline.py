@@ -313,6 +313,42 @@ def test_what_is_kept_is_kept_by_its_content(sdxl: Path, tmp_path: Path) -> None
     changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     assert len(changed) == 1 and next(iter(changed)).endswith("layers.0.self_attn.q_proj.weight")
 
+    # What nothing is added to is there once
+    own = plain.text_encoder.get_parameter
+    for pipeline, apart in (
+        (with_lora, changed),
+        (with_token, {"embeddings.token_embedding.weight"}),
+    ):
+        weights_of_its_own = {
+            name
+            for name, weight in pipeline.text_encoder.named_parameters()
+            if weight.data_ptr() != own(name).data_ptr()
+        }
+        assert weights_of_its_own == apart
+
+
+def test_a_token_takes_no_row_of_another_pipeline(sdxl: Path, tmp_path: Path) -> None:
+    """Where a checkpoint's embeddings have rows to spare, adding one makes them no larger."""
+    model, token = Path(shutil.copytree(sdxl, tmp_path / "model")), tmp_path / "cat.safetensors"
+    for name in ("text_encoder", "text_encoder_2"):
+        config = model / name / "config.json"
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps(values | {"vocab_size": values["vocab_size"] + 1}))
+        file = model / name / "model.safetensors"
+        tensors = load_file(file)
+        (key,) = (key for key in tensors if key.endswith("token_embedding.weight"))
+        tensors[key] = torch.cat([tensors[key], torch.zeros_like(tensors[key][:1])])
+        save_file(tensors, file, {"format": "pt"})
+    torch.manual_seed(1)
+    save_file({"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 48)}, token)
+    kept, tokens = Kept(), [TokenFile.model_validate(f"{token}:<cat>")]
+    plain = open_text_pipeline(kept, open_model(model), "float32", (), ())
+    before = plain.text_encoder.get_input_embeddings().weight.clone()
+    taught = open_text_pipeline(kept, open_model(model), "float32", (), tokens)
+    own = taught.text_encoder.get_input_embeddings().weight
+    assert own.shape == before.shape and torch.equal(own[-1], load_file(token)["clip_l"][0])
+    assert torch.equal(plain.text_encoder.get_input_embeddings().weight, before)
+
 
 def test_weights_that_change_under_the_same_path_are_read_anew(sdxl: Path, tmp_path: Path) -> None:
     kept, model = Kept(), Path(shutil.copytree(sdxl, tmp_path / "model"))

@@ -31,6 +31,7 @@ from tests.conftest import PROJECT_DIR
 from tests.sampling.tiny_unet import (
     ROUNDING,
     denoise_by_diffusers,
+    load_by_diffusers,
     make_job,
     relative_difference,
     run,
@@ -106,23 +107,65 @@ def test_another_lora_compiles_nothing_and_gives_the_bits_of_a_fresh_process(
     assert "checkpoint_read" not in report.parts()
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_lora_is_applied_and_taken_off_by_reading_what_it_changes(
+    checkpoint: Checkpoint, tmp_path: Path, backend: str
+) -> None:
+    kept = Kept(most_models=1)
+    first = save_lora(checkpoint, tmp_path / "a.safetensors", seed=1)
+    other = save_lora(checkpoint, tmp_path / "b.safetensors", seed=2, targets=["to_k"])
+    weights = {
+        name: tensor.nbytes for name, tensor in load_by_diffusers(checkpoint).state_dict().items()
+    }
+
+    def bytes_of(*kinds: str) -> int:
+        return sum(size for name, size in weights.items() if name.split(".")[-2] in kinds)
+
+    read = []
+    for loras in ((), (first,), (first, other), (other,), ()):
+        unet = to_load(checkpoint, *loras)
+        found, report = denoise(kept, unet, backend)
+        np.testing.assert_array_equal(found, denoise(Kept(), unet, backend)[0])
+        read.append(report.facts["weights_bytes"])
+    of_both = bytes_of("to_q", "to_v", "to_k")
+    whole, of_first, of_other = sum(weights.values()), bytes_of("to_q", "to_v"), bytes_of("to_k")
+    assert read == [whole, of_first, of_both, of_both, of_other]
+
+
+def test_all_that_is_kept_of_a_checkpoint_is_shared(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Where the plain one is there too, another LoRA reads what itself changes alone."""
+    kept = Kept(most_models=3)
+    first = save_lora(checkpoint, tmp_path / "a.safetensors", seed=1)
+    other = save_lora(checkpoint, tmp_path / "b.safetensors", seed=2, targets=["to_k"])
+    found = [
+        denoise(kept, to_load(checkpoint, *loras))[1].facts["weights_bytes"]
+        for loras in ((), (first,), (other,))
+    ]
+    state = load_by_diffusers(checkpoint).state_dict()
+    assert found[2] == sum(t.nbytes for name, t in state.items() if ".to_k." in name)
+
+
 def test_a_unet_is_kept_by_its_content(checkpoint: Checkpoint, tmp_path: Path) -> None:
     kept, unet = Kept(), to_load(checkpoint)
     first = save_lora(checkpoint, tmp_path / "a.safetensors", seed=1)
     moved = first.model_copy(update={"file": str(tmp_path / "moved.safetensors")})
     Path(moved.file).write_bytes(Path(first.file).read_bytes())
-    key = to_load(checkpoint, first).key("jax")
-    assert to_load(checkpoint, moved).key("jax") == key
+
+    def key(unet: UNetToLoad, *backend: str) -> tuple[Any, ...]:
+        return unet.base(*(backend or ("jax",))), unet.added()
+
+    assert key(to_load(checkpoint, moved)) == key(to_load(checkpoint, first))
     other = save_lora(checkpoint, tmp_path / "b.safetensors", seed=2)
     others = [
-        unet.key("jax"),
-        to_load(checkpoint, other).key("jax"),
-        to_load(checkpoint, first.model_copy(update={"scale": 0.5})).key("jax"),
-        to_load(checkpoint, first, dtype="bfloat16").key("jax"),
-        to_load(checkpoint, first).key("torch"),
-        to_load(checkpoint, first).key("jax", "another mesh"),
+        key(unet),
+        key(to_load(checkpoint, first)),
+        key(to_load(checkpoint, other)),
+        key(to_load(checkpoint, first.model_copy(update={"scale": 0.5}))),
+        key(to_load(checkpoint, first, dtype="bfloat16")),
+        key(to_load(checkpoint, first), "torch"),
+        key(to_load(checkpoint, first), "jax", "another mesh"),
     ]
-    assert key not in others and len(set(others)) == len(others)
+    assert len(set(others)) == len(others)
     # The same folder holds other weights: nothing of the first is taken for them.
     for seed in (1, 2):
         found, report = denoise(kept, to_load(save_unet(tmp_path / "same", seed=seed)))

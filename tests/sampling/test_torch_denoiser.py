@@ -45,7 +45,7 @@ def test_a_group_has_the_projections_of_its_own_prompts(checkpoint: Checkpoint) 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_16_bits_have_an_attention_of_their_own(checkpoint: Checkpoint, dtype: str) -> None:
-    unet = load_torch_unet(to_load(checkpoint, dtype=dtype), StageReport(2))
+    unet = load_torch_unet(to_load(checkpoint, dtype=dtype), StageReport(2), {}).unet
     denoiser, job = TorchDenoiser(unet, RunOptions(), StageReport(2)), make_job()
     own = {type(processor) for processor in unet.attn_processors.values()}
     assert (own == {AttentionIn16Bits}) == (dtype == "bfloat16")

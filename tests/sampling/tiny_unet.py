@@ -1,6 +1,6 @@
 """A real UNet that compiles in seconds, images to denoise with it, and diffusers' own denoising."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,13 @@ def save_unet(folder: Path, *, seed: int = 0, **changes: Any) -> Checkpoint:
     return Checkpoint(str(folder), folder)
 
 
-def save_lora(checkpoint: Checkpoint, file: Path, *, seed: int) -> LoraFile:
+def save_lora(
+    checkpoint: Checkpoint, file: Path, *, seed: int, targets: Sequence[str] = ("to_q", "to_v")
+) -> LoraFile:
     """A LoRA of random layers for the UNet, saved by diffusers."""
     unet = load_by_diffusers(checkpoint)
     torch.manual_seed(seed)
-    layers = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    layers = LoraConfig(r=2, target_modules=[*targets], init_lora_weights=False)
     unet.add_adapter(layers)
     StableDiffusionXLPipeline.save_lora_weights(
         file.parent, unet_lora_layers=get_peft_model_state_dict(unet), weight_name=file.name
