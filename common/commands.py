@@ -17,8 +17,12 @@ PACKAGE = "staged-diffusion"
 IN_BOXES = shutil.get_terminal_size().columns >= 80
 
 
-def flag(name: str, metavar: str, group: str, text: str) -> Any:
-    """Declare a flag: its name, what it takes, its group in the help, its meaning in one line."""
+def flag(name: str, metavar: str, group: str, text: str, *, least: int | None = None) -> Any:
+    """Declare a flag: its name, what it takes, its group in the help, its meaning in one line.
+
+    Args:
+        least: of a number.
+    """
     return typer.Option(
         f"--{name}",
         metavar=metavar,
@@ -26,6 +30,7 @@ def flag(name: str, metavar: str, group: str, text: str) -> Any:
         # The help in boxes is rich markup, in which a bracket must be escaped.
         help=text.replace("[", r"\[") if IN_BOXES else text,
         show_default=False,
+        min=least,
     )
 
 

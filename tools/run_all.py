@@ -41,7 +41,7 @@ from common.runs.in_turn import flags_of_a_run, plan, run_in_turn
 from common.runs.passes import HIRES_STRENGTH, Passes, Turns
 from common.runs.sweep import CellRun, parse_sweep, refuse_idle_seeds, run_sweep
 from common.serving.jobs import Step
-from common.serving.stage_processes import GROUPS, StageProcesses, flags_of_processes
+from common.serving.stage_processes import StageProcesses, flags_of_processes, groups_of
 from common.serving.warm import find_warm
 from tools import report_page
 
@@ -49,7 +49,8 @@ JOBS_FOLDER = ".jobs"  # of a server, where none is named
 RUN_ALL, PASSES = "Which stages", "Further passes over the latents"
 SERVING = "A server"
 FOLDERS = ("models_dir", "loras_dir", "embeddings_dir")  # of what requests may name
-OF_SERVERS = {"serve", "host", "port", "api_key", "max_wait_ms", *FOLDERS}
+OF_PROCESSES = ("chips", "keep", "max_wait_ms")  # of a server's, those that serve stages
+OF_SERVERS = {"serve", "host", "port", "api_key", "keep_jobs", *OF_PROCESSES, *FOLDERS}
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
 
@@ -75,15 +76,25 @@ def main(
     ] = "auto",
     serve: Annotated[bool, flag("serve", " ", SERVING, "Stay, and answer HTTP requests.")] = False,
     host: Annotated[
-        str, flag("host", "NAME", SERVING, "Its address; others need a key. [127.0.0.1]")
+        str, flag("host", "NAME", SERVING, "Address; others need a key. [127.0.0.1]")
     ] = "127.0.0.1",
     port: Annotated[int, flag("port", "N", SERVING, "0: one that is free. [8000]")] = 8000,
     api_key: Annotated[
         str | None, flag("api_key", "KEY", SERVING, "What requests must have.")
     ] = None,
+    chips: Annotated[
+        list[str] | None, flag("chips", "N,…", SERVING, "A process for each, as 0-3. [all: one]")
+    ] = None,
+    keep: Annotated[
+        int | None, flag("keep", "N", SERVING, "Checkpoints to keep in memory. [2]", least=1)
+    ] = None,
     max_wait_ms: Annotated[
-        int, flag("max_wait_ms", "N", SERVING, "For requests to denoise at once. [0]")
-    ] = 0,
+        int | None,
+        flag("max_wait_ms", "N", SERVING, "For requests to denoise at once. [0]", least=0),
+    ] = None,
+    keep_jobs: Annotated[
+        int | None, flag("keep_jobs", "N", SERVING, "Ended jobs, with pictures. [all]", least=1)
+    ] = None,
     models_dir: Annotated[
         Path | None, flag("models_dir", "DIR", SERVING, "Checkpoints that requests may name.")
     ] = None,
@@ -150,10 +161,12 @@ def main(
         jobs_dir = Path(given.get("output_dir") or DEFAULT_OUTPUT_DIR / JOBS_FOLDER)
         return server.serve(
             *(jobs_dir, shared),
-            host=host,
-            port=port,
+            address=(host, port),
             api_key=api_key,
-            max_wait_ms=max_wait_ms,
+            kept=keep_jobs,
+            of_processes={
+                name: context.params[name] for name in OF_PROCESSES if was_given(context, name)
+            },
             folders={name: context.params[name] for name in FOLDERS},
         )
     for name in OF_SERVERS:
@@ -250,7 +263,7 @@ def run_all_cells(
     # Each stage is opened once; the queue is of this sweep alone.
     with (
         tempfile.TemporaryDirectory(prefix="staged-diffusion-") as jobs_dir,
-        StageProcesses(Path(jobs_dir), GROUPS, flags_of_processes(given)) as processes,
+        StageProcesses(Path(jobs_dir), groups_of(), flags_of_processes(given)) as processes,
     ):
 
         def run(needed: CellRun) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import jax
 import psutil
 
 from common.compute.compile_cache import use_compile_cache
+from common.compute.own_chips import parse_chips
 from common.compute.platforms import has_only_cpus, usable_cores
 from common.compute.processes import join_processes
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line, shorten
@@ -82,6 +83,22 @@ def find_devices() -> None:
             f"jax finds no device ({reason}{_name_holder(reason)}): free the device, install jax "
             "for it, or run on the CPU with JAX_PLATFORMS=cpu"
         ) from None
+
+
+def refuse_other_chips(text: str) -> None:
+    """Raise `BadSettingError` where jax has not started on the chips that were taken for it.
+
+    Args:
+        text: as `own_chips.take_chips` takes it.
+    """
+    count, devices = len(parse_chips(text)), jax.devices()
+    on_cores = devices[0].platform == "cpu"  # each of which may be several devices
+    there = usable_cores() if on_cores else len(devices)
+    if there < count or (on_cores and there > count):
+        raise BadSettingError(
+            f"--chips {text} are {count}, and jax sees {there} of {devices[0].device_kind}: give "
+            "numbers of chips that are there"
+        )
 
 
 def _name_holder(message: str) -> str:

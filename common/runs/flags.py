@@ -4,7 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -44,6 +44,11 @@ from common.sampling.sampling_settings import parse_scheduler_options
 
 GROUPS = (PROMPTS, INPUT, SAMPLING, SIZES, MODEL, FILES, RUNNING, TPU)  # as the help page has them
 IN_BRACKETS = "Defaults stand in brackets; hyphens in flags work as well."
+
+
+_of_serving = partial(option, helps_make=ALL, swept=False, alone=True)
+# What goes with `--serve` alone.
+OF_SERVING = ("jobs_dir", "keep", "chips", "max_wait_ms")
 
 
 class StageFlags(Settings):
@@ -115,40 +120,34 @@ class StageFlags(Settings):
         alone=True,
         shown="",
     )
-    serve: str | None = option(
+    serve: str | None = _of_serving(
         None,
         "Stay and do these stages' jobs, as 0,2,3.",
         metavar="N,…",
-        helps_make=ALL,
-        swept=False,
-        alone=True,
         shown="",
     )
-    jobs_dir: Path | None = option(
+    jobs_dir: Path | None = _of_serving(
         None,
         "Where they are.",
         metavar="DIR",
-        helps_make=ALL,
-        swept=False,
-        alone=True,
         shown="",
     )
-    keep: int = option(
+    keep: int = _of_serving(
         2,
         "Checkpoints to keep in memory.",
         metavar="N",
-        helps_make=ALL,
-        swept=False,
-        alone=True,
         ge=1,
     )
-    max_wait_ms: int = option(
+    chips: str | None = _of_serving(
+        None,
+        "Those that it has, as 0-3.",
+        metavar="N,…",
+        shown="all",
+    )
+    max_wait_ms: int = _of_serving(
         0,
         "Wait for jobs to batch.",
         metavar="N",
-        helps_make=ALL,
-        swept=False,
-        alone=True,
         ge=0,
     )
     keep_overrides: bool = option(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from common.compute.backends import Backend, refuse_unknown_options, start_backend
 from common.compute.clock import StageReport
 from common.compute.kept import Kept
+from common.compute.own_chips import take_chips
 from common.compute.sharding import parse_mesh
 from common.errors import BadSettingError
 from common.files import artifacts, row_reader
@@ -36,7 +37,7 @@ from common.models.model_settings import PROJECT_DIR
 from common.process import run_command
 from common.progress import show_progress_as
 from common.runs.chosen import parse_images
-from common.runs.flags import Given, command_of
+from common.runs.flags import OF_SERVING, Given, command_of
 from common.runs.generation import (
     GenerationConfig,
     read_generation_config,
@@ -314,9 +315,11 @@ def run_script(stage: Stage, story: Story) -> NoReturn:
 
     def run(given: Given) -> int | None:
         if given.flags.serve is not None:
+            if given.flags.chips is not None:  # before torch and jax are imported, and count cores
+                take_chips(given.flags.chips, given.options.backend)
             code: int = resolve_name("common.serving.worker:serve")(given)
             return code
-        for name in ("jobs_dir", "keep", "max_wait_ms"):
+        for name in OF_SERVING:
             if name in given.parameters:
                 raise BadSettingError(
                     f"--{name} is for --serve: give that as well, or leave it out"

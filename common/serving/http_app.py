@@ -40,10 +40,10 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(service.watch())
+        tasks = [asyncio.create_task(each()) for each in (service.watch, service.forget_old)]
         yield
         service.ends = True
-        await watching
+        await asyncio.gather(*tasks)
 
     # Its own pages of the API load scripts from elsewhere; /openapi.json is the same.
     app = FastAPI(

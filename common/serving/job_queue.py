@@ -19,10 +19,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from common.errors import UnfitEnvironmentError
-from common.serving.jobs import ENDED, Caller, Job, Likeness, State, Step, job_of
+from common.serving.jobs import (
+    ENDED,
+    SCHEMA,
+    VERSION,
+    Caller,
+    Job,
+    Likeness,
+    State,
+    Step,
+    job_of,
+)
 from common.serving.local_disks import make_own_file, refuse_network_file_system
 
-VERSION = 2  # of the table
 JOBS_FILE = "jobs.sqlite3"
 WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
 # In the environment of such a process: who started it, without whom it is to end.
@@ -31,33 +40,7 @@ MOST_ATTEMPTS = 5  # of a job whose stage's process dies at it
 SECONDS_TO_WAIT_FOR_A_WRITER = 30.0
 SECONDS_BETWEEN_LOOKS = 0.01
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    key TEXT UNIQUE,
-    run_dir TEXT NOT NULL,
-    steps TEXT NOT NULL,
-    place INTEGER NOT NULL DEFAULT 0,
-    stage INTEGER,
-    state TEXT NOT NULL,
-    priority INTEGER NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    worker TEXT,
-    caller TEXT,
-    alike TEXT,
-    images INTEGER NOT NULL DEFAULT 0,
-    evaluations INTEGER NOT NULL DEFAULT 0,
-    cancel_asked INTEGER NOT NULL DEFAULT 0,
-    exit_code INTEGER,
-    error TEXT NOT NULL DEFAULT '',
-    accepted_at REAL NOT NULL,
-    began_at REAL,
-    ended_at REAL
-);
-CREATE INDEX IF NOT EXISTS folders ON jobs (run_dir);
-CREATE INDEX IF NOT EXISTS times ON jobs (accepted_at);
-CREATE INDEX IF NOT EXISTS waiting ON jobs (state, stage, priority DESC, number);
-"""
+_ARE_ALIKE = "state = ? AND stage = ? AND alike = ? AND attempts = 0"
 
 
 class QueueFullError(UnfitEnvironmentError):
@@ -91,7 +74,7 @@ class JobQueue:
             self._connection.execute("PRAGMA synchronous = FULL")
             self._refuse_other_version()
             with self._change() as change:
-                for statement in _SCHEMA.split(";"):
+                for statement in SCHEMA.split(";"):
                     change(statement)
                 change(f"PRAGMA user_version = {VERSION}")
         except (OSError, sqlite3.Error) as error:
@@ -178,11 +161,12 @@ class JobQueue:
 
     def get(self, number: int) -> Job | None:
         """A job by its number."""
-        return self._first("SELECT * FROM jobs WHERE number = ?", number)
+        return next(iter(self._all("SELECT * FROM jobs WHERE number = ?", number)), None)
 
     def find(self, run_dir: Path) -> Job | None:
         """The job of a run directory."""
-        return self._first("SELECT * FROM jobs WHERE run_dir = ?", os.fspath(run_dir))
+        query = "SELECT * FROM jobs WHERE run_dir = ?"
+        return next(iter(self._all(query, os.fspath(run_dir))), None)
 
     def last_of(self, key: str, since: float) -> Job | None:
         """The last job that was accepted since a time, and whose key begins so."""
@@ -190,32 +174,40 @@ class JobQueue:
             "SELECT * FROM jobs WHERE accepted_at >= ? AND substr(key, 1, ?) = ? "
             "ORDER BY number DESC LIMIT 1"
         )
-        return self._first(query, since, len(key), key)
-
-    def _first(self, query: str, *values: Any) -> Job | None:
-        with self._told():
-            row = self._connection.execute(query, values).fetchone()
-        return None if row is None else job_of(row)
+        return next(iter(self._all(query, since, len(key), key)), None)
 
     def jobs(self, *states: State) -> list[Job]:
         """Those in some states, or all, in the order in which they were accepted."""
         chosen = states or tuple(State)
         marks = ", ".join("?" * len(chosen))
-        query = f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY number"
-        with self._told():
-            return [job_of(row) for row in self._connection.execute(query, chosen)]
+        return self._all(f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY number", *chosen)
 
     def last(self, most: int) -> list[Job]:
         """The last jobs of requests that were accepted, the last one first."""
         query = "SELECT * FROM jobs WHERE caller IS NULL ORDER BY number DESC LIMIT ?"
-        with self._told():
-            return [job_of(row) for row in self._connection.execute(query, (most,))]
+        return self._all(query, most)
 
     def ended_since(self, time: float) -> list[Job]:
         """Those of requests that have ended after a time, in the order in which they did."""
         query = "SELECT * FROM jobs WHERE ended_at > ? AND caller IS NULL ORDER BY ended_at"
+        return self._all(query, time)
+
+    def ended_before(self, time: float, *, but_last: int, most: int) -> list[Job]:
+        """Those of requests that ended before a time and are not the last ones that did.
+
+        Args:
+            but_last: so many of all that have ended are left out.
+            most: of those that are given.
+        """
+        query = (
+            "SELECT * FROM (SELECT * FROM jobs WHERE ended_at IS NOT NULL AND caller IS NULL "
+            "ORDER BY ended_at DESC LIMIT -1 OFFSET ?) WHERE ended_at < ? LIMIT ?"
+        )
+        return self._all(query, but_last, time, most)
+
+    def _all(self, query: str, *values: Any) -> list[Job]:
         with self._told():
-            return [job_of(row) for row in self._connection.execute(query, (time,))]
+            return [job_of(row) for row in self._connection.execute(query, values)]
 
     def states(self, numbers: Sequence[int]) -> dict[int, State]:
         """Those of some jobs; one that is no more has none."""
@@ -285,9 +277,8 @@ class JobQueue:
         with self._change() as change:
             rows = change(
                 "UPDATE jobs SET state = ?, worker = ?, began_at = coalesce(began_at, ?) "
-                "WHERE number IN (SELECT number FROM jobs WHERE state = ? AND stage = ? AND "
-                "alike = ? AND attempts = 0 ORDER BY abs(evaluations - ?), number LIMIT ?) "
-                "RETURNING *",
+                f"WHERE number IN (SELECT number FROM jobs WHERE {_ARE_ALIKE} "
+                "ORDER BY abs(evaluations - ?), number LIMIT ?) RETURNING *",
                 *(State.RUNNING, worker, time.time(), State.WAITING, job.step.stage),
                 *(job.likeness.alike, job.likeness.evaluations, most),
             ).fetchall()
@@ -297,14 +288,10 @@ class JobQueue:
         """How many jobs wait that `claim_alike` would take."""
         if job.likeness is None or job.attempts:
             return 0
-        query = (
-            "SELECT count(*) FROM jobs WHERE state = ? AND stage = ? AND alike = ? AND attempts = 0"
-        )
+        values = State.WAITING, job.step.stage, job.likeness.alike
         with self._told():
-            (count,) = self._connection.execute(
-                query, (State.WAITING, job.step.stage, job.likeness.alike)
-            ).fetchone()
-        return int(count)
+            query = f"SELECT count(*) FROM jobs WHERE {_ARE_ALIKE}"
+            return int(self._connection.execute(query, values).fetchone()[0])
 
     def hand_on(self, job: Job) -> None:
         """A step is done: the next one's turn has come, or all is done."""

@@ -76,6 +76,37 @@ class Job:
         return self.state in ENDED
 
 
+VERSION = 2  # of the table
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT UNIQUE,
+    run_dir TEXT NOT NULL,
+    steps TEXT NOT NULL,
+    place INTEGER NOT NULL DEFAULT 0,
+    stage INTEGER,
+    state TEXT NOT NULL,
+    priority INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    worker TEXT,
+    caller TEXT,
+    alike TEXT,
+    images INTEGER NOT NULL DEFAULT 0,
+    evaluations INTEGER NOT NULL DEFAULT 0,
+    cancel_asked INTEGER NOT NULL DEFAULT 0,
+    exit_code INTEGER,
+    error TEXT NOT NULL DEFAULT '',
+    accepted_at REAL NOT NULL,
+    began_at REAL,
+    ended_at REAL
+);
+CREATE INDEX IF NOT EXISTS folders ON jobs (run_dir);
+CREATE INDEX IF NOT EXISTS times ON jobs (accepted_at);
+CREATE INDEX IF NOT EXISTS ends ON jobs (ended_at);
+CREATE INDEX IF NOT EXISTS waiting ON jobs (state, stage, priority DESC, number);
+"""
+
+
 def job_of(row: Mapping[str, Any]) -> Job:
     """A job as the queue's table has it."""
     values = dict(row)

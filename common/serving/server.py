@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.said import SAID_FOLDER
 from common.serving.service import Bounds, Service
-from common.serving.stage_processes import GROUPS, StageProcesses, flags_of_processes
+from common.serving.stage_processes import StageProcesses, flags_of_processes, groups_of
 from common.serving.warm import SERVER_LOCK, announced
 from common.stopping import STOP_SIGNALS
 
@@ -33,27 +33,32 @@ def serve(
     jobs_dir: Path,
     flags: Mapping[str, Any],
     *,
-    host: str,
-    port: int,
+    address: tuple[str, int],
     api_key: str | None,
-    max_wait_ms: int = 0,
+    kept: int | None = None,
+    of_processes: Mapping[str, Any] | None = None,
     folders: Mapping[str, Path | None] | None = None,
 ) -> int:
     """Serve until a signal to stop comes. Returns its exit code.
 
     Args:
         flags: of every run, as `run_all.sh` takes them.
-        port: 0: one that is free.
-        max_wait_ms: for jobs that can be denoised at once.
+        address: host and port; port 0: one that is free.
+        kept: jobs that have ended, with their pictures; None: all.
+        of_processes: further flags of those that serve stages, as `keep`; of `chips` each is one's.
         folders: `models_dir` and others of `Catalog`, of what requests may name.
 
     Raises:
         BadSettingError: the address is open to others and there is no key, or it cannot be used.
         UnfitEnvironmentError: another server has the jobs folder, or a stage does not start.
     """
-    refuse_open_address(host, api_key)
+    refuse_open_address(address[0], api_key)
     catalog = Catalog(own_model=model_name(flags), **(folders or {}))
     catalog.check(flags)
+    own = {**(of_processes or {})}
+    groups = groups_of(own.pop("chips", []))
+    own |= {name: flags[name] for name in ("batch_size",) if name in flags}
+    arguments = [*flags_of_processes(flags), *(f"--{name}={own[name]}" for name in own)]
     jobs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(jobs_dir / SERVER_LOCK, timeout=1)  # some look whether it is held
     try:
@@ -63,28 +68,29 @@ def serve(
             f"another server has the jobs folder {jobs_dir}: choose another --output_dir"
         ) from None
     try:
-        with listening(host, port) as listener:
-            return _serve(jobs_dir, flags, listener, api_key, max_wait_ms, catalog)
+        with listening(*address) as listener:
+            # Of programs that were killed.
+            shutil.rmtree(jobs_dir / SAID_FOLDER, ignore_errors=True)
+            began = time.time()
+            with StageProcesses(jobs_dir, groups, arguments) as processes:
+                service = Service(jobs_dir, flags, Bounds(kept=kept))
+                app = make_app(service, catalog, api_key, processes.are_ready)
+                announcing = announced(jobs_dir, flags, began)
+                _answer(listener, app, service, processes, announcing)
+            stopped_by = processes.stopped_by
+            return 0 if stopped_by is None else STOP_SIGNALS[stopped_by][1]
     finally:
         lock.release()
 
 
-def _serve(
-    jobs_dir: Path,
-    flags: Mapping[str, Any],
+def _answer(
     listener: socket.socket,
-    api_key: str | None,
-    max_wait_ms: int,
-    catalog: Catalog,
-) -> int:
-    shutil.rmtree(jobs_dir / SAID_FOLDER, ignore_errors=True)  # of programs that were killed
-    began = time.time()
-    arguments = [*flags_of_processes(flags), f"--max_wait_ms={max_wait_ms}"]
-    if "batch_size" in flags:
-        arguments.append(f"--batch_size={flags['batch_size']}")
-    with StageProcesses(jobs_dir, GROUPS, arguments) as processes, ExitStack() as told:
-        service = Service(jobs_dir, flags, Bounds())
-        app = make_app(service, catalog, api_key, processes.are_ready)
+    app: Any,
+    service: Service,
+    processes: StageProcesses,
+    announcing: AbstractContextManager[None],
+) -> None:
+    with ExitStack() as told:
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -102,7 +108,8 @@ def _serve(
                     processes.see_to_them()
                     if not is_told and processes.are_ready():
                         is_told = True
-                        told.enter_context(announced(jobs_dir, flags, began))
+                        if not processes.share_chips:  # else a run's bits would be others
+                            told.enter_context(announcing)
                         say(f"ready: http://{host}:{port}")
                 except Exception as error:  # without this thread nobody would see to anything
                     failed.append(error)
@@ -121,8 +128,6 @@ def _serve(
             service.close()
         if failed:
             raise failed[0]
-    stopped_by = processes.stopped_by
-    return 0 if stopped_by is None else STOP_SIGNALS[stopped_by][1]
 
 
 def model_name(flags: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,9 @@ from common.serving.stages import Run
 RUNS_FOLDER = "runs"  # of the jobs folder: a run directory for each job
 GIVEN_FOLDER = "given"  # of a run directory: the pictures that came with the request
 SECONDS_BETWEEN_LOOKS = 0.01  # while somebody waits
+SECONDS_BETWEEN_FORGETTING = 0.2
+MOST_FORGOTTEN = 20  # at once, so that the server can end in between
+SECONDS_UNTIL_FORGOTTEN = 60.0  # since a job's end, in which its pictures are fetched
 MOST_LISTED = 100  # jobs
 # Flags that may be given again: those of every run, and those of a request.
 OF_ALL_AND_ONE = {"lora", "embedding"}
@@ -52,6 +56,8 @@ class Bounds:
     body_bytes: int = 32_000_000
     body_seconds: float = 300.0  # in which it has to be there
     waiting: int = 1000  # jobs
+    # Of those that have ended longer than a minute ago, with their run directories; None: all.
+    kept: int | None = None
     # Of all requests that are being answered.
     requests: int = 500
     held_bytes: int = 256_000_000  # of their bodies
@@ -217,11 +223,14 @@ class Service:
 
     async def metrics(self) -> bytes:
         """What Prometheus reads; of what has ended since the server began."""
+        await self._count()
+        return self._metrics.text(await self._ask(self._queue.counts))
+
+    async def _count(self) -> None:
         async with self._counting:
             ended = await self._ask(self._queue.ended_since, self._counted_to)
             await asyncio.to_thread(self._metrics.count, ended)
             self._counted_to = max([self._counted_to, *(job.ended_at or 0 for job in ended)])
-        return self._metrics.text(await self._ask(self._queue.counts))
 
     def defaults(self) -> dict[str, Any]:
         """The settings of a run that asks for none."""
@@ -241,6 +250,19 @@ class Service:
             return  # it runs still, or somebody else has done so
         self._is_to_look = True
         await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
+
+    async def forget_old(self) -> None:
+        """Let go of jobs that have ended, where not all are kept."""
+        while self.bounds.kept is not None and not self.ends:
+            with suppress(UnfitEnvironmentError):  # it may pass
+                before, kept = time.time() - SECONDS_UNTIL_FORGOTTEN, self.bounds.kept
+                ended = self._queue.ended_before
+                old = await self._ask(ended, before, but_last=kept, most=MOST_FORGOTTEN)
+                if old:
+                    await self._count()  # which reads their reports
+                for job in old:
+                    await self.forget(job)
+            await asyncio.sleep(SECONDS_BETWEEN_FORGETTING)
 
     async def cancel(self, job: Job) -> None:
         """Ask that a job ends."""

@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from common.errors import StageError, UnfitEnvironmentError
+from common.compute.own_chips import check_shares
+from common.errors import BadSettingError, StageError, UnfitEnvironmentError
 from common.files.stage_table import FIRST, STAGES, Stage
 from common.messages import say
 from common.runs.in_turn import script_of
@@ -20,8 +21,7 @@ from common.stopping import STOP_SIGNALS, heard_signals, holding_signals
 from common.text_files import parse_json, read_text
 from common.whole_files import remove_file
 
-# Those on devices are one process, which holds a TPU's chips.
-GROUPS = ((FIRST,), tuple(stage for stage in STAGES if stage is not FIRST))
+ON_DEVICES = tuple(stage for stage in STAGES if stage is not FIRST)
 MOST_STARTS = 5  # of a process that ends before it serves
 SECONDS_TO_END = 60.0  # after a signal to stop; then it is killed
 
@@ -31,6 +31,31 @@ def flags_of_processes(given: Mapping[str, Any]) -> list[str]:
     return [f"--backend={given['backend']}"] if "backend" in given else []
 
 
+class Group(NamedTuple):
+    """Stages that are one process."""
+
+    stages: tuple[Stage, ...]
+    arguments: tuple[str, ...] = ()  # of this process alone
+
+    @property
+    def named(self) -> str:
+        return ", ".join([*(stage.name for stage in self.stages), *self.arguments])
+
+
+def groups_of(chips: Sequence[str] = ()) -> list[Group]:
+    """The processes of all stages: those on devices in one, which holds a TPU's chips.
+
+    Args:
+        chips: of a process each, as `--chips` takes them; nothing: all of them are one's.
+
+    Raises:
+        BadSettingError: they are not shared evenly.
+    """
+    check_shares(chips)
+    sharing = [Group(ON_DEVICES, (f"--chips={own}",)) for own in chips]
+    return [Group((FIRST,)), *(sharing or [Group(ON_DEVICES)])]
+
+
 class StageProcesses:
     """A process for each group of stages, with the queue that they serve.
 
@@ -38,23 +63,21 @@ class StageProcesses:
     """
 
     def __init__(
-        self, jobs_dir: Path, groups: Sequence[Sequence[Stage]], arguments: Sequence[str] = ()
+        self, jobs_dir: Path, groups: Sequence[Group], arguments: Sequence[str] = ()
     ) -> None:
         """
         Args:
-            groups: the stages of each process.
-            arguments: further flags of each.
+            arguments: further flags of each process.
         """
         self.queue = JobQueue(jobs_dir)
         self._jobs_dir, self._arguments = jobs_dir, arguments
-        self._groups = [tuple(group) for group in groups]
-        self._processes: dict[tuple[Stage, ...], subprocess.Popen[bytes]] = {}
-        self._starts = dict.fromkeys(self._groups, 0)
+        self._processes: dict[Group, subprocess.Popen[bytes]] = {}
+        self._starts = dict.fromkeys(groups, 0)
         self._received: list[int] = []
 
     def __enter__(self) -> Self:
         self._before = {n: signal.signal(n, self._pass_on) for n in heard_signals()}
-        for group in self._groups:
+        for group in self._starts:
             self._start(group)
         return self
 
@@ -69,21 +92,25 @@ class StageProcesses:
         """The signal to stop that has come."""
         return self._received[0] if self._received else None
 
+    @property
+    def share_chips(self) -> bool:
+        """Whether each has a part of the machine's chips."""
+        return any(group.arguments for group in self._starts)
+
     def _pass_on(self, number: int, _: object) -> None:
         self._received.append(number)
         for process in self._processes.values():
             with suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    def _start(self, group: tuple[Stage, ...]) -> None:
-        numbers = ",".join(str(stage.number) for stage in group)
-        command = [sys.executable, script_of(group[-1]), f"--serve={numbers}"]
+    def _start(self, group: Group) -> None:
+        numbers = ",".join(str(stage.number) for stage in group.stages)
+        command = [sys.executable, script_of(group.stages[-1]), f"--serve={numbers}"]
+        arguments = [f"--jobs_dir={self._jobs_dir}", *self._arguments, *group.arguments]
         environment = {**os.environ, STARTED_BY: str(os.getpid())}
         self._starts[group] += 1
         with holding_signals():
-            self._processes[group] = subprocess.Popen(
-                [*command, f"--jobs_dir={self._jobs_dir}", *self._arguments], env=environment
-            )
+            self._processes[group] = subprocess.Popen([*command, *arguments], env=environment)
         if self._received:  # before it was there to be told
             self._processes[group].send_signal(self._received[0])
 
@@ -91,21 +118,23 @@ class StageProcesses:
         """Begin processes again that have died; they take up the jobs of those.
 
         Raises:
+            BadSettingError: one does not take its flags.
             UnfitEnvironmentError: one ends again and again.
         """
         for group, process in list(self._processes.items()):
             if process.poll() is None or self._received:
                 continue
-            named = ", ".join(stage.name for stage in group)
             if (said := self._ready_files().get(process.pid)) is not None:  # it has served
                 self._starts[group] = 0
                 remove_file(said)
+            elif process.returncode == BadSettingError.exit_code:  # and would be again
+                raise BadSettingError(f"the process of {group.named}: see what it said above")
             if self._starts[group] >= MOST_STARTS:
                 raise UnfitEnvironmentError(
-                    f"the process of {named} ended {MOST_STARTS} times, the last time with "
+                    f"the process of {group.named} ended {MOST_STARTS} times, the last time with "
                     f"{process.returncode}: see what it said above"
                 )
-            say(f"the process of {named} ended with {process.returncode}: it is begun again")
+            say(f"the process of {group.named} ended with {process.returncode}: it is begun again")
             self._start(group)
 
     def are_ready(self) -> bool:

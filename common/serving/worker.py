@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import NamedTuple
 
+from common.compute.backends import TorchBackend
 from common.compute.kept import Kept
 from common.errors import BadSettingError, StageError, UnfitEnvironmentError
 from common.files.run_lock import HELD_BY_PARENT
@@ -20,7 +22,7 @@ from common.files.stage_table import DENOISE, LAST, STAGES, Stage, numbered
 from common.messages import say, warn
 from common.process import run_in_process
 from common.progress import watched_by
-from common.runs.flags import Given
+from common.runs.flags import OF_SERVING, Given
 from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
 from common.sampling.together import Seat, Together
@@ -30,6 +32,7 @@ from common.serving.jobs import Job
 from common.serving.live import LiveWriter, has_listeners, remove_live
 from common.serving.preview_fits import PreviewFits
 from common.serving.said import SaidByStages
+from common.serving.stage_processes import ON_DEVICES
 from common.stopping import (
     SECONDS_OF_ONE_SIGNAL,
     STOP_SIGNALS,
@@ -45,9 +48,7 @@ SECONDS_BETWEEN_LOOKS_AT_CANCELS = 0.2
 SECONDS_UNTIL_RARE = 5.0  # without a job, after which it is looked for less often
 SECONDS_BETWEEN_RARE_LOOKS = 0.05
 SECONDS_UNTIL_TRIED_AGAIN = 1.0  # where the queue cannot be written
-OF_SERVING = (  # flags
-    *("serve", "jobs_dir", "keep", "backend", "debug", "batch_size", "max_wait_ms"),
-)
+FLAGS = {"serve", *OF_SERVING, "backend", "debug", "batch_size"}
 
 
 class AtOnce(NamedTuple):
@@ -87,17 +88,20 @@ class Worker:
         self._heard_at = 0.0  # when the first signal to stop came
         self._parent = os.environ.pop(STARTED_BY, None)
 
-    def serve(self, *arguments: str) -> int:
+    def serve(self, *arguments: str, chips: str | None = None) -> int:
         """Open the stages and do jobs. Returns the exit code of what stopped it.
 
         Args:
             arguments: flags of the backend to start.
+            chips: that this process has taken (`take_chips`), and jax is to see.
+
+        Raises:
+            BadSettingError: there are no such chips.
         """
         before = {number: signal.signal(number, self._hear) for number in heard_signals()}
         self._lock.acquire()
         try:
-            for resident in self._residents.values():
-                resident.open(*arguments)
+            self._open(arguments, chips)
             ready = {"pid": os.getpid(), "stages": [stage.number for stage in self.stages]}
             write_text_whole(self._says_ready, json.dumps(ready))
             say(f"serving {', '.join(stage.name for stage in self.stages)}")
@@ -110,6 +114,17 @@ class Worker:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return 0 if self.stop.number is None else STOP_SIGNALS[self.stop.number][1]
+
+    def _open(self, arguments: Sequence[str], chips: str | None) -> None:
+        try:
+            for resident in self._residents.values():
+                resident.open(*arguments)
+        except UnfitEnvironmentError as unfit:
+            if chips is None:
+                raise
+            raise BadSettingError(f"--chips {chips}: {unfit}") from None
+        if chips is not None and "common.compute.jax_start" in sys.modules:
+            resolve_name("common.compute.jax_start:refuse_other_chips")(chips)
 
     @ends_this_process
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -310,7 +325,7 @@ def serve(given: Given) -> int:
     assert given.flags.serve is not None
     if given.flags.jobs_dir is None:
         raise BadSettingError("--serve: give --jobs_dir, where the jobs are, as well")
-    for name in given.parameters.keys() - {*OF_SERVING}:
+    for name in given.parameters.keys() - FLAGS:
         raise BadSettingError(f"--{name} does not go with --serve: jobs have flags of their own")
     known = {str(stage.number): stage for stage in STAGES}
     asked = [number.strip() for number in given.flags.serve.split(",")]
@@ -320,9 +335,14 @@ def serve(given: Given) -> int:
             f"{', '.join(known)}"
         )
     stages = [stage for number, stage in known.items() if number in asked]
+    if not {*ON_DEVICES} <= {*stages}:
+        # Another process may need the same GPU, of whose memory jax takes three quarters.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     arguments = [] if given.options.backend == "auto" else [f"--backend={given.options.backend}"]
     at_once = AtOnce(given.options.batch_size, given.flags.max_wait_ms)
-    return Worker(given.flags.jobs_dir, stages, given.flags.keep, at_once).serve(*arguments)
+    worker = Worker(given.flags.jobs_dir, stages, given.flags.keep, at_once)
+    chips = None if given.options.backend == TorchBackend.name else given.flags.chips
+    return worker.serve(*arguments, chips=chips)
 
 
 def _was_stopped(code: int) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from common import private_cache
 from common.errors import BadSettingError
 from common.files import artifacts
 from common.files.artifacts import MADE_BY
@@ -24,6 +26,7 @@ from common.serving.job_queue import WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job, State
 from common.serving.server import listening, model_name, refuse_open_address
 from common.serving.stages import Stages
+from common.serving.warm import SERVERS_FOLDER
 from tests.conftest import Run
 from tests.refusals import expect, refusal
 from tests.serving.conftest import Server, start_server
@@ -167,7 +170,14 @@ def test_it_drains_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
     assert not any(child.is_running() for child in children)
     assert len(statuses) == 2 and set(statuses) <= {200, 503}
     assert not list((first.jobs_dir / WORKERS_FOLDER).glob("*.json"))
-    second = start_server(tmp_path / "jobs")
+    chips = f"--chips=0-{len(os.sched_getaffinity(0)) - 1}"
+    own = (chips, "--keep=1", "--max_wait_ms=5")  # of the processes that serve stages
+    second = start_server(tmp_path / "jobs", *own, "--keep_jobs=1")
+    commands = [child.cmdline() for child in psutil.Process(second.process.pid).children()]
+    assert sorted(len({*own} & {*command}) for command in commands) == [2, 3]
+    # With chips of their own it is none for run_all.sh, whose own runs have all there are.
+    for each in (private_cache.folder() / SERVERS_FOLDER).glob("*.json"):
+        assert json.loads(each.read_text())["jobs_dir"] != str(first.jobs_dir)
     until = time.monotonic() + 90
     while not all(job.has_ended for job in queue.jobs()):
         assert time.monotonic() < until

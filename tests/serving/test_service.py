@@ -48,6 +48,42 @@ def test_what_is_too_much_is_refused(tmp_path: Path, flags: dict[str, object], s
     service.close()
 
 
+def test_jobs_that_ended_go_where_not_all_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones go, with their folders; what waits, and what has only ended, stays."""
+    service = Service(tmp_path / "jobs", {}, Bounds(kept=2))
+    monkeypatch.setattr("common.serving.service.SECONDS_UNTIL_FORGOTTEN", 0.0)
+
+    async def forget(until: int) -> set[Path]:
+        looking = asyncio.create_task(service.forget_old())
+        for _ in range(500):
+            await asyncio.sleep(0.02)
+            if len([*(tmp_path / "jobs" / "runs").iterdir()]) <= until:
+                break
+        service.ends = True
+        await looking
+        service.ends = False
+        return set((tmp_path / "jobs" / "runs").iterdir())
+
+    async def all_of_it() -> None:
+        jobs = [await service.submit({"prompt": ["a"], "seed": seed}) for seed in range(6)]
+        for job in jobs:
+            job.run_dir.mkdir()
+        for job in reversed(jobs[:4]):  # those of more than the last two ended first
+            await service.cancel(job)
+        left = [jobs[0], jobs[1], *jobs[4:]]
+        assert await forget(4) == {job.run_dir for job in left}
+        assert {job.number for job in await service.jobs()} == {job.number for job in left}
+        assert await forget(4) == {job.run_dir for job in left}
+        monkeypatch.setattr("common.serving.service.SECONDS_UNTIL_FORGOTTEN", 60.0)
+        await service.cancel(jobs[4])
+        assert await forget(4) == {job.run_dir for job in left}
+
+    asyncio.run(all_of_it())
+    service.close()
+
+
 def encoded(width: int, height: int) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(data, "PNG")

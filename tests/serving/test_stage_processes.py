@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import BadSettingError
 from common.files.picture_files import read_picture_record, read_pixels
 from common.files.report import read_report
-from common.files.stage_table import FIRST, STAGES
+from common.files.stage_table import LAST
 from common.runs.in_turn import plan
 from common.serving.job_queue import WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job, State, Step
-from common.serving.stage_processes import StageProcesses
+from common.serving.stage_processes import Group, StageProcesses, groups_of
 from tests.conftest import Run
+from tests.refusals import refusal
 
 pytestmark = pytest.mark.slow
 
@@ -28,10 +30,9 @@ PICTURE = "output_image.png"
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageProcesses]:
-    groups = [[FIRST], [stage for stage in STAGES if stage is not FIRST]]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)  # as the scripts that they are compared with
-        with StageProcesses(tmp_path_factory.mktemp("serving") / "jobs", groups) as found:
+        with StageProcesses(tmp_path_factory.mktemp("serving") / "jobs", groups_of()) as found:
             yield found
 
 
@@ -168,3 +169,54 @@ def test_two_runs_follow_each_other_through_the_stages(
         thread.join(60)
     assert ended == {"a ring": (0, ""), "a star": (0, "")}
     assert (tmp_path / "a ring" / PICTURE).exists() and (tmp_path / "a star" / PICTURE).exists()
+
+
+def test_a_process_that_refuses_its_flags_is_not_begun_again(tmp_path: Path) -> None:
+    group = Group((LAST,), ("--chips=x",))
+    with (
+        StageProcesses(tmp_path / "jobs", [group]) as found,
+        refusal(BadSettingError, "the process of stage 3, --chips=x: see what it said"),
+    ):
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            found.see_to_them()
+            time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_processes_with_a_core_each_share_the_jobs(
+    processes: StageProcesses, tmp_path: Path
+) -> None:
+    """Of the same queue, with the same bits in both, neither on the other's core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    alone, runs = tmp_path / "alone", [tmp_path / str(number) for number in range(4)]
+    assert processes.do(alone, steps_for(alone, seed=9)) == (0, "")
+    with StageProcesses(tmp_path / "jobs", groups_of(["0", "1"])) as found:
+        until = time.monotonic() + 120
+        while not found.are_ready() and time.monotonic() < until:
+            time.sleep(0.1)
+        said = [
+            read
+            for path in (tmp_path / "jobs" / WORKERS_FOLDER).glob("*.json")
+            if 2 in (read := json.loads(path.read_text()))["stages"]
+        ]
+        assert [os.sched_getaffinity(each["pid"]) for each in said] in (
+            [{cores[0]}, {cores[1]}],
+            [{cores[1]}, {cores[0]}],
+        )
+        jobs = [found.queue.add(each, steps_for(each, seed=9)) for each in runs]
+        workers = set()
+        while not all(job.has_ended for job in jobs) and time.monotonic() < until:
+            jobs = [now for job in jobs if (now := found.queue.get(job.number)) is not None]
+            workers |= {j.worker for j in jobs if j.state is State.RUNNING and j.step.stage == 2}
+            time.sleep(0.01)
+        assert {job.state for job in jobs} == {State.DONE} and len(workers) == 2
+    pictures = [read_pixels(each / PICTURE).astype(int) for each in (alone, *runs)]
+    # On all cores sums may be taken in another order.
+    assert max(abs(picture - pictures[0]).max() for picture in pictures) <= 1
+    for each, picture in zip(runs, pictures[1:], strict=True):
+        assert np.array_equal(picture, pictures[1])
+        report = read_report(each, 2)
+        assert report is not None and report.devices == 1
