@@ -73,3 +73,9 @@ class UnfitEnvironmentError(StageError):
     """The disk, the memory, a device or another process stands in the way."""
 
     exit_code = 5
+
+
+def error_of(exit_code: int, said: str) -> StageError:
+    """An error that another process had."""
+    kinds = (BadSettingError, BadInputFileError, NotFiniteError, UnfitEnvironmentError)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), StageError)(said)

@@ -5,6 +5,7 @@
 #   tools/set_up.sh dev      what testing and checking need as well
 #   tools/set_up.sh tpu      what running on a TPU VM needs as well
 #   tools/set_up.sh gpu      what running on a GPU needs as well
+#   tools/set_up.sh ray      what running on many hosts needs as well
 #
 # Installs the exact versions of constraints.txt; runs again only when they or pyproject.toml change.
 # PYTHON names the interpreter to use (3.11 or later).

@@ -74,10 +74,7 @@ def read_prompts_file(path: Path, settings: AskedPrompts) -> tuple[PromptSetting
     read = _READERS.get(path.suffix.lower(), _plain_lines)
     prompts = []
     for number, values in read(text, path):
-        if "negative_prompt" not in values:
-            values["negative_prompt"] = settings.negative_prompt
-            values.setdefault("negative_prompt_2", settings.negative_prompt_2)
-        prompts.append(_prompt_of(values, f"{path}, line {number}"))
+        prompts.append(prompt_of(values, settings, f"{path}, line {number}"))
     if not prompts:
         raise BadSettingError(f"--prompts_file {path} holds no prompt: write one a line")
     return tuple(prompts)
@@ -90,12 +87,19 @@ class _OwnSettings(*reversed([*SHARED, AskedSize])):  # type: ignore[misc]
 _OF_RUNS = {name for group in (*ASKED, *SHARED) for name in group.model_fields}
 
 
-def _prompt_of(values: dict[str, Any], where: str) -> PromptSettings:
+def prompt_of(values: dict[str, Any], settings: AskedPrompts, where: str) -> PromptSettings:
     """A prompt, and the settings of the run that it has its own of.
+
+    Args:
+        values: of a line, which are changed.
+        settings: the run's, whose negative prompts it has where it says none.
 
     Raises:
         BadSettingError: a name or value that is wrong, or a setting that is the whole run's.
     """
+    if "negative_prompt" not in values:
+        values["negative_prompt"] = settings.negative_prompt
+        values.setdefault("negative_prompt_2", settings.negative_prompt_2)
     if "settings" in values:
         raise BadSettingError(f"{where}: settings stand beside the prompt, each by its name")
     own = {name: values.pop(name) for name in own_settings() if name in values}
@@ -211,7 +215,7 @@ def _table(text: str, path: Path) -> Prompts:
             continue
         if header is None:
             header = [cell.lower() for cell in cells]
-            _check_header(header, f"{path}, line {began}")
+            check_header(header, f"{path}, line {began}")
             continue
         if len(cells) > len(header):
             raise BadSettingError(
@@ -222,7 +226,8 @@ def _table(text: str, path: Path) -> Prompts:
         yield began, {name: cell for name, cell in zip(header, cells, strict=False) if cell}
 
 
-def _check_header(header: list[str], where: str) -> None:
+def check_header(header: list[str], where: str) -> None:
+    """Raise `BadSettingError` where a table's header is none of prompts."""
     if "prompt" not in header:
         raise BadSettingError(f"{where} is the header, and names no column `prompt`")
     if twice := next((name for name in header if header.count(name) > 1), None):

@@ -28,7 +28,10 @@ def images_of(prompts: Sequence[PromptSettings], images: int) -> list[int]:
 
 
 def seeds_of(
-    prompts: Sequence[PromptSettings], images: Sequence[int], settings: SamplingSettings
+    prompts: Sequence[PromptSettings],
+    images: Sequence[int],
+    settings: SamplingSettings,
+    before: int = 0,
 ) -> list[int]:
     """The seeds of all images, prompt-major; those of one prompt follow each other.
 
@@ -37,13 +40,14 @@ def seeds_of(
 
     Args:
         images: of each prompt.
+        before: images of other prompts that the run begins with.
     """
     seeds: list[int] = []
     for prompt, count in zip(prompts, images, strict=True):
         if prompt.seeds is not None:
             seeds += [seed + settings.seed_offset for seed in prompt.seeds]
             continue
-        first = settings.seed + len(seeds)
+        first = settings.seed + before + len(seeds)
         if prompt.id is not None:
             first = settings.seed + seed_of_id(prompt.id)
         if settings.same_seed:

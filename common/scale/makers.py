@@ -1,0 +1,302 @@
+"""What makes the pictures of shards: stage 1 in one process, the stages on devices in another."""
+
+import getpass
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import psutil
+
+from common.compute.kept import Kept
+from common.declared import EMBEDDINGS, LATENTS, PICTURES
+from common.errors import StageError, UnfitEnvironmentError
+from common.files.recipe import FORMAT_VERSION, package_versions, to_json
+from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, FIRST, Stage
+from common.models.component_table import loaded_for
+from common.models.find import open_checkpoint
+from common.models.lora import lora_settings
+from common.models.textual_inversion import embedding_settings
+from common.runs.flags import Given
+from common.runs.generation import RunSettings, read_run_settings
+from common.runs.in_turn import begins_with_pictures, plan
+from common.runs.stage_run import ResidentStage
+from common.scale.shard_store import Format, ShardStore
+from common.scale.shards import OF_ROWS, Failure, Line, Shard
+
+Done = TypeVar("Done")
+LIST_FILE = "prompts.jsonl"
+ENCODING, MAKING = "stage 1", "stages 0, 2 and 3"  # pools of processes
+MADE = (EMBEDDINGS, LATENTS, PICTURES)
+ON_DEVICES = (ENCODE_PICTURES, DENOISE, DECODE)
+# Of a run of a shard alone: a grid of it is of no use.
+OF_SHARDS: dict[str, Any] = {"grid_images": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How shards are made: the same in every process."""
+
+    flags: dict[str, Any]  # of every run, as `run_all.sh` takes them
+    target: str
+    content: str = ""  # a hash of `content_here`, on the machine that the list was read on
+    form: Format = "folder"
+    latents: bool = False
+    folder: str = field(default_factory=os.getcwd)  # that paths of flags and rows begin in
+
+    def settings(self) -> RunSettings:
+        """Those that rows have where they say nothing.
+
+        Raises:
+            BadSettingError: one is wrong.
+        """
+        return read_run_settings(self.flags.get("config"), Given(FIRST, self.flags).settings())
+
+    def content_here(self) -> dict[str, Any]:
+        """What pictures are made of besides settings and rows, by its content on this machine."""
+        settings, names = (
+            self.settings(),
+            list(dict.fromkeys(n for a in MADE for n in loaded_for(a))),
+        )
+        checkpoint = open_checkpoint(settings, names)
+        return {
+            "weights": [checkpoint.fingerprints_for(artifact) for artifact in MADE],
+            "loras": lora_settings(settings.loras, names),
+            "embeddings": embedding_settings(settings.embeddings),
+            "versions": package_versions("torch", "diffusers", "transformers", "jax", "torchax"),
+            "format_version": FORMAT_VERSION,
+        }
+
+    def refuse_other_content(self) -> None:
+        """Raise `UnfitEnvironmentError` where this machine would make other pictures."""
+        host = socket.gethostname()
+        try:
+            here = hash_of(self.content_here())
+        except StageError as error:
+            raise UnfitEnvironmentError(f"on {host}: {error}") from None
+        if here != self.content:
+            raise UnfitEnvironmentError(
+                f"{host} has another checkpoint, LoRA, embedding or version of a package than the "
+                "machine that the list was read on: make them the same"
+            )
+
+    def store(self) -> ShardStore:
+        """Where shards are kept."""
+        return ShardStore(self.target, self.form, latents=self.latents)
+
+    def commands(self, run_dir: Path) -> dict[Stage, list[str]]:
+        """The arguments of each stage for the list in a run directory."""
+        given = {name: value for name, value in self.flags.items() if name not in OF_ROWS}
+        given |= {"output_dir": run_dir, "prompts_file": run_dir / LIST_FILE, **OF_SHARDS}
+        return {stage: command[2:] for stage, command in plan(given).items()}
+
+    def enter(self) -> None:
+        """Work where paths begin; where the machine has no such folder, they have to be absolute.
+
+        Raises:
+            UnfitEnvironmentError: this machine has other files than the one that read the list.
+        """
+        if Path(self.folder).is_dir():
+            os.chdir(self.folder)
+        self.refuse_other_content()
+
+
+@dataclass
+class Made:
+    """A shard on its way through the processes."""
+
+    shard: Shard
+    is_done: bool = False  # in its store already, or now
+    lines: list[Line] = field(default_factory=list)  # with prompts that could be encoded
+    failures: list[Failure] = field(default_factory=list)
+    ids: dict[int, str | None] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)  # of the run directory
+    seconds: dict[str, float] = field(default_factory=dict)  # by pool
+
+    def to_row(self) -> dict[str, Any]:
+        """As a row that goes from one process to the next."""
+        told = asdict(self)
+        del told["files"]
+        return {"told": json.dumps(told), "files": pickle.dumps(self.files)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        told = json.loads(row["told"])
+        told["shard"] = Shard.from_json(json.dumps(told["shard"]))
+        told["lines"] = [
+            Line._make([*line[:5], *map(tuple, line[5:7]), None]) for line in told["lines"]
+        ]
+        told["failures"] = [Failure(*each) for each in told["failures"]]
+        told["ids"] = {int(row): id for row, id in told["ids"].items()}
+        return cls(**told, files=pickle.loads(row["files"]))
+
+
+class Encoder:
+    """Stage 1, open for many shards."""
+
+    def __init__(self, making: Making) -> None:
+        making.enter()
+        self._making, self._settings = making, making.settings()
+        self._store, self._stage = making.store(), ResidentStage(FIRST, Kept(most_models=2))
+        self._stage.open()
+
+    def __call__(self, shard: Shard) -> Made:
+        """Read a shard's rows, and encode their prompts."""
+        began, made = time.monotonic(), Made(shard)
+        if self._store.is_done(shard.name):
+            made.is_done = True
+            return made
+        for line in shard.lines(self._settings):
+            if line.failure is None:
+                made.lines.append(line)
+                made.ids[line.row] = line.own_id
+            else:
+                made.failures.append(line.failure)
+
+        def encode(lines: Sequence[Line]) -> dict[str, bytes]:
+            with own_folder() as run_dir:
+                write_list(run_dir, lines)
+                self._stage.run(*self._making.commands(run_dir)[FIRST])
+                return {path.name: path.read_bytes() for path in _files_of(run_dir)}
+
+        made.lines, failures, files = sift(made.lines, encode)
+        made.failures += failures
+        made.files = files or {}
+        made.seconds[ENCODING] = time.monotonic() - began
+        return made
+
+
+class Maker:
+    """The stages on devices, open for many shards; all chips that its process sees."""
+
+    def __init__(self, making: Making) -> None:
+        making.enter()
+        backend = making.flags.get("backend", "auto")
+        self._making, self._store = making, making.store()
+        kept = Kept(most_models=4)  # two checkpoints or sets of LoRAs
+        self._stages = {stage: ResidentStage(stage, kept) for stage in (FIRST, *ON_DEVICES)}
+        for stage in ON_DEVICES:
+            self._stages[stage].open(f"--backend={backend}")
+
+    def __call__(self, made: Made) -> Made:
+        """Make a shard's pictures, and put them into the store."""
+        began, name = time.monotonic(), made.shard.name
+        if made.is_done or self._store.is_done(name):
+            return self._found(made)
+        with own_folder() as run_dir:
+            encoded = made.files
+
+            def make(lines: Sequence[Line]) -> Path:
+                write_list(run_dir, lines)
+                if encoded and len(lines) == len(made.lines):
+                    for own, content in encoded.items():
+                        (run_dir / own).write_bytes(content)
+                else:
+                    self._stages[FIRST].run(*self._making.commands(run_dir)[FIRST])
+                for stage in ON_DEVICES:
+                    if stage is not ENCODE_PICTURES or begins_with_pictures(run_dir):
+                        self._stages[stage].run(*self._making.commands(run_dir)[stage])
+                return run_dir
+
+            lines, failures, run = sift(made.lines, make)
+            made.failures = sorted([*made.failures, *failures])
+            images = sum(line.images for line in lines)
+            self._store.commit(name, run if lines else None, images, made.ids, made.failures)
+        made.is_done, made.files, made.lines = True, {}, []
+        made.seconds[MAKING] = time.monotonic() - began
+        return made
+
+    def _found(self, made: Made) -> Made:
+        """A shard that another process has put there."""
+        made.failures = self._store.failures(made.shard.name)
+        made.is_done, made.files, made.lines = True, {}, []
+        return made
+
+
+def sift(
+    lines: Sequence[Line], do: Callable[[Sequence[Line]], Done]
+) -> tuple[list[Line], list[Failure], Done | None]:
+    """Do something with rows, and leave out those that it cannot be done with.
+
+    Returns the rows that it was done with, why not with the others, and what it gave.
+
+    Raises:
+        UnfitEnvironmentError: no row's fault.
+    """
+    left, failures = list(lines), list[Failure]()
+    while left:
+        try:
+            return left, failures, do(left)
+        except UnfitEnvironmentError:
+            raise
+        except StageError as error:
+            bad = _first_bad(left, do, error)
+        if bad is None:  # each half is good alone
+            try:
+                return left, failures, do(left)
+            except UnfitEnvironmentError:
+                raise
+            except StageError as error:  # they do not go together
+                said, code = str(error), error.exit_code
+            failures += [Failure(line.row, line.where, said, code) for line in left]
+            break
+        failures.append(bad)
+        left = [line for line in left if line.row != bad.row]
+    return [], failures, None
+
+
+def _first_bad(
+    lines: Sequence[Line], do: Callable[[Sequence[Line]], Any], error: StageError
+) -> Failure | None:
+    """The first row that something cannot be done with, by halves.
+
+    Args:
+        error: of all of them.
+    """
+    if len(lines) == 1:
+        return Failure(lines[0].row, lines[0].where, str(error), error.exit_code)
+    half = len(lines) // 2
+    for some in (lines[:half], lines[half:]):
+        try:
+            do(some)
+        except UnfitEnvironmentError:
+            raise
+        except StageError as own:
+            return _first_bad(some, do, own)
+    return None
+
+
+def write_list(run_dir: Path, lines: Sequence[Line]) -> None:
+    """Write a run's list of prompts."""
+    text = "".join(f"{line.text}\n" for line in lines)
+    (run_dir / LIST_FILE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for one run; those of processes that are no more go."""
+    parent = Path(tempfile.gettempdir()) / f"staged-diffusion-shards-{getpass.getuser()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    for left in parent.iterdir():
+        if not psutil.pid_exists(int(left.name.partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=parent) as name:
+        yield Path(name)
+
+
+def hash_of(value: Any) -> str:
+    """A hash of what JSON can say."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()
+
+
+def _files_of(run_dir: Path) -> list[Path]:
+    return [path for path in run_dir.iterdir() if path.is_file() and path.name[0] != "."]
