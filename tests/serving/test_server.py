@@ -178,7 +178,7 @@ def test_it_drains_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
     # With chips of their own it is none for run_all.sh, whose own runs have all there are.
     for each in (private_cache.folder() / SERVERS_FOLDER).glob("*.json"):
         assert json.loads(each.read_text())["jobs_dir"] != str(first.jobs_dir)
-    until = time.monotonic() + 90
+    until = time.monotonic() + 240
     while not all(job.has_ended for job in queue.jobs()):
         assert time.monotonic() < until
         time.sleep(0.05)
