@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,11 @@ from common.stopping import stop_at_once_on_signals
 if __name__ == "__main__":  # the other imports take a second
     stop_at_once_on_signals()
 
+for needed in ("ray", "pyarrow", "fsspec"):  # which pictures of one machine do without
+    if find_spec(needed) is None:
+        print(f"error: {needed} is not installed: tools/set_up.sh ray installs it", file=sys.stderr)
+        sys.exit(5)
+
 import typer
 from tqdm import tqdm
 from typer.core import TyperCommand
@@ -29,7 +35,7 @@ from common.commands import flag
 from common.compute.options import read_run_options
 from common.compute.sharding import parse_mesh
 from common.declared import LATENTS, PICTURES
-from common.errors import BadSettingError, UnfitEnvironmentError, error_of
+from common.errors import BadSettingError, error_of
 from common.files.recipe import to_json
 from common.messages import say, warn
 from common.models.component_table import loaded_for
@@ -215,12 +221,8 @@ def _make(
     failures: list[Failure],
     most: int | None,
 ) -> None:
-    try:
-        from common.scale import ray_pools
-    except ImportError:
-        raise UnfitEnvironmentError(
-            'Ray is not installed: pip install "ray[data]" into .venv, or tools/set_up.sh ray'
-        ) from None
+    from common.scale import ray_pools  # not for a list of which all is done: it takes seconds
+
     ray_pools.join(address, debug=bool(making.flags.get("debug")))
     pools = ray_pools.pools_for(*processes)
     say(" and ".join(pool.said() for pool in pools))

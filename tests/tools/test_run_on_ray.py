@@ -113,6 +113,7 @@ def wait_for_shards(target: Path, count: int, run: Any) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_all_rows_are_made_when_a_node_and_a_process_and_the_driver_die(
     cluster: Any, by_run_all: Path, environment: dict[str, str], tmp_path: Path
@@ -141,6 +142,22 @@ def test_what_a_list_does_not_take_is_a_flag_of_a_run() -> None:
     assert REFUSED.keys() <= {flag.name for flag in flags_of_a_run()}
 
 
+WITHOUT_RAY = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "ray" else find(name, *more)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_without_ray_a_sentence_says_how_to_get_it() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, TOOL], capture_output=True, text=True
+    )
+    assert result.returncode == 5
+    assert result.stderr == "error: ray is not installed: tools/set_up.sh ray installs it\n"
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -162,6 +179,7 @@ def test_settings_of_a_config_file_that_are_no_lists(
     assert result.returncode == 2 and said in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_bad_rows_are_told_and_the_rest_is_made(
     environment: dict[str, str], tmp_path: Path
