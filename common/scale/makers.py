@@ -30,7 +30,7 @@ from common.runs.flags import Given
 from common.runs.generation import RunSettings, read_run_settings
 from common.runs.in_turn import begins_with_pictures, plan
 from common.runs.stage_run import ResidentStage
-from common.scale.shard_store import Format, ShardStore
+from common.scale.shard_store import Format, ShardStore, files_of
 from common.scale.shards import OF_ROWS, Failure, Line, Shard
 
 Done = TypeVar("Done")
@@ -63,10 +63,8 @@ class Making:
 
     def content_here(self) -> dict[str, Any]:
         """What pictures are made of besides settings and rows, by its content on this machine."""
-        settings, names = (
-            self.settings(),
-            list(dict.fromkeys(n for a in MADE for n in loaded_for(a))),
-        )
+        settings = self.settings()
+        names = [*dict.fromkeys(name for artifact in MADE for name in loaded_for(artifact))]
         checkpoint = open_checkpoint(settings, names)
         return {
             "weights": [checkpoint.fingerprints_for(artifact) for artifact in MADE],
@@ -166,7 +164,7 @@ class Encoder:
             with own_folder() as run_dir:
                 write_list(run_dir, lines)
                 self._stage.run(*self._making.commands(run_dir)[FIRST])
-                return {path.name: path.read_bytes() for path in _files_of(run_dir)}
+                return {path.name: path.read_bytes() for path in files_of(run_dir)}
 
         made.lines, failures, files = sift(made.lines, encode)
         made.failures += failures
@@ -296,7 +294,3 @@ def own_folder() -> Iterator[Path]:
 def hash_of(value: Any) -> str:
     """A hash of what JSON can say."""
     return hashlib.sha256(to_json(value).encode()).hexdigest()
-
-
-def _files_of(run_dir: Path) -> list[Path]:
-    return [path for path in run_dir.iterdir() if path.is_file() and path.name[0] != "."]

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -172,7 +173,7 @@ class Watch:
         return f"{'. '.join(parts)}. Free are {has}"
 
 
-class _OfPool:
+class _OfPool(ABC):
     """A process of a pool, which says what it is at."""
 
     pool: ClassVar[str]
@@ -187,8 +188,9 @@ class _OfPool:
             self._error = error
         self._tell("waits for a shard")
 
+    @abstractmethod
     def _open(self, making: Making) -> Callable[[dict[str, Any]], Made]:
-        raise NotImplementedError
+        """Its stages, as what makes a row of the pool before into a shard."""
 
     def _tell(self, doing: str) -> None:
         self._pulse.tell.remote(self._name, self.pool, doing)

@@ -90,15 +90,13 @@ class ShardStore:
 
     def done(self) -> set[str]:
         """The names of the shards that are done."""
-        return {name for name in self._names(INDEX) if len(name) == NAME_LENGTH}
-
-    def _names(self, folder: str) -> list[str]:
         self._system.invalidate_cache()
         try:
-            found = self._system.ls(f"{self._root}/{folder}", detail=False)
+            found = self._system.ls(f"{self._root}/{INDEX}", detail=False)
         except FileNotFoundError:
-            return []
-        return [path.rstrip("/").rpartition("/")[2].partition(".")[0] for path in found]
+            return set()
+        names = {path.rpartition("/")[2].partition(".")[0] for path in found}
+        return {name for name in names if len(name) == NAME_LENGTH}
 
     def is_done(self, name: str) -> bool:
         """Whether a shard is."""
@@ -108,8 +106,7 @@ class ShardStore:
     def failures(self, name: str) -> list[Failure]:
         """The rows of a done shard that have no pictures."""
         with self._system.open(self._index_of(name), "rb") as file:
-            told = parquet.read_schema(file).metadata or {}
-        return [Failure(*each) for each in json.loads(told.get(b"failures", b"[]"))]
+            return _failures_in(parquet.read_schema(file))
 
     def _index_of(self, name: str) -> str:
         return f"{self._root}/{INDEX}/{name}.parquet"
@@ -149,13 +146,8 @@ class ShardStore:
 
     def _put_shard(self, run_dir: Path, place: str, entries: Sequence[dict[str, Any]]) -> None:
         if self.form == "folder":
-            kept = [
-                path
-                for path in sorted(run_dir.iterdir())
-                if path.is_file()
-                and not path.name.startswith(".")
-                and (path.suffix != ".safetensors" or (self._latents and path.name == LATENTS_FILE))
-            ]
+            latents = {LATENTS_FILE} if self._latents else set()
+            kept = (p for p in files_of(run_dir) if p.suffix != ".safetensors" or p.name in latents)
             self._put_folder(place.rstrip("/"), kept)
         elif self.form == "webdataset":
             content = io.BytesIO()
@@ -199,11 +191,8 @@ class ShardStore:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _put_file(self, place: str, content: bytes) -> None:
-        if not self._is_local:
-            self._system.pipe_file(f"{self._root}/{place}", content)
-            return
-        with replace_whole(Path(self._root) / place) as temporary:
-            temporary.write_bytes(content)
+        with self._whole(place) as file:
+            file.write(content)
 
     # --- when all is done -----------------------------------------------------------------------
 
@@ -225,8 +214,7 @@ class ShardStore:
                 for name in names:
                     with self._system.open(self._index_of(name), "rb") as own:
                         table = parquet.read_table(own)
-                    told = (table.schema.metadata or {}).get(b"failures", b"[]")
-                    failures += [Failure(*each) for each in json.loads(told)]
+                    failures += _failures_in(table.schema)
                     pictures += table.num_rows
                     writer.write_table(table.replace_schema_metadata(None))
             if failures:
@@ -287,6 +275,17 @@ class ShardStore:
     def _remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._system.rm_file(f"{self._root}/{name}")
+
+
+def files_of(run_dir: Path) -> list[Path]:
+    """A run directory's files that are whole."""
+    return [path for path in sorted(run_dir.iterdir()) if path.is_file() and path.name[0] != "."]
+
+
+def _failures_in(schema: Any) -> list[Failure]:
+    """Those that a shard's index tells beside its rows."""
+    told = (schema.metadata or {}).get(b"failures", b"[]")
+    return [Failure(*each) for each in json.loads(told)]
 
 
 def _entries(
