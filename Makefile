@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --numprocesses=auto --maxprocesses=4 \
     --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup test test-slow test-all parity faults faults-rows faults-serving soak lists fuzz bench check format clean
+.PHONY: setup test test-slow test-all parity faults faults-rows faults-serving faults-ray clients-on-ray many-rows soak lists fuzz bench check format clean
 
 setup:
 	tools/set_up.sh dev
@@ -43,6 +43,19 @@ lists: setup
 # A hundred kills of a server and its stages under load; takes some 40 minutes on two cores.
 faults-serving: setup
 	$(PYTHON_BIN) tests/faults/kill_servers.py --kills 100
+
+# Two thousand rows by Ray on two nodes, with twenty random deaths; some 10 minutes on two cores.
+faults-ray: setup
+	$(PYTHON_BIN) tests/faults/kill_ray.py --rows 2000 --faults 20
+
+# The three clients' tests of the server against replicas of Ray Serve; some 5 minutes.
+clients-on-ray: setup
+	SERVER_BY_RAY=1 $(PYTHON_BIN) -m pytest -m "" tests/serving/test_openai_api.py \
+	    tests/serving/test_a1111_api.py tests/serving/test_vae_api.py
+
+# Fifty thousand rows by Ray, and the memory of each node; some 15 minutes on two cores.
+many-rows: setup
+	$(PYTHON_BIN) tests/faults/many_rows.py --rows 50000 --beside 5000
 
 # Twenty minutes of all that a server takes: memory and compiled programs stay as they are.
 soak: setup

@@ -66,6 +66,12 @@ def save_sdxl(folder: Path, **unet_changes: Any) -> Path:
     return folder
 
 
+def save_tiniest(folder: Path) -> Path:
+    """An SD checkpoint whose models are some hundred kB, most of it the words."""
+    narrow = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    return save_sd(folder, **narrow)
+
+
 def save_refiner(folder: Path) -> Path:
     """A checkpoint as SDXL's refiner: the second text encoder alone, aesthetic scores, Euler."""
     torch.manual_seed(3)
@@ -139,9 +145,9 @@ def _text_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
 
 
 def _unet(**changes: Any) -> UNet2DConditionModel:
+    changes = {"block_out_channels": (32, 64)} | changes
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -56,12 +56,23 @@ REFUSED = {
     **dict.fromkeys(("prompt_syntax", "wildcards"), "write the combinations out"),
     **dict.fromkeys(("output_dir", "input_dir", "only", "keep_overrides", "wait"), ""),
     **dict.fromkeys(("name_template", "index", "grid_images", "save_trajectory"), ""),
+    "distributed": "give --together",
     **dict.fromkeys(("init_latents", "remote_vae", "progress", "repeat", "warmup"), ""),
     **dict.fromkeys(("profile", "profile_dir", "profile_steps", "warmup_steps"), ""),
 }
 # A shard's embeddings go from process to process in one piece of at most 2 GB; SDXL's are 1.3 MB.
 MOST_SHARD_IMAGES = 1000
 FIRST_ROWS = 10  # of which one has to suit the settings
+
+
+class Processes(NamedTuple):
+    """How many of each pool; None: as suits the cluster."""
+
+    encoders: int | None
+    makers: int | None
+    together: str | None  # hosts that compute together, as `ray_pools.hosts_of` takes them
+
+
 OUT_OF_RECIPES = {"prompt", "prompt_2", "negative_prompt", "negative_prompt_2", *OF_ROWS}
 
 
@@ -78,8 +89,8 @@ def main(
         flag("format", "NAME", SCALE, "folder, webdataset, parquet. [folder]"),
     ] = "folder",
     shard_images: Annotated[
-        int, flag("shard_images", "N", SCALE, "Pictures of a shard. [100]", least=1)
-    ] = 100,
+        int, flag("shard_images", "N", SCALE, "Pictures of a shard. [128]", least=1)
+    ] = 128,
     keep_latents: Annotated[
         bool, flag("keep_latents", " ", SCALE, "Beside a folder's pictures.")
     ] = False,
@@ -92,6 +103,9 @@ def main(
     makers: Annotated[
         int | None, flag("makers", "N", SCALE, "Processes of the others. [nodes]", least=1)
     ] = None,
+    together: Annotated[
+        str | None, flag("together", "HOSTS", SCALE, "A number, or a slice (v6e:4x4). [1]")
+    ] = None,
     max_failures: Annotated[
         int | None, flag("max_failures", "N", SCALE, "Rows that may fail. [all]", least=0)
     ] = None,
@@ -101,7 +115,7 @@ def main(
     Defaults stand in brackets; hyphens in flags work as well.
     """
     own = {"prompts", "output_dir", "format", "shard_images", "keep_latents", "address"}
-    own |= {"encoders", "makers", "max_failures"}
+    own |= {"encoders", "makers", "together", "max_failures"}
     flags = {
         name: value
         for name, value in context.params.items()
@@ -121,7 +135,7 @@ def main(
         return _make_all(
             _planned(prompts, making, shard_images),
             making,
-            (encoders, makers),
+            Processes(encoders, makers, together),
             address,
             max_failures,
         )
@@ -139,7 +153,7 @@ def _refuse_config(path: Path | None) -> None:
 def _make_all(
     shards: Sequence[Shard],
     making: Making,
-    processes: tuple[int | None, int | None],
+    processes: Processes,
     address: str | None,
     max_failures: int | None,
 ) -> int:
@@ -151,7 +165,7 @@ def _make_all(
     failures = [
         each for shard in shards if shard.name in done for each in store.failures(shard.name)
     ]
-    _refuse_failures(failures, max_failures)
+    refuse_failures(failures, max_failures)
     if todo:
         _make(todo, making, processes, address, failures, max_failures)
     pictures, failed = store.finish([shard.name for shard in shards])
@@ -216,27 +230,34 @@ def _refuse_what_suits_no_row(shard: Shard, making: Making) -> None:
 def _make(
     shards: Sequence[Shard],
     making: Making,
-    processes: tuple[int | None, int | None],
+    processes: Processes,
     address: str | None,
     failures: list[Failure],
     most: int | None,
 ) -> None:
-    from common.scale import ray_pools  # not for a list of which all is done: it takes seconds
+    # Not for a list of which all is done: it takes seconds.
+    from common.scale import pool_processes, ray_pools
 
     ray_pools.join(address, debug=bool(making.flags.get("debug")))
-    pools = ray_pools.pools_for(*processes)
+    pools = ray_pools.pools_for(
+        processes.encoders, processes.makers, ray_pools.hosts_of(processes.together)
+    )
     say(" and ".join(pool.said() for pool in pools))
-    total, seconds = sum(shard.images for shard in shards), Counter[str]()
+    total, done, seconds = sum(shard.images for shard in shards), 0, Counter[str]()
     with tqdm(total=total, unit=" pictures", disable=None) as bar:
-        for made in ray_pools.make_shards(shards, making, pools):
+        for made in pool_processes.make_shards(shards, making, pools):
+            done += made.shard.images
             bar.update(made.shard.images)
             seconds.update(made.seconds)
-            bar.set_postfix_str(", ".join(f"{pool} {own:.0f} s" for pool, own in seconds.items()))
+            rates = [
+                (p.name, done * p.processes / seconds[p.name]) for p in pools if seconds[p.name]
+            ]
+            bar.set_postfix_str(", ".join(f"{name} could {rate:.1f}/s" for name, rate in rates))
             failures += made.failures
-            _refuse_failures(failures, most)
+            refuse_failures(failures, most)
 
 
-def _refuse_failures(failures: Sequence[Failure], most: int | None) -> None:
+def refuse_failures(failures: Sequence[Failure], most: int | None) -> None:
     """Raise the first failure where there are more than may be, with its own exit code."""
     if most is None or len(failures) <= most:
         return

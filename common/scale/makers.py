@@ -18,10 +18,11 @@ from typing import Any, Self, TypeVar
 import psutil
 
 from common.compute.kept import Kept
+from common.compute.platforms import usable_cores
 from common.declared import EMBEDDINGS, LATENTS, PICTURES
 from common.errors import StageError, UnfitEnvironmentError
 from common.files.recipe import FORMAT_VERSION, package_versions, to_json
-from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, FIRST, Stage
+from common.files.stage_table import DECODE, DENOISE, ENCODE_PICTURES, FIRST, Stage, numbered
 from common.models.component_table import loaded_for
 from common.models.find import open_checkpoint
 from common.models.lora import lora_settings
@@ -34,6 +35,9 @@ from common.scale.shard_store import Format, ShardStore, files_of
 from common.scale.shards import OF_ROWS, Failure, Line, Shard
 
 Done = TypeVar("Done")
+# Begins a stage, by its number, with a run directory's files; what it returns waits for its end,
+# and is told whether this process has failed at it.
+Follow = Callable[[int, dict[str, bytes]], Callable[[bool], None]]
 LIST_FILE = "prompts.jsonl"
 ENCODING, MAKING = "stage 1", "stages 0, 2 and 3"  # pools of processes
 MADE = (EMBEDDINGS, LATENTS, PICTURES)
@@ -164,7 +168,7 @@ class Encoder:
             with own_folder() as run_dir:
                 write_list(run_dir, lines)
                 self._stage.run(*self._making.commands(run_dir)[FIRST])
-                return {path.name: path.read_bytes() for path in files_of(run_dir)}
+                return contents_of(run_dir)
 
         made.lines, failures, files = sift(made.lines, encode)
         made.failures += failures
@@ -173,17 +177,42 @@ class Encoder:
         return made
 
 
+class Follower:
+    """The stages on devices of a process that computes together with a `Maker` on another host."""
+
+    def __init__(self, making: Making) -> None:
+        """
+        Args:
+            making: with `distributed` among its flags.
+        """
+        making.enter()
+        self._making, self._stages = making, _open_on_devices(making)
+
+    def __call__(self, number: int, files: Mapping[str, bytes]) -> None:
+        """Do this process's part of a stage.
+
+        Args:
+            files: of the run directory, as the first process has them.
+        """
+        with own_folder() as run_dir:
+            for name, content in files.items():
+                (run_dir / name).write_bytes(content)
+            stage = numbered(number)
+            self._stages[stage].run(*self._making.commands(run_dir)[stage])
+
+
 class Maker:
     """The stages on devices, open for many shards; all chips that its process sees."""
 
-    def __init__(self, making: Making) -> None:
+    def __init__(self, making: Making, followers: Sequence[Follow] = ()) -> None:
+        """
+        Args:
+            followers: of the processes on other hosts that compute together with this one, each
+                begins a stage with the run directory's files, and returns how to wait for it.
+        """
         making.enter()
-        backend = making.flags.get("backend", "auto")
-        self._making, self._store = making, making.store()
-        kept = Kept(most_models=4)  # two checkpoints or sets of LoRAs
-        self._stages = {stage: ResidentStage(stage, kept) for stage in (FIRST, *ON_DEVICES)}
-        for stage in ON_DEVICES:
-            self._stages[stage].open(f"--backend={backend}")
+        self._making, self._store, self._followers = making, making.store(), followers
+        self._stages = _open_on_devices(making)
 
     def __call__(self, made: Made) -> Made:
         """Make a shard's pictures, and put them into the store."""
@@ -202,7 +231,7 @@ class Maker:
                     self._stages[FIRST].run(*self._making.commands(run_dir)[FIRST])
                 for stage in ON_DEVICES:
                     if stage is not ENCODE_PICTURES or begins_with_pictures(run_dir):
-                        self._stages[stage].run(*self._making.commands(run_dir)[stage])
+                        self._run(stage, run_dir)
                 return run_dir
 
             lines, failures, run = sift(made.lines, make)
@@ -213,11 +242,42 @@ class Maker:
         made.seconds[MAKING] = time.monotonic() - began
         return made
 
+    def _run(self, stage: Stage, run_dir: Path) -> None:
+        """Run a stage on all hosts, of which this one writes."""
+        files = contents_of(run_dir) if self._followers else {}
+        waits = [begin(stage.number, files) for begin in self._followers]
+        has_failed = True
+        try:
+            self._stages[stage].run(*self._making.commands(run_dir)[stage])
+            has_failed = False
+        finally:
+            for wait in waits:
+                wait(has_failed)
+
     def _found(self, made: Made) -> Made:
         """A shard that another process has put there."""
         made.failures = self._store.failures(made.shard.name)
         made.is_done, made.files, made.lines = True, {}, []
         return made
+
+
+def _open_on_devices(making: Making) -> dict[Stage, ResidentStage]:
+    """Stages that share models, all but stage 1 open, on all cores: Ray has set threads to one."""
+    import torch
+
+    torch.set_num_threads(usable_cores())
+    kept = Kept(most_models=4)  # two checkpoints or sets of LoRAs
+    stages = {stage: ResidentStage(stage, kept) for stage in (FIRST, *ON_DEVICES)}
+    own = {"backend": "auto", **making.flags}
+    flags = [f"--{name}={own[name]}" for name in ("backend", "distributed") if name in own]
+    for stage in ON_DEVICES:
+        stages[stage].open(*flags)
+    return stages
+
+
+def contents_of(run_dir: Path) -> dict[str, bytes]:
+    """A run directory's files that are whole, by their names."""
+    return {path.name: path.read_bytes() for path in files_of(run_dir)}
 
 
 def sift(
@@ -279,10 +339,15 @@ def write_list(run_dir: Path, lines: Sequence[Line]) -> None:
     (run_dir / LIST_FILE).write_text(text, encoding="utf-8")
 
 
+def folder_of_shards() -> Path:
+    """Where processes of this user work at shards, each in a folder that begins with its number."""
+    return Path(tempfile.gettempdir()) / f"staged-diffusion-shards-{getpass.getuser()}"
+
+
 @contextmanager
 def own_folder() -> Iterator[Path]:
     """A folder for one run; those of processes that are no more go."""
-    parent = Path(tempfile.gettempdir()) / f"staged-diffusion-shards-{getpass.getuser()}"
+    parent = folder_of_shards()
     parent.mkdir(mode=0o700, exist_ok=True)
     for left in parent.iterdir():
         if not psutil.pid_exists(int(left.name.partition("-")[0])):

@@ -2,13 +2,14 @@
 
 import csv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 
-from common.errors import BadInputFileError, BadSettingError, in_one_line
+from common.errors import BadInputFileError, BadSettingError, StageError, in_one_line
 from common.runs.prompts_file import check_header
 from common.text_files import parse_json
 
@@ -34,13 +35,11 @@ def find_files(place: str) -> list[str]:
         BadInputFileError: it is not there, or cannot be reached.
         BadSettingError: it is none that is read.
     """
-    try:
+    with _reading(place):
         system, path = fsspec.core.url_to_fs(place)
         if not system.exists(path):
             raise BadInputFileError(f"{place} does not exist")
         found = sorted(system.find(path)) if system.isdir(path) else [path]
-    except (OSError, ImportError, ValueError) as error:
-        raise BadInputFileError(f"{place} cannot be read: {in_one_line(error)}") from None
     files = [each for each in found if ending_of(each) in ENDINGS]
     if not files:
         raise BadSettingError(f"{place}: give a file of {', '.join(ENDINGS)}, or a folder of them")
@@ -65,11 +64,18 @@ def read_rows(file: str, at: int = 0, number: int = 1) -> Iterator[Row]:
     """
     readers = {".csv": _rows_of_table, ".parquet": _rows_of_parquet}
     read = readers.get(ending_of(file), _rows_of_lines)
+    with _reading(file), fsspec.open(file, "rb") as opened:
+        yield from read(opened, file, at, number)
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
     try:
-        with fsspec.open(file, "rb") as opened:
-            yield from read(opened, file, at, number)
-    except (OSError, ImportError) as error:
-        raise BadInputFileError(f"{file} cannot be read: {in_one_line(error)}") from None
+        yield
+    except StageError:
+        raise
+    except Exception as error:  # of each kind of place its own
+        raise BadInputFileError(f"{place} cannot be read: {in_one_line(error)}") from None
 
 
 def _rows_of_lines(opened: Any, file: str, at: int, number: int) -> Iterator[Row]:

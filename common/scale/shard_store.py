@@ -175,8 +175,8 @@ class ShardStore:
 
     def _put_folder(self, place: str, files: Iterable[Path]) -> None:
         if not self._is_local:  # nobody looks before the index has it
-            for path in files:
-                self._system.put_file(str(path), f"{self._root}/{place}/{path.name}")
+            names = [str(path) for path in files]  # all at once
+            self._system.put(names, [f"{self._root}/{place}/{Path(n).name}" for n in names])
             return
         final = Path(self._root) / place
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
@@ -245,9 +245,12 @@ class ShardStore:
         """Within the block no other program makes a list here; of a target on a disk.
 
         Raises:
-            UnfitEnvironmentError: one does.
+            UnfitEnvironmentError: one does, or nothing can be written here.
         """
         if not self._is_local:
+            with _writing(self.target):
+                self._put_file(LOCK_FILE, b"")
+                self._remove(LOCK_FILE)
             yield
             return
         with _writing(self.target):

@@ -1,13 +1,12 @@
 """The pools that make shards: what has no room is refused, what waits is named."""
 
-import time
 from typing import Any
 
 import pytest
 
 ray_pools = pytest.importorskip("common.scale.ray_pools")
 
-from common.errors import UnfitEnvironmentError
+from common.errors import BadSettingError, UnfitEnvironmentError
 from tests.refusals import refusal
 
 ENCODING = ray_pools.Pool(ray_pools.ENCODING, 2, 1)
@@ -47,25 +46,24 @@ def test_pools_suit_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pools([{"CPU": 2.0}, {"CPU": 2.0}]) == [(1, None, 0), (2, None, 0)]
 
 
-def test_what_waits_is_named_after_a_while(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Remote:
-        """An actor's method, and its answer."""
+def test_hosts_that_compute_together_each_have_room() -> None:
+    group = ray_pools.Pool(ray_pools.MAKING, 2, 1, hosts=2)
+    alone = ray_pools.Pool(ray_pools.ENCODING, 1, 1)
+    ray_pools.refuse_too_little([{"CPU": 2.0}] * 3, [alone, group])
+    for nodes in ([{"CPU": 64.0}], [{"CPU": 2.0}] * 2):
+        with refusal(UnfitEnvironmentError, "each on 2 hosts with 1 CPU"):
+            ray_pools.refuse_too_little(nodes, [alone, group])
 
-        def __init__(self, answer: Any) -> None:
-            self.remote = lambda *_: answer
 
-    class Pulse:
-        all = Remote({"host-1": (ray_pools.ENCODING, "is at shard 000000000-ab", time.time() - 70)})
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [(None, (1, None)), ("1", (1, None)), ("3", (3, None)), ("v6e:4x4", (4, "v6e:4x4"))],
+)
+def test_hosts_of_a_slice(asked: str | None, found: tuple[int, str | None]) -> None:
+    assert ray_pools.hosts_of(asked) == found
 
-    monkeypatch.setattr(ray_pools, "SECONDS_UNTIL_SAID", 0.0)
-    monkeypatch.setattr(ray_pools.ray, "remote", lambda **_: lambda _: Remote(Pulse))
-    monkeypatch.setattr(ray_pools.ray, "get", lambda answer, **_: answer)
-    monkeypatch.setattr(ray_pools.ray, "available_resources", lambda: {"CPU": 3.0})
-    with ray_pools.Watch([ENCODING, ON_TPUS]):
-        time.sleep(1.5)
-    said = capsys.readouterr().err
-    assert "no shard for" in said and "is at shard 000000000-ab for 7" in said
-    assert "0 of 2 process(es) of stages 0, 2 and 3, each with 8 TPU began: none" in said
-    assert "Free are 3 CPU, 0 TPU" in said
+
+@pytest.mark.parametrize("asked", ["0", "-1", "v6e", "v6e:axb", "v99:2x2", "two"])
+def test_what_is_no_number_of_hosts(asked: str) -> None:
+    with refusal(BadSettingError, f"--together {asked}"):
+        ray_pools.hosts_of(asked)

@@ -11,23 +11,30 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from common.errors import StageError, UnfitEnvironmentError
+from common.errors import BadInputFileError, StageError, UnfitEnvironmentError
 from common.runs.run_index import write_index
+from common.scale.row_files import find_files, read_rows
 from common.scale.shard_store import Format, ShardStore
 from common.scale.shards import Failure
+from tests.object_store import BUCKET, object_store
 from tests.refusals import refusal
 
 NAMES = [f"{row:09d}-{'ab'[row % 2] * 16}" for row in (0, 2)]
 FAILURES = [Failure(1, "a.jsonl, line 2", "a.jsonl, line 2 is none", 2)]
 
 
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    with object_store() as variables:
+        yield variables
+
+
 @pytest.fixture(params=["disk", "objects"])
-def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
-        yield str(tmp_path / "target")
-        return
-    yield "memory://target"
-    fsspec.filesystem("memory").store.clear()
+        return f"file://{tmp_path}/target"
+    request.getfixturevalue("s3")
+    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 def make_run(folder: Path, rows: list[int]) -> Path:
@@ -184,3 +191,25 @@ def test_a_target_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with refusal(UnfitEnvironmentError, "cannot be written", "choose another"):
         ShardStore(str(tmp_path / "file" / "x")).commit(NAMES[0], None, 0, {}, [])
+
+
+def test_an_object_store_that_cannot_be_written_is_told_at_once(s3: dict[str, str]) -> None:
+    with (
+        refusal(UnfitEnvironmentError, "s3://none/x cannot be written", "bucket does not exist"),
+        ShardStore("s3://none/x").lock(),
+    ):
+        pass
+    with ShardStore(f"s3://{BUCKET}/x").lock():
+        assert files_in(f"s3://{BUCKET}/x") == set()
+
+
+def test_lists_of_an_object_store(s3: dict[str, str]) -> None:
+    place = f"s3://{BUCKET}/lists"
+    for name in ("b.csv", "a.jsonl", "notes.txt"):
+        content = b"prompt\nb\n" if name == "b.csv" else b'{"prompt": "a"}\n'
+        fsspec.filesystem("s3").pipe_file(f"{place}/{name}", content)
+    files = find_files(place)
+    assert files == [f"{place}/a.jsonl", f"{place}/b.csv"]
+    assert [row.values["prompt"] for file in files for row in read_rows(file)] == ["a", "b"]
+    with refusal(BadInputFileError, "s3://none/a.jsonl does not exist"):
+        find_files("s3://none/a.jsonl")

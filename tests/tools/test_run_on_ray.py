@@ -1,141 +1,165 @@
 """A list on two nodes of Ray: the pictures of run_all.sh, whatever dies meanwhile."""
 
-import json
-import os
+import io
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
+import fsspec
 import pytest
+import requests
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
-from common.files.picture_files import read_pixels
+from common.errors import BadInputFileError, BadSettingError, NotFiniteError, StageError
 from common.runs.in_turn import flags_of_a_run
-from tests.conftest import PROJECT_DIR, RUN_ALL
-from tools.run_on_ray import REFUSED
+from common.scale.shards import Failure
+from tests.faults import many_rows
+from tests.faults.ray_lists import (
+    NODE,
+    TOOL,
+    done_shards,
+    mixed_rows,
+    processes_of,
+    run_all,
+    start,
+    two_nodes,
+    wait_for_shards,
+    write_rows,
+    wrong_pictures,
+)
+from tests.object_store import BUCKET, object_store
+from tests.refusals import refusal
+from tests.tiny_checkpoints import save_tiniest
+from tools.run_on_ray import REFUSED, refuse_failures
 
-SMALL = ("--height=64", "--width=64", "--mesh=single", "--seed=5")
-WORDS = ("star", "ring", "cross"), ("red", "green", "blue", "yellow")
-TOOL = PROJECT_DIR / "tools" / "run_on_ray.py"
-
-
-def rows(count: int) -> list[dict[str, Any]]:
-    """Of mixed prompts, seeds and steps."""
-    found: list[dict[str, Any]] = []
-    for k in range(count):
-        row = {"prompt": f"a {WORDS[1][k % 4]} {WORDS[0][k % 3]}, {k}"}
-        row["num_inference_steps"] = 2 + k % 3
-        found.append(row | ({"seed": k} if k % 5 == 0 else {}))
-    return found
-
-
-def write(path: Path, lines: Sequence[Any]) -> Path:
-    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return own | {"JAX_PLATFORMS": "cpu"}
+ROWS, OF_A_SHARD = 60, "--shard_images=8"
 
 
 @pytest.fixture(scope="module")
-def by_run_all(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+def by_run_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the same rows in one run."""
     folder = tmp_path_factory.mktemp("run")
-    prompts = write(folder / "prompts.jsonl", rows(60))
-    command = [sys.executable, RUN_ALL, "--prompts_file", prompts, "--output_dir", folder / "run"]
-    subprocess.run([*command, *SMALL, "--warm=never"], check=True, env=environment)
-    return folder / "run"
+    return run_all(write_rows(folder / "a.jsonl", mixed_rows(ROWS)), folder / "run")
 
 
-@pytest.fixture
-def cluster(environment: dict[str, str]) -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.delenv("XLA_FLAGS", raising=False)
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-        found.add_node(num_cpus=2)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with object_store(), two_nodes() as found:
         yield found
-        found.shutdown()
-
-
-def start(prompts: Path, target: Path, environment: dict[str, str], *flags: str) -> Any:
-    return subprocess.Popen(
-        [sys.executable, TOOL, prompts, "--output_dir", target, "--shard_images=8", *SMALL, *flags],
-        env=environment,
-        stderr=target.with_suffix(".log").open("a"),
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def check(target: Path, expected: Path, count: int) -> None:
-    """All pictures are there, once, and those of the run."""
-    index = parquet.read_table(target / "index.parquet").to_pylist()
-    assert [row["row"] for row in index] == list(range(count))
-    lines = [json.loads(line) for line in (expected / "images.jsonl").read_text().splitlines()]
-    for row, line in zip(index, lines, strict=False):
-        assert (row["prompt"], row["seed"]) == (line["prompt"], line["seed"])
-        found = read_pixels(target / row["file"]).astype(int)
-        assert np.abs(found - read_pixels(expected / line["file"])).max() <= 1, row
-    shards = [path.name for path in (target / "shards").iterdir()]
-    assert sorted(shards) == sorted(path.stem for path in (target / "index").iterdir())
-
-
-def processes_of(name: str) -> list[psutil.Process]:
-    """Ray's processes that have a pool's class in their titles."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_for_shards(target: Path, count: int, run: Any) -> None:
-    until = time.monotonic() + 240
-    while len(list((target / "index").glob("*.parquet"))) < count:
-        assert run.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_all_rows_are_made_when_a_node_and_a_process_and_the_driver_die(
-    cluster: Any, by_run_all: Path, environment: dict[str, str], tmp_path: Path
+    cluster: Any, by_run_all: Path, tmp_path: Path
 ) -> None:
-    prompts, target = write(tmp_path / "a.jsonl", rows(60)), tmp_path / "pictures"
-    joined = f"--address={cluster.address}"
-    first = start(prompts, target, environment, joined, "--makers=2")
+    prompts, target = write_rows(tmp_path / "a.jsonl", mixed_rows(ROWS)), tmp_path / "pictures"
+    log, flags = tmp_path / "log", (f"--address={cluster.address}", OF_A_SHARD)
+    first = start(prompts, target, log, *flags, "--makers=2")
     wait_for_shards(target, 1, first)
-    own = {child.pid for child in psutil.Process().children(recursive=True)}
-    next(each for each in processes_of("_MakeShards") if each.pid in own).kill()
+    processes_of("_MakeShards")[0].kill()
     wait_for_shards(target, 3, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done = {path.name: path.stat().st_mtime_ns for path in (target / "index").iterdir()}
-    second = start(prompts, target, environment, joined)
-    wait_for_shards(target, len(done) + 1, second)
-    cluster.remove_node(next(node for node in cluster.worker_nodes))
-    cluster.add_node(num_cpus=2)
-    assert second.wait(300) == 0, target.with_suffix(".log").read_text()
-    check(target, by_run_all, 60)
-    for name, time_of in done.items():
-        assert (target / "index" / name).stat().st_mtime_ns == time_of
+    index = target / "index"
+    done = {path: path.stat().st_mtime_ns for path in index.iterdir()}
+    second = start(prompts, target, log, *flags)
+    wait_for_shards(target, len(done_shards(target)) + 1, second)
+    assert second.poll() is None, log.read_text()
+    cluster.remove_node(next(iter(cluster.worker_nodes)))
+    cluster.add_node(**NODE)
+    assert second.wait(300) == 0, log.read_text()
+    assert wrong_pictures(target, by_run_all, ROWS) == []
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+@pytest.mark.slow
+def test_hosts_that_compute_together(cluster: Any, by_run_all: Path, tmp_path: Path) -> None:
+    """Each has two devices, and the mesh four."""
+    prompts, target = write_rows(tmp_path / "a.jsonl", mixed_rows(16)), tmp_path / "pictures"
+    own = (f"--address={cluster.address}", OF_A_SHARD, "--together=2", "--mesh=data=4")
+    run = start(prompts, target, tmp_path / "log", *own)
+    assert run.wait(300) == 0, (tmp_path / "log").read_text()
+    assert wrong_pictures(target, by_run_all, 16) == []
+
+
+@pytest.mark.slow
+def test_five_hundred_rows_in_an_object_store(cluster: Any, tmp_path: Path) -> None:
+    target, own = f"s3://{BUCKET}/pictures", ("--format=webdataset", "--shard_images=50")
+    made = many_rows.make(cluster, 500, target, tmp_path, *own)
+    assert many_rows.too_much(made) == []
+    store = fsspec.filesystem("s3")
+    index = parquet.read_table(io.BytesIO(store.cat_file(f"{target}/index.parquet")))
+    assert index["row"].to_pylist() == [*range(500)]
+    assert len(store.ls(f"{target}/shards")) == 10
+    found = metrics_of(cluster)
+    assert found["stage 1"] >= 500 and found["stages 0, 2 and 3"] >= 500
+
+
+def metrics_of(cluster: Any) -> dict[str, float]:
+    """The pictures that Prometheus sees at the nodes, by pool."""
+    found = dict[str, float]()
+    until = time.monotonic() + 30
+    while sum(found.values()) < 1000 and time.monotonic() < until:
+        found.clear()
+        for node in (cluster.head_node, *cluster.worker_nodes):
+            page = requests.get(f"http://127.0.0.1:{node.metrics_export_port}/metrics", timeout=10)
+            for line in page.text.splitlines():
+                if line.startswith("ray_staged_diffusion_pictures"):
+                    pool = line.partition('pool="')[2].partition('"')[0]
+                    found[pool] = found.get(pool, 0) + float(line.split()[-1])
+        time.sleep(0.5)
+    return found
+
+
+@pytest.mark.slow
+def test_bad_rows_are_told_and_the_rest_is_made(tmp_path: Path) -> None:
+    """On this machine alone, with a word that no number stands for."""
+    model = save_tiniest(tmp_path / "model")
+    weights = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    (token,) = CLIPTokenizer.from_pretrained(model / "tokenizer")("cross").input_ids[1:-1]
+    (words,) = (each for each in tensors if each.endswith("token_embedding.weight"))
+    tensors[words][token] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    own: list[Any] = [
+        {"prompt": f"a star, {k}", "image": str(tmp_path / "red.png")} for k in range(8)
+    ]
+    own[2]["prompt"] = "a cross"
+    own[3]["image"] = str(tmp_path / "none.png")
+    own[5] = "{"
+    own[6] = "a"
+    prompts, target, log = write_rows(tmp_path / "a.jsonl", own), tmp_path / "out", tmp_path / "log"
+    content = prompts.read_bytes().splitlines()
+    content[6] = b'{"prompt": "\xff"}'
+    prompts.write_bytes(b"\n".join(content))
+    flags = (f"--model_id={model}", "--num_inference_steps=2", "--strength=0.9")
+    assert start(prompts, target, log, *flags).wait(300) == 0, log.read_text()
+    failed = parquet.read_table(target / "failed.parquet").to_pylist()
+    assert [(row["row"], row["exit_code"]) for row in failed] == [(2, 4), (3, 3), (5, 2), (6, 2)]
+    said = ("not finite", "none.png", "line 6", "is not UTF-8")
+    for row, words in zip(failed, said, strict=True):
+        assert words in row["error"]
+    index = parquet.read_table(target / "index.parquet").to_pylist()
+    assert [row["row"] for row in index] == [0, 1, 4, 7]
+    again = start(prompts, target, log, *flags, "--max_failures=0")
+    assert again.wait(60) == 4 and "max_failures 0" in log.read_text()
+
+
+@pytest.mark.parametrize("error", [BadSettingError, BadInputFileError, NotFiniteError])
+def test_too_many_failures_end_with_the_first_ones_code(error: type[StageError]) -> None:
+    found = [Failure(7, "b", "later", 1), Failure(3, "a", "bad", error.exit_code)]
+    refuse_failures(found, None)
+    refuse_failures(found, 2)
+    with refusal(error, "2 row(s) failed, more than --max_failures 1; the first: bad"):
+        refuse_failures(found, 1)
 
 
 def test_what_a_list_does_not_take_is_a_flag_of_a_run() -> None:
@@ -169,34 +193,11 @@ def test_without_ray_a_sentence_says_how_to_get_it() -> None:
 def test_settings_of_a_config_file_that_are_no_lists(
     tmp_path: Path, config: str, said: str
 ) -> None:
-    file = write(tmp_path / "a.yaml", [config])
-    prompts = write(tmp_path / "a.jsonl", rows(1))
+    file = write_rows(tmp_path / "a.yaml", [config])
+    prompts = write_rows(tmp_path / "a.jsonl", mixed_rows(1))
     result = subprocess.run(
         [sys.executable, TOOL, prompts, "--config", file, "--output_dir", tmp_path / "x"],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 2 and said in result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_bad_rows_are_told_and_the_rest_is_made(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    own: list[Any] = [row | {"image": str(tmp_path / "red.png")} for row in rows(8)]
-    own[3]["image"] = str(tmp_path / "none.png")
-    own[5] = "{"
-    del own[6]["image"]
-    prompts, target = write(tmp_path / "a.jsonl", own), tmp_path / "pictures"
-    run = start(prompts, target, environment, "--strength=0.9")
-    assert run.wait(300) == 0, target.with_suffix(".log").read_text()
-    failed = parquet.read_table(target / "failed.parquet").to_pylist()
-    assert [(row["row"], row["exit_code"]) for row in failed] == [(3, 3), (5, 2), (6, 2)]
-    for row, words in zip(failed, ("none.png", "line 6", "has no image"), strict=True):
-        assert words in row["error"]
-    index = parquet.read_table(target / "index.parquet").to_pylist()
-    assert [row["row"] for row in index] == [0, 1, 2, 4, 7]
-    again = start(prompts, target, environment, "--strength=0.9", "--max_failures=0")
-    assert again.wait(60) == 3 and "max_failures 0" in target.with_suffix(".log").read_text()

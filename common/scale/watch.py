@@ -1,0 +1,97 @@
+"""What the processes of a list are at: who waits for what, and how much is between the pools."""
+
+import threading
+import time
+from typing import Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from common.errors import in_one_line
+from common.messages import warn
+from common.scale.ray_pools import Pool
+
+SECONDS_UNTIL_SAID = 60.0  # without a shard
+MOST_BETWEEN = 3  # shards whose prompts are encoded and that are not made, for each maker
+
+
+class Pulse:
+    """What each process says that it is at, and which shards are between the pools."""
+
+    def __init__(self, most_between: int) -> None:
+        self._said: dict[str, tuple[str, str, float]] = {}
+        self._most, self._between, self._made_at = most_between, set[str](), time.monotonic()
+
+    def may_encode(self, shard: str) -> bool:
+        """Whether a shard's prompts may be encoded now: not where many wait to be made.
+
+        But where none is made for a while, those that wait may be on a node that is no more.
+        """
+        waits = len(self._between - {shard}) >= self._most
+        if waits and time.monotonic() - self._made_at < SECONDS_UNTIL_SAID:
+            return False
+        self._between.add(shard)
+        return True
+
+    def is_made(self, shard: str) -> None:
+        self._between.discard(shard)
+        self._made_at = time.monotonic()
+
+    def between(self) -> int:
+        return len(self._between)
+
+    def tell(self, process: str, pool: str, doing: str) -> None:
+        self._said[process] = pool, doing, time.time()
+
+    def all(self) -> dict[str, tuple[str, str, float]]:
+        return self._said
+
+
+class Watch:
+    """Says what waits for what, where no shard comes for a while."""
+
+    def __init__(self, pools: tuple[Pool, Pool], node: str) -> None:
+        """
+        Args:
+            node: this program's, by its id.
+        """
+        encoding, making = pools
+        most = MOST_BETWEEN * making.processes + encoding.processes
+        # On another node all processes would lose it with that.
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        self.pulse = ray.remote(num_cpus=0, scheduling_strategy=here)(Pulse).remote(most)
+        self._pools, self._at, self._ended = pools, time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def shard_came(self) -> None:
+        """Count from now on."""
+        self._at = time.monotonic()
+
+    def _look(self) -> None:
+        while not self._ended.wait(1.0):
+            if time.monotonic() - self._at >= SECONDS_UNTIL_SAID:
+                warn(f"no shard for {time.monotonic() - self._at:.0f} s: {self._what_waits()}")
+                self._at = time.monotonic()
+
+    def _what_waits(self) -> str:
+        try:
+            told = ray.get(self.pulse.all.remote(), timeout=10)
+            free = ray.available_resources()
+        except Exception as error:  # of a cluster in trouble, which is what is to be said
+            return f"the cluster does not answer ({in_one_line(error)})"
+        parts = []
+        for pool in self._pools:
+            own = [(doing, since) for kind, doing, since in told.values() if kind == pool.name]
+            at_work = [f"{doing} for {time.time() - since:.0f} s" for doing, since in own]
+            parts.append(f"{len(own)} of {pool.said()} began: {'; '.join(at_work) or 'none'}")
+        names = {name for pool in self._pools for name in pool.needs()}
+        has = ", ".join(f"{free.get(name, 0):g} {name}" for name in sorted(names))
+        return f"{'. '.join(parts)}. Free are {has}"

@@ -1,0 +1,47 @@
+"""What waits is named, and prompts are encoded no further ahead than a bound."""
+
+import time
+from typing import Any
+
+import pytest
+
+watch = pytest.importorskip("common.scale.watch")
+
+from common.scale.makers import ENCODING, MAKING
+from common.scale.ray_pools import Pool
+
+POOLS = (Pool(ENCODING, 2, 1), Pool(MAKING, 2, 0, "TPU", 8))
+
+
+def test_what_waits_is_named_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Remote:
+        """An actor's method, and its answer."""
+
+        def __init__(self, answer: Any) -> None:
+            self.remote = lambda *_: answer
+
+    class Pulse:
+        all = Remote({"host-1": (ENCODING, "is at shard 000000000-ab", time.time() - 70)})
+
+    monkeypatch.setattr(watch, "SECONDS_UNTIL_SAID", 0.0)
+    monkeypatch.setattr(watch.ray, "remote", lambda **_: lambda _: Remote(Pulse))
+    monkeypatch.setattr(watch.ray, "get", lambda answer, **_: answer)
+    monkeypatch.setattr(watch.ray, "available_resources", lambda: {"CPU": 3.0})
+    with watch.Watch(POOLS, "ab" * 28):
+        time.sleep(1.5)
+    said = capsys.readouterr().err
+    assert "no shard for" in said and "is at shard 000000000-ab for 7" in said
+    assert "0 of 2 process(es) of stages 0, 2 and 3, each with 8 TPU began: none" in said
+    assert "Free are 3 CPU, 0 TPU" in said
+
+
+def test_prompts_are_encoded_no_further_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulse = watch.Pulse(2)
+    assert [pulse.may_encode(shard) for shard in "abac"] == [True, True, True, False]
+    pulse.is_made("a")
+    assert pulse.may_encode("c") and not pulse.may_encode("d") and pulse.between() == 2
+    # Those that wait are on a node that is no more.
+    monkeypatch.setattr(watch, "SECONDS_UNTIL_SAID", 0.0)
+    assert pulse.may_encode("d")
