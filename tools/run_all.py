@@ -51,6 +51,7 @@ SERVING = "A server"
 FOLDERS = ("models_dir", "loras_dir", "embeddings_dir")  # of what requests may name
 OF_PROCESSES = ("chips", "keep", "max_wait_ms")  # of a server's, those that serve stages
 OF_SERVERS = {"serve", "host", "port", "api_key", "keep_jobs", *OF_PROCESSES, *FOLDERS}
+OF_REPLICAS = OF_SERVERS - {"serve", "chips"}
 NUMBERS = "|".join(str(stage.number) for stage in STAGES)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -257,6 +257,19 @@ class Flag:
             yield _parameter(name, bool, self.declared, text)
 
 
+@dataclass(frozen=True)
+class FlagsOf:
+    """Flags that another command's function declares."""
+
+    function: Callable[..., Any]
+    names: Set[str]
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """What the command's function takes."""
+        found = inspect.signature(self.function).parameters.values()
+        yield from (parameter for parameter in found if parameter.name in self.names)
+
+
 def _plain_type(annotation: Any) -> Any:
     """str, int, float, bool or Path: what the command line makes of a value of such a field."""
     if isinstance(annotation, type) and issubclass(annotation, bool | int | float | str | Path):
@@ -307,7 +320,7 @@ def command_of(stage: Stage, run: "Callable[[Given], int | None]", text: str) ->
     return add_flags(command, [flag for flag in all_flags() if flag.is_of(stage)])
 
 
-def add_flags(function: Callable[..., Any], flags: Sequence[Flag]) -> TyperCommand:
+def add_flags(function: Callable[..., Any], flags: Sequence[Flag | FlagsOf]) -> TyperCommand:
     """A command with the flags of a function and further ones, which reach it by its context.
 
     Args:

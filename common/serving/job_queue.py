@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -36,6 +37,7 @@ JOBS_FILE = "jobs.sqlite3"
 WORKERS_FOLDER = "workers"  # a lock for each process that serves stages
 # In the environment of such a process: who started it, without whom it is to end.
 STARTED_BY = "STAGED_DIFFUSION_STARTED_BY"
+REMOTE_QUEUE = "STAGED_DIFFUSION_QUEUE"  # where another host keeps the queue, as it names it
 MOST_ATTEMPTS = 5  # of a job whose stage's process dies at it
 SECONDS_TO_WAIT_FOR_A_WRITER = 30.0
 SECONDS_BETWEEN_LOOKS = 0.01
@@ -374,6 +376,14 @@ class JobQueue:
         Path(lock.lock_file).unlink(missing_ok=True)  # no other process has its name
         lock.release()
         return False
+
+
+def open_queue(folder: Path, *, most_waiting: int = 10_000) -> JobQueue:
+    """The jobs of a folder: here, or where `REMOTE_QUEUE` says that they are kept."""
+    if place := os.environ.get(REMOTE_QUEUE):
+        remote: JobQueue = resolve_name("common.scale.remote_queue:RemoteQueue")(folder, place)
+        return remote
+    return JobQueue(folder, most_waiting=most_waiting)
 
 
 def _cancel_if_asked(change: Callable[..., Any], job: Job) -> None:

@@ -21,7 +21,7 @@ from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.said import SAID_FOLDER
 from common.serving.service import Bounds, Service
-from common.serving.stage_processes import StageProcesses, flags_of_processes, groups_of
+from common.serving.stage_processes import Group, StageProcesses, flags_of_processes, groups_of
 from common.serving.warm import SERVER_LOCK, announced
 from common.stopping import STOP_SIGNALS
 
@@ -55,10 +55,7 @@ def serve(
     refuse_open_address(address[0], api_key)
     catalog = Catalog(own_model=model_name(flags), **(folders or {}))
     catalog.check(flags)
-    own = {**(of_processes or {})}
-    groups = groups_of(own.pop("chips", []))
-    own |= {name: flags[name] for name in ("batch_size",) if name in flags}
-    arguments = [*flags_of_processes(flags), *(f"--{name}={own[name]}" for name in own)]
+    groups, arguments = processes_for(flags, of_processes or {})
     jobs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(jobs_dir / SERVER_LOCK, timeout=1)  # some look whether it is held
     try:
@@ -81,6 +78,24 @@ def serve(
             return 0 if stopped_by is None else STOP_SIGNALS[stopped_by][1]
     finally:
         lock.release()
+
+
+def processes_for(
+    flags: Mapping[str, Any], of_processes: Mapping[str, Any]
+) -> tuple[list[Group], list[str]]:
+    """The processes of the stages, and the flags of all of them.
+
+    Args:
+        flags: of every run.
+        of_processes: further flags of those that serve stages; of `chips` each is one's.
+
+    Raises:
+        BadSettingError: chips are not shared evenly.
+    """
+    own = {**of_processes}
+    groups = groups_of(own.pop("chips", []))
+    own |= {name: flags[name] for name in ("batch_size",) if name in flags}
+    return groups, [*flags_of_processes(flags), *(f"--{name}={own[name]}" for name in own)]
 
 
 def _answer(

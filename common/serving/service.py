@@ -18,7 +18,7 @@ from common.files.stage_table import ENCODE_PICTURES
 from common.runs.generation import RunSettings, read_run_settings
 from common.runs.in_turn import plan
 from common.sampling.sampling_settings import SamplingSettings
-from common.serving.job_queue import JobQueue
+from common.serving.job_queue import open_queue
 from common.serving.jobs import ENDED, Job, Likeness, State, Step
 from common.serving.live import LIVE_FOLDER, Live, read_live, remove_live
 from common.serving.metrics import Metrics
@@ -94,7 +94,7 @@ class Service:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._thread = ThreadPoolExecutor(1, "jobs")
         waiting = self.bounds.waiting
-        self._queue = self._thread.submit(JobQueue, jobs_dir, most_waiting=waiting).result()
+        self._queue = self._thread.submit(open_queue, jobs_dir, most_waiting=waiting).result()
         self._waiting: dict[int, list[asyncio.Future[Job]]] = {}  # by their jobs' numbers
         self._is_to_look = False
         self._metrics, self._counted_to = Metrics(), time.time()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from common.errors import BadSettingError, StageError, UnfitEnvironmentError
 from common.files.stage_table import FIRST, STAGES, Stage
 from common.messages import say
 from common.runs.in_turn import script_of
-from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, STARTED_BY, WORKERS_FOLDER, JobQueue
+from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, STARTED_BY, WORKERS_FOLDER, open_queue
 from common.serving.jobs import Job, Step
 from common.stopping import STOP_SIGNALS, heard_signals, holding_signals
 from common.text_files import parse_json, read_text
@@ -69,7 +70,7 @@ class StageProcesses:
         Args:
             arguments: further flags of each process.
         """
-        self.queue = JobQueue(jobs_dir)
+        self.queue = open_queue(jobs_dir)
         self._jobs_dir, self._arguments = jobs_dir, arguments
         self._processes: dict[Group, subprocess.Popen[bytes]] = {}
         self._starts = dict.fromkeys(groups, 0)
@@ -77,9 +78,13 @@ class StageProcesses:
 
     def __enter__(self) -> Self:
         self._before = {n: signal.signal(n, self._pass_on) for n in heard_signals()}
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Begin them, for one who sees to it that they end (`stop`)."""
         for group in self._starts:
             self._start(group)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -147,7 +152,9 @@ class StageProcesses:
         found = {}
         for path in (self._jobs_dir / WORKERS_FOLDER).glob("*.json"):
             with suppress(OSError, ValueError, LookupError, TypeError):
-                found[int(parse_json(read_text(path))["pid"])] = path
+                told = parse_json(read_text(path))
+                if told["host"] == socket.gethostname():  # else numbers of other processes
+                    found[int(told["pid"])] = path
         return found
 
     def do(self, run_dir: Path, steps: Sequence[Step]) -> tuple[int, str]:
@@ -193,6 +200,6 @@ class StageProcesses:
                 process.kill()
                 process.wait()
         if self._processes:
-            queue = JobQueue(self._jobs_dir)  # of this thread
+            queue = open_queue(self._jobs_dir)  # of this thread
             queue.take_from_the_dead(counts=False)
             queue.close()

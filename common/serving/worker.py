@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from common.runs.in_turn import begins_with_pictures
 from common.runs.stage_run import ResidentStage
 from common.sampling.together import Seat, Together
 from common.serving import vae_jobs
-from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, STARTED_BY, WORKERS_FOLDER, JobQueue
+from common.serving.job_queue import SECONDS_BETWEEN_LOOKS, STARTED_BY, WORKERS_FOLDER, open_queue
 from common.serving.jobs import Job
 from common.serving.live import LiveWriter, has_listeners, remove_live
 from common.serving.preview_fits import PreviewFits
@@ -74,7 +75,7 @@ class Worker:
         self.name = f"{numbers}-{os.getpid()}-{secrets.token_hex(4)}"
         self.stages, self.stop = stages, StopRequest()
         jobs_dir = jobs_dir.resolve()  # from wherever it works later
-        self._queue = JobQueue(jobs_dir)
+        self._queue = open_queue(jobs_dir)
         self._lock = self._queue.lock_of(self.name)
         self._says_ready = jobs_dir / WORKERS_FOLDER / f"{self.name}.json"
         # Models of a checkpoint: the text encoders, the UNet, the VAE of its two stages.
@@ -102,7 +103,11 @@ class Worker:
         self._lock.acquire()
         try:
             self._open(arguments, chips)
-            ready = {"pid": os.getpid(), "stages": [stage.number for stage in self.stages]}
+            ready = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "stages": [stage.number for stage in self.stages],
+            }
             write_text_whole(self._says_ready, json.dumps(ready))
             say(f"serving {', '.join(stage.name for stage in self.stages)}")
             self._do_jobs()
@@ -307,7 +312,7 @@ class Worker:
     def _watch_for_cancel(self, job: Job, resident: ResidentStage, ended: threading.Event) -> None:
         """Let what runs end where its job is cancelled."""
         with suppress(UnfitEnvironmentError):  # it is not heard then
-            queue = JobQueue(self._queue.folder)
+            queue = open_queue(self._queue.folder)
             while not ended.wait(SECONDS_BETWEEN_LOOKS_AT_CANCELS):
                 now = queue.get(job.number)
                 if now is not None and now.cancel_asked:

@@ -1,6 +1,7 @@
 """A server of the demo checkpoint, in processes of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from fastapi.testclient import TestClient
 from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.service import Bounds, Service
-from tests.conftest import RUN_ALL
+from tests.conftest import PROJECT_DIR, RUN_ALL
 
+ON_RAY = PROJECT_DIR / "tools" / "serve_on_ray.py"
+BY_RAY = "SERVER_BY_RAY"  # in the environment of tests: `make clients-on-ray`
 KEY = {"Authorization": "Bearer secret"}  # of `keyed`
 SMALL = ("--height=64", "--width=64", "--num_inference_steps=2", "--mesh=single")
 
@@ -29,6 +32,16 @@ class Server:
     environment: dict[str, str]  # in which programs find it
 
 
+def command_of(jobs_dir: Path) -> list[object]:
+    """What begins one: `run_all.sh --serve`, or with BY_RAY the replicas of Ray Serve."""
+    folder = ("--output_dir", jobs_dir)
+    if BY_RAY not in os.environ:
+        return [sys.executable, RUN_ALL, "--serve", "--port=0", *folder]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [sys.executable, ON_RAY, f"--port={port}", *folder, "--min_replicas=1"]
+
+
 def start_server(jobs_dir: Path, *flags: object) -> Server:
     """Begin one; it answers when this returns, and may not be ready yet."""
     said = jobs_dir.with_suffix(".log")
@@ -37,10 +50,7 @@ def start_server(jobs_dir: Path, *flags: object) -> Server:
     environment["PJRT_SERVER_OF_A_TEST"] = str(jobs_dir)
     with said.open("w") as log:
         process = subprocess.Popen(
-            [
-                *(sys.executable, RUN_ALL, "--serve", "--port=0", "--output_dir", jobs_dir),
-                *(*SMALL, *map(str, flags)),
-            ],
+            [*map(str, command_of(jobs_dir)), *SMALL, *map(str, flags)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

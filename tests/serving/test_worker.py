@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ def test_a_signal_ends_it_and_no_job_is_lost(tmp_path: Path, number: int, code: 
     process = begin(jobs_dir)
     (ready,) = (jobs_dir / WORKERS_FOLDER).glob(f"1-{process.pid}-*.json")
     said = json.loads(ready.read_text())
-    assert said == {"pid": process.pid, "stages": [1]}
+    assert said == {"pid": process.pid, "host": socket.gethostname(), "stages": [1]}
     process.send_signal(number)
     assert process.wait(30) == code
     assert process.stdout is not None and "serving stage 1" in process.stdout.read()

@@ -1,0 +1,189 @@
+"""The HTTP server as replicas of Ray Serve, each with processes of the stages: they share a queue.
+
+Any of them takes any job, and answers for all: what one accepted is done, and told, by those that
+live.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
+from common.scale.ray_pools import chips_of_hosts
+from common.scale.remote_queue import end_keeping, keep_queue
+from common.serving.catalog import Catalog
+from common.serving.http_app import make_app
+from common.serving.job_queue import REMOTE_QUEUE
+from common.serving.server import model_name, processes_for
+from common.serving.service import Bounds, Service
+from common.serving.stage_processes import StageProcesses
+
+NAME = "pictures"  # of the application and its deployment
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_OPEN = 1800.0  # the stages: a checkpoint may be read over a network
+SECONDS_TO_DRAIN = 600.0  # in which a replica that is to go answers what it has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What all replicas serve."""
+
+    jobs_dir: str
+    queue_dir: str | None = None  # of the head node, whose disk has the queue for several hosts
+    flags: Mapping[str, Any]  # of every run, as `run_all.sh` takes them
+    api_key: str | None = None
+    kept: int | None = None  # jobs that have ended
+    of_processes: Mapping[str, Any]
+    folders: Mapping[str, Path | None]
+
+    def catalog(self) -> Catalog:
+        """What requests may name.
+
+        Raises:
+            BadSettingError: a folder is not there, or does not go with a flag.
+        """
+        found = Catalog(own_model=model_name(self.flags), **self.folders)
+        found.check(self.flags)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How many replicas there are."""
+
+    least: int = 1
+    most: int = 1
+    waiting: int = 8  # requests for each; where more wait there are to be more replicas
+
+    def check(self) -> None:
+        """Raise `BadSettingError` where there cannot be so many."""
+        if self.most < self.least:
+            raise BadSettingError(
+                f"--min_replicas {self.least} is more than --max_replicas {self.most}: give fewer"
+            )
+
+
+class Replica:
+    """One of the servers."""
+
+    def __init__(self, serving: Serving) -> None:
+        """
+        Raises:
+            StageError: the stages cannot be opened.
+        """
+        groups, arguments = processes_for(serving.flags, serving.of_processes)
+        jobs_dir = Path(serving.jobs_dir)
+        if serving.queue_dir is not None:
+            os.environ[REMOTE_QUEUE] = place_of(serving)
+        elif ray.get_runtime_context().get_node_id() != head_node():
+            raise UnfitEnvironmentError(
+                "a replica is on another host than the queue: give --queue_dir, a folder of the "
+                "head node's, and an --output_dir that all hosts have"
+            )
+        self._serving = serving
+        self._failed: Exception | None = None
+        self._processes = StageProcesses(jobs_dir, groups, arguments)
+        self._service = Service(jobs_dir, serving.flags, Bounds(kept=serving.kept))
+        self._ends = threading.Event()
+        self._processes.start()
+        until = time.monotonic() + SECONDS_TO_OPEN
+        while not self._processes.are_ready():
+            self._processes.see_to_them()
+            if time.monotonic() > until:
+                raise UnfitEnvironmentError(f"no stage opened in {SECONDS_TO_OPEN:.0f} s")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        self._looking = threading.Thread(target=self._look_after, daemon=True)
+        self._looking.start()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The application, as Serve asks for it."""
+        serving = self._serving
+        return make_app(
+            self._service, serving.catalog(), serving.api_key, self._processes.are_ready
+        )
+
+    def _look_after(self) -> None:
+        while not self._ends.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                self._processes.see_to_them()
+            except Exception as error:  # which ends this replica: Serve begins another one
+                self._failed = error
+                return
+
+    def check_health(self) -> None:
+        """Raise what keeps the stages from being served."""
+        if self._failed is not None:
+            raise self._failed
+
+    def __del__(self) -> None:
+        """End, once Serve has waited for the requests: what runs goes on elsewhere."""
+        self._ends.set()
+        self._service.ends = True
+        self._processes.stop()
+        self._service.close()
+
+
+def head_node() -> str:
+    """The id of the node that the cluster began with."""
+    is_head = "node:__internal_head__"
+    return str(next(n["NodeID"] for n in ray.nodes() if n["Alive"] and is_head in n["Resources"]))
+
+
+def place_of(serving: Serving) -> str:
+    """Where the queue is kept, which it is from now on."""
+    assert serving.queue_dir is not None
+    jobs_dir, queue_dir = Path(serving.jobs_dir), Path(serving.queue_dir)
+    return keep_queue(jobs_dir, queue_dir, node=head_node(), most_waiting=Bounds().waiting)
+
+
+def application_of(serving: Serving, scaling: Scaling) -> serve.Application:
+    """The application, for a cluster that was joined: a replica on each host that has chips."""
+    resource, chips = chips_of_hosts()
+    needs: dict[str, Any] = {"num_cpus": 1 if resource is None else 0}
+    if resource == "GPU":
+        needs["num_gpus"] = chips
+    elif resource is not None:
+        needs["resources"] = {resource: chips}
+    deployment = serve.deployment(
+        name=NAME,
+        ray_actor_options=needs,
+        autoscaling_config={
+            "min_replicas": scaling.least,
+            "max_replicas": scaling.most,
+            "target_ongoing_requests": scaling.waiting,
+        },
+        max_ongoing_requests=Bounds().requests,
+        graceful_shutdown_timeout_s=SECONDS_TO_DRAIN,
+        health_check_period_s=2.0,
+    )
+    found: serve.Application = deployment(serve.ingress()(Replica)).bind(serving)
+    return found
+
+
+@contextmanager
+def served(serving: Serving, scaling: Scaling, *, host: str, port: int) -> Iterator[None]:
+    """Within the block the application answers at an address of this cluster's nodes.
+
+    Raises:
+        UnfitEnvironmentError: it does not begin to.
+    """
+    serve.start(http_options={"host": host, "port": port, "location": "EveryNode"})
+    try:
+        serve.run(application_of(serving, scaling), name=NAME, route_prefix="/")
+        yield
+    except RuntimeError as error:
+        raise UnfitEnvironmentError(
+            f"the application does not begin ({in_one_line(error)}): --debug shows more"
+        ) from None
+    finally:
+        serve.shutdown()
+        if serving.queue_dir is not None:
+            end_keeping(place_of(serving))

@@ -1,0 +1,145 @@
+"""Serve HTTP requests with Ray Serve: replicas, as many as requests want.
+
+    python tools/serve_on_ray.py --max_replicas 4 --port 8000
+    serve run tools.serve_on_ray:application max_replicas=4 model_id=...
+
+Flags, or the arguments of `serve run`, are those of `run_all.sh --serve` (docs/scale.md).
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.stopping import heard_signals, stop_at_once_on_signals
+
+if __name__ == "__main__":  # the other imports take a second
+    stop_at_once_on_signals()
+
+if find_spec("ray") is None:
+    print("error: ray is not installed: tools/set_up.sh ray installs it", file=sys.stderr)
+    sys.exit(5)
+
+import signal
+
+import typer
+from typer.core import TyperCommand
+
+from common.commands import flag
+from common.compute.options import API_KEY
+from common.errors import BadSettingError
+from common.files.run_files import DEFAULT_OUTPUT_DIR
+from common.messages import say
+from common.process import run_command
+from common.runs.flags import FlagsOf, add_flags
+from common.runs.in_turn import flags_of_a_run
+from common.serving.server import refuse_open_address
+from common.stopping import STOP_SIGNALS
+from tools import run_all
+from tools.run_all import FOLDERS, JOBS_FOLDER, OF_PROCESSES, OF_REPLICAS, refuse_unserved
+
+SCALING = "Replicas"
+OWN = {"address", "queue_dir", "min_replicas", "max_replicas", "waiting", *OF_REPLICAS}
+
+
+def main(
+    context: typer.Context,
+    address: Annotated[
+        str | None, flag("address", "HOST", SCALING, "auto or a cluster's; else: here.")
+    ] = None,
+    min_replicas: Annotated[
+        int, flag("min_replicas", "N", SCALING, "At least so many. [1]", least=1)
+    ] = 1,
+    max_replicas: Annotated[
+        int, flag("max_replicas", "N", SCALING, "As many as requests want. [1]", least=1)
+    ] = 1,
+    queue_dir: Annotated[
+        str | None, flag("queue_dir", "DIR", SCALING, "For several hosts: on the head node's disk.")
+    ] = None,
+    waiting: Annotated[
+        int, flag("waiting", "N", SCALING, "Requests of one, before there are more. [8]", least=1)
+    ] = 8,
+) -> int:
+    """Serve HTTP requests with Ray Serve, until a signal to stop comes.
+
+    Defaults stand in brackets; hyphens in flags work as well.
+    """
+    from common.scale import ray_pools, replicas
+
+    given = context.params
+    host, port = given["host"], given["port"]
+    api_key = given["api_key"] or os.environ.get(API_KEY)
+    refuse_open_address(host, api_key)
+    serving, scaling = parts(given)
+    ray_pools.join(address, debug=bool(given.get("debug")))
+    ended, received = threading.Event(), list[int]()
+
+    def hear(number: int, _: object) -> None:
+        received.append(number)
+        ended.set()
+
+    for number in heard_signals():
+        signal.signal(number, hear)
+    with replicas.served(serving, scaling, host=host, port=port):
+        say(f"ready: http://{host}:{port}")
+        ended.wait()
+    return STOP_SIGNALS[received[0]][1]
+
+
+def application(arguments: Mapping[str, Any]) -> Any:
+    """The application, for `serve run` and a service's YAML.
+
+    Args:
+        arguments: flags by their names; a switch is true.
+
+    Raises:
+        BadSettingError: one is wrong.
+    """
+    from common.scale import replicas
+
+    given = [f"--{k}" if v is True or v == "true" else f"--{k}={v}" for k, v in arguments.items()]
+    with make_command().make_context("serve run", given) as context:
+        for name in ("address", "host", "port"):
+            if name in arguments:
+                raise BadSettingError(f"{name} is Serve's own: give it to serve run")
+        return replicas.application_of(*parts(context.params))
+
+
+def parts(given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What is served, and by how many."""
+    from common.scale.replicas import Scaling, Serving
+
+    flags = {k: v for k, v in given.items() if k not in OWN and v not in (None, [], ())}
+    refuse_unserved(flags, [])
+    jobs_dir = Path(flags.pop("output_dir", None) or DEFAULT_OUTPUT_DIR / JOBS_FOLDER)
+    serving = Serving(
+        jobs_dir=str(jobs_dir.expanduser().resolve()),
+        queue_dir=given["queue_dir"],
+        flags=flags,
+        api_key=given["api_key"] or os.environ.get(API_KEY),
+        kept=given["keep_jobs"],
+        of_processes={
+            name: given[name] for name in OF_PROCESSES if given.get(name) not in (None, [])
+        },
+        folders={name: given[name] for name in FOLDERS},
+    )
+    serving.catalog()
+    scaling = Scaling(
+        least=given["min_replicas"], most=given["max_replicas"], waiting=given["waiting"]
+    )
+    scaling.check()
+    return serving, scaling
+
+
+def make_command() -> TyperCommand:
+    """One command with this program's own flags, those of a server and those of a run."""
+    return add_flags(main, [FlagsOf(run_all.main, OF_REPLICAS), *flags_of_a_run()])
+
+
+if __name__ == "__main__":
+    run_command(make_command(), "python tools/serve_on_ray.py")
