@@ -25,7 +25,7 @@ from tests.refusals import refusal
 
 TOOL = PROJECT_DIR / "tools" / "serve_on_ray.py"
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "mesh": "single"}
-CLIENTS, SECONDS = 4, 25.0
+CLIENTS, SECONDS = 4, 15.0
 DOWN = """
 import json, sys
 import ray
