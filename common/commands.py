@@ -3,7 +3,8 @@
 import functools
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,19 @@ def flag(name: str, metavar: str, group: str, text: str, *, least: int | None = 
 
 
 Debug = Annotated[bool, flag("debug", " ", RUNNING, "Show tracebacks and library messages.")]
+
+
+@dataclass(frozen=True)
+class FlagsOf:
+    """Flags that another command's function declares."""
+
+    function: Callable[..., Any]
+    names: Set[str]
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """What the command's function takes."""
+        found = inspect.signature(self.function).parameters.values()
+        yield from (parameter for parameter in found if parameter.name in self.names)
 
 
 def make_command(function: Callable[..., Any]) -> TyperCommand:

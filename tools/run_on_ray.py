@@ -56,7 +56,6 @@ REFUSED = {
     **dict.fromkeys(("prompt_syntax", "wildcards"), "write the combinations out"),
     **dict.fromkeys(("output_dir", "input_dir", "only", "keep_overrides", "wait"), ""),
     **dict.fromkeys(("name_template", "index", "grid_images", "save_trajectory"), ""),
-    "distributed": "give --together",
     **dict.fromkeys(("init_latents", "remote_vae", "progress", "repeat", "warmup"), ""),
     **dict.fromkeys(("profile", "profile_dir", "profile_steps", "warmup_steps"), ""),
 }

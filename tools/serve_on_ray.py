@@ -30,13 +30,13 @@ import signal
 import typer
 from typer.core import TyperCommand
 
-from common.commands import flag
+from common.commands import FlagsOf, flag
 from common.compute.options import API_KEY
 from common.errors import BadSettingError
 from common.files.run_files import DEFAULT_OUTPUT_DIR
 from common.messages import say
 from common.process import run_command
-from common.runs.flags import FlagsOf, add_flags
+from common.runs.flags import add_flags
 from common.runs.in_turn import flags_of_a_run
 from common.serving.server import refuse_open_address
 from common.stopping import STOP_SIGNALS

@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
-from common.commands import flag, make_command
+from common.commands import FlagsOf, flag, make_command
 from common.compute.options import ALL, ON_DEVICES, RunOptions, read_run_options
 from common.declared import (
     EMBEDDINGS,
@@ -255,19 +255,6 @@ class Flag:
         if self.declared.none_flag is not None:
             name, text = self.declared.none_flag
             yield _parameter(name, bool, self.declared, text)
-
-
-@dataclass(frozen=True)
-class FlagsOf:
-    """Flags that another command's function declares."""
-
-    function: Callable[..., Any]
-    names: Set[str]
-
-    def parameters(self) -> Iterator[inspect.Parameter]:
-        """What the command's function takes."""
-        found = inspect.signature(self.function).parameters.values()
-        yield from (parameter for parameter in found if parameter.name in self.names)
 
 
 def _plain_type(annotation: Any) -> Any:

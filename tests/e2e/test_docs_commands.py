@@ -31,7 +31,8 @@ NOT_RUN = {
     "--distributed": "needs several hosts; tests/sharded has several processes",
     "--serve": "stays; tests/serving has it",
     "--remote_vae": "needs a server; tests/serving has one",
-    "serve_on_ray": "stays; tests/scale has it",
+    "tools/serve_on_ray.py": "stays; tests/scale has it",
+    "serve": "stays; tests/scale has it",
     "tools/run_on_ray.py": "takes minutes; tests/tools has it",
     "benchmarks/": "takes long on a machine of its own; tests/benchmarks has small ones",
 }
