@@ -95,6 +95,10 @@ def main(
     forms = {"folder": shard_images + 8, "webdataset": 2, "parquet": 2}
     if format not in forms:
         raise BadSettingError(f"--format {format}: give one of {', '.join(forms)}")
+    if keep_latents and format != "folder":
+        raise BadSettingError(f"--keep_latents is for --format folder, not {format}")
+    if min(target_gb_per_second, target_files_per_second) <= 0:
+        raise BadSettingError("--target_gb_per_second and --target_files_per_second: give more")
     shares = Shares()
     if picture_mb is not None:
         shares = replace(shares, picture_bytes=int(picture_mb * 1e6))
@@ -121,6 +125,7 @@ def main(
         objects_per_second=target_files_per_second,
         objects_of_shard=forms[format],
     )
+    plan.check()
     if hours is not None:
         plan = plan.within(hours)
     say("\n".join([*lines_of(plan), *limits_of(plan, shared)]))

@@ -119,7 +119,7 @@ def parts(given: Mapping[str, Any]) -> tuple[Any, Any]:
     jobs_dir = Path(flags.pop("output_dir", None) or DEFAULT_OUTPUT_DIR / JOBS_FOLDER)
     serving = Serving(
         jobs_dir=str(jobs_dir.expanduser().resolve()),
-        queue_dir=given["queue_dir"],
+        queue_dir=given["queue_dir"] and str(Path(given["queue_dir"]).expanduser().resolve()),
         flags=flags,
         api_key=given["api_key"] or os.environ.get(API_KEY),
         kept=given["keep_jobs"],

@@ -5,11 +5,12 @@ import socket
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.errors import StageError, UnfitEnvironmentError, error_of, in_one_line
@@ -110,7 +111,7 @@ class HostGroup:
             UnfitEnvironmentError: there is no room for it.
             StageError: a process cannot open its stages.
         """
-        placed, hosts = _place(hosts, needs, topology)
+        placed, hosts, end = _place(hosts, needs, topology)
         chips = {name: value for name, value in needs.items() if name not in ("CPU", "GPU")}
         members = [
             ray.remote(Member)
@@ -125,7 +126,8 @@ class HostGroup:
             .remote()
             for index in range(hosts)
         ]
-        places = ray.get([member.place.remote() for member in members])
+        self._end = end
+        places = self._get([member.place.remote() for member in members])
         order = sorted(range(hosts), key=lambda each: places[each][0])
         self._members = [members[each] for each in order]
         address = places[order[0]][1]
@@ -134,36 +136,50 @@ class HostGroup:
             flags = {**making.flags, "distributed": f"{address},{hosts},{index}"}
             others = self._members[1:] if index == 0 else []
             answers.append(member.open.remote(replace(making, flags=flags), others))
-        for said, code in ray.get(answers):
+        for said, code in self._get(answers):
             if code:
                 raise error_of(code, said)
 
     def __call__(self, row: dict[str, Any]) -> Made:
         """Make a shard."""
-        try:
-            made, (said, code) = ray.get(self._members[0].make.remote(row))
-        except RayActorError:
-            os._exit(1)  # Ray begins this process again, and it the others
+        made, (said, code) = self._get(self._members[0].make.remote(row))
         if code:
             raise error_of(code, said)
         return Made.from_row(made)
 
+    def _get(self, answers: Any) -> Any:
+        """What members answer. Where one is lost Ray begins this process again, and it the others.
 
-def _place(hosts: int, needs: dict[str, float], topology: str | None) -> tuple[Any, int]:
-    """Places on as many nodes, those of one slice where it is one. Returns how many they are."""
+        Their places are given back first: Ray keeps them for as long as the list is made.
+        """
+        try:
+            return ray.get(answers)
+        except RayActorError:
+            self._end()
+            os._exit(1)
+
+
+def _place(
+    hosts: int, needs: dict[str, float], topology: str | None
+) -> tuple[Any, int, Callable[[], None]]:
+    """Places on as many nodes, those of one slice where it is one.
+
+    Returns how many they are, and how they are given back, too.
+    """
     try:
         if topology is None:
             placed = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
+            end: Callable[[], None] = partial(remove_placement_group, placed)
         else:
             from ray.util.tpu import slice_placement_group
 
             version, _, form = topology.partition(":")
             whole = slice_placement_group(form, version)
-            placed, hosts = whole.slice_placement_group, whole.num_hosts
+            placed, hosts, end = whole.slice_placement_group, whole.num_hosts, whole.shutdown
         ray.get(placed.ready(), timeout=SECONDS_TO_BE_PLACED)
     except (ValueError, RuntimeError, TimeoutError, GetTimeoutError) as error:
         raise UnfitEnvironmentError(
             f"there is no room for {topology or f'{hosts} hosts that compute together'} "
             f"({in_one_line(error) or 'waited in vain'}): give fewer, or more nodes"
         ) from None
-    return placed, hosts
+    return placed, hosts, end

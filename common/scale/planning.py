@@ -148,22 +148,21 @@ class Plan:
         latents = own.latents_bytes if self.work.latents else 0
         return self.work.images * (own.picture_bytes + own.index_bytes + latents)
 
+    def check(self) -> None:
+        """Raise `BadSettingError` where preemptions leave no time."""
+        if self.rate <= 0:
+            raise BadSettingError(
+                f"--preemptions {self.hosts.preemptions:g}: hosts that are lost so often make "
+                "nothing: give smaller shards (--shard_images)"
+            )
+
     @property
     def list_minutes(self) -> float:
         """In which the program reads the list, before anything begins."""
         return self.work.images * self.shares.row / 60
 
     def within(self, hours: float) -> Self:
-        """The same with as few hosts as make it in so many hours.
-
-        Raises:
-            BadSettingError: preemptions leave no time.
-        """
-        if self.rate <= 0:
-            raise BadSettingError(
-                f"--preemptions {self.hosts.preemptions:g}: hosts that are lost so often make "
-                "nothing: give smaller shards (--shard_images)"
-            )
+        """The same with as few hosts as make it in so many hours."""
         one = replace(self, count=1)
         return replace(self, count=math.ceil(one.hours / hours))
 

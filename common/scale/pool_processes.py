@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.util.metrics import Counter, Histogram
 
 from common.errors import StageError, UnfitEnvironmentError, error_of, in_one_line
@@ -19,6 +19,7 @@ from common.scale.ray_pools import Pool
 from common.scale.shards import Shard
 from common.scale.watch import Watch
 
+MOST_STARTS = 5  # of a process that dies while it opens its stages
 MOST_AT_ONCE = 2  # shards that wait at a process, or are in it
 SECONDS_BETWEEN_ASKING = 0.1
 SECONDS_OF_SHARDS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # limits of a histogram
@@ -143,6 +144,7 @@ def make_shards(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = MOST_STARTS
     asked = [{"name": shard.name, "shard": shard.to_json()} for shard in shards]
     with Watch(pools, ray.get_runtime_context().get_node_id()) as watch:
         rows = ray.data.from_items(asked, override_num_blocks=len(asked))
@@ -181,7 +183,8 @@ def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from dataset.iter_rows()
     except RayError as error:
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, UserCodeException) or not isinstance(cause, RayError):
             raise  # a defect of ours
         raise UnfitEnvironmentError(
             f"the cluster cannot go on ({in_one_line(error)}): the same command makes what is "

@@ -186,7 +186,11 @@ class ShardStore:
                 shutil.copy2(path, temporary / path.name)
             # One of the same name was left by a process that died before the index had it.
             shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            try:
+                temporary.rename(final)
+            except OSError:  # another attempt at the same shard was faster
+                if not final.is_dir():
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

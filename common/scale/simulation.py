@@ -15,7 +15,6 @@ import simpy
 from common.scale.planning import FURTHEST, Plan, Shared
 from common.scale.watch import MOST_BETWEEN
 
-ROUNDS = 12  # of all hosts, or of all encoders where these are slower
 FIRST, LAST = 3, 10  # of those that count: before it is begun to, after it hosts are idle
 JITTER = 0.05  # of a maker's seconds, one standard deviation
 
@@ -72,7 +71,7 @@ def simulate(plan: Plan, shared: Shared, *, seed: int = 0) -> Simulated:
     encoders = simpy.Resource(world, hosts * plan.hosts.cores_of_text)
     between = simpy.Resource(world, hosts * MOST_BETWEEN + encoders.capacity)
     makers = simpy.Resource(world, hosts)
-    waiting = [0, 0]  # now, at most
+    waiting, enough = [0, 0], world.event()  # now, at most
     ended, worked = 0, list[tuple[float, dict[str, float]]]()
 
     def shard() -> Generator[Any, Any, None]:
@@ -86,20 +85,22 @@ def simulate(plan: Plan, shared: Shared, *, seed: int = 0) -> Simulated:
         with makers.request() as maker:
             yield maker
             waiting[0] -= 1
-            between.release(place)
             seconds = plan.shard_seconds / (1 - plan.lost)
             yield world.timeout(seconds * max(0.1, chosen.gauss(1, JITTER)))
             yield from servers["the target's bytes"].serve()
             yield from servers["the target's files"].serve()
         yield from servers["the program"].serve()
+        between.release(place)
         nonlocal ended
         ended += 1
         if ended in (FIRST * a_round, LAST * a_round):
             worked.append((world.now, {name: own.worked for name, own in servers.items()}))
+        if ended == LAST * a_round:
+            enough.succeed()
 
-    for _ in range(ROUNDS * a_round):
+    for _ in range(between.capacity + (LAST + 1) * a_round):  # so that the place between is full
         world.process(shard())
-    world.run()
+    world.run(until=enough)
     (began, before), (ended_at, after) = worked
     seconds = ended_at - began
     rate = (LAST - FIRST) * a_round * work.shard_images / seconds

@@ -7,7 +7,7 @@ import pytest
 
 pool_processes = pytest.importorskip("common.scale.pool_processes")
 
-from ray.exceptions import ActorDiedError, OutOfDiskError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, RayTaskError, UserCodeException
 
 from common.errors import UnfitEnvironmentError
 from tests.refusals import refusal
@@ -38,7 +38,9 @@ def test_a_cluster_that_cannot_go_on_is_told() -> None:
 
 
 def test_a_defect_of_ours_stays_one() -> None:
-    rows = pool_processes.rows_of(Dataset(by_ray(KeyError("x"))))
-    next(rows), next(rows)
-    with pytest.raises(KeyError):
-        next(rows)
+    """Ray Data has exceptions of its processes in one of its own."""
+    for cause in (UserCodeException("KeyError: 'x'"), KeyError("x")):
+        rows = pool_processes.rows_of(Dataset(by_ray(cause)))
+        next(rows), next(rows)
+        with pytest.raises(type(cause)):
+            next(rows)
