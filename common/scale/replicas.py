@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Serving:
     api_key: str | None = None
     kept: int | None = None  # jobs that have ended
     of_processes: Mapping[str, Any]
+    folder: str = field(default_factory=os.getcwd)  # that paths of flags begin in
     folders: Mapping[str, Path | None]
 
     def catalog(self) -> Catalog:
@@ -81,6 +82,8 @@ class Replica:
         """
         groups, arguments = processes_for(serving.flags, serving.of_processes)
         jobs_dir = Path(serving.jobs_dir)
+        if Path(serving.folder).is_dir():
+            os.chdir(serving.folder)
         if serving.queue_dir is not None:
             os.environ[REMOTE_QUEUE] = place_of(serving)
         elif ray.get_runtime_context().get_node_id() != head_node():

@@ -12,6 +12,7 @@ from common.messages import warn
 from common.scale.ray_pools import Pool
 
 SECONDS_UNTIL_SAID = 60.0  # without a shard
+SECONDS_UNTIL_LOST = 600.0  # without a shard, after which those that wait may be no more
 MOST_BETWEEN = 3  # shards whose prompts are encoded and that are not made, for each maker
 
 
@@ -28,7 +29,7 @@ class Pulse:
         But where none is made for a while, those that wait may be on a node that is no more.
         """
         waits = len(self._between - {shard}) >= self._most
-        if waits and time.monotonic() - self._made_at < SECONDS_UNTIL_SAID:
+        if waits and time.monotonic() - self._made_at < SECONDS_UNTIL_LOST:
             return False
         self._between.add(shard)
         return True

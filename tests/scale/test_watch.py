@@ -43,5 +43,5 @@ def test_prompts_are_encoded_no_further_ahead_than_a_bound(monkeypatch: pytest.M
     pulse.is_made("a")
     assert pulse.may_encode("c") and not pulse.may_encode("d") and pulse.between() == 2
     # Those that wait are on a node that is no more.
-    monkeypatch.setattr(watch, "SECONDS_UNTIL_SAID", 0.0)
+    monkeypatch.setattr(watch, "SECONDS_UNTIL_LOST", 0.0)
     assert pulse.may_encode("d")
