@@ -38,7 +38,7 @@ from common.messages import say
 from common.process import run_command
 from common.runs.flags import add_flags
 from common.runs.in_turn import flags_of_a_run
-from common.serving.server import refuse_open_address
+from common.serving.server import catalog_of, refuse_open_address
 from common.stopping import STOP_SIGNALS
 from tools import run_all
 from tools.run_all import FOLDERS, JOBS_FOLDER, OF_PROCESSES, OF_REPLICAS, refuse_unserved
@@ -73,9 +73,8 @@ def main(
 
     given = context.params
     host, port = given["host"], given["port"]
-    api_key = given["api_key"] or os.environ.get(API_KEY)
-    refuse_open_address(host, api_key)
     serving, scaling = parts(given)
+    refuse_open_address(host, serving.api_key)
     ray_pools.join(address, debug=bool(given.get("debug")))
     ended, received = threading.Event(), list[int]()
 
@@ -128,7 +127,7 @@ def parts(given: Mapping[str, Any]) -> tuple[Any, Any]:
         },
         folders={name: given[name] for name in FOLDERS},
     )
-    serving.catalog()
+    catalog_of(serving.flags, serving.folders)
     scaling = Scaling(
         least=given["min_replicas"], most=given["max_replicas"], waiting=given["waiting"]
     )

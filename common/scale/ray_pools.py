@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.compute.platforms import usable_cores
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
@@ -94,6 +95,11 @@ def hosts_of(asked: str | None) -> tuple[int, str | None]:
             f"({in_one_line(error)})"
         ) from None
     return hosts, asked
+
+
+def on_node(node: str) -> NodeAffinitySchedulingStrategy:
+    """A place on a node, by its id, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _nodes() -> list[dict[str, float]]:

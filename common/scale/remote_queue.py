@@ -13,20 +13,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import StageError, UnfitEnvironmentError, in_one_line
+from common.scale.ray_pools import on_node
 from common.serving.job_queue import WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job
 
 NAMESPACE = "staged-diffusion"
 SECONDS_TO_ANSWER = 60.0
 SECONDS_TO_BE_KNOWN = 60.0  # since a keeper began, of processes that served before
-
-
-def on_node(node: str) -> NodeAffinitySchedulingStrategy:
-    """A place on a node, and nowhere else."""
-    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 class Keeper(JobQueue):

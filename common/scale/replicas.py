@@ -19,10 +19,9 @@ from ray import serve
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
 from common.scale.ray_pools import chips_of_hosts
 from common.scale.remote_queue import end_keeping, keep_queue
-from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
 from common.serving.job_queue import REMOTE_QUEUE
-from common.serving.server import model_name, processes_for
+from common.serving.server import catalog_of, processes_for
 from common.serving.service import Bounds, Service
 from common.serving.stage_processes import StageProcesses
 
@@ -43,17 +42,7 @@ class Serving:
     kept: int | None = None  # jobs that have ended
     of_processes: Mapping[str, Any]
     folder: str = field(default_factory=os.getcwd)  # that paths of flags begin in
-    folders: Mapping[str, Path | None]
-
-    def catalog(self) -> Catalog:
-        """What requests may name.
-
-        Raises:
-            BadSettingError: a folder is not there, or does not go with a flag.
-        """
-        found = Catalog(own_model=model_name(self.flags), **self.folders)
-        found.check(self.flags)
-        return found
+    folders: Mapping[str, Path | None]  # as `catalog_of` takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +98,8 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """The application, as Serve asks for it."""
         serving = self._serving
-        return make_app(
-            self._service, serving.catalog(), serving.api_key, self._processes.are_ready
-        )
+        catalog = catalog_of(serving.flags, serving.folders)
+        return make_app(self._service, catalog, serving.api_key, self._processes.are_ready)
 
     def _look_after(self) -> None:
         while not self._ends.wait(SECONDS_BETWEEN_LOOKS):

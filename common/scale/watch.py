@@ -2,15 +2,16 @@
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Self
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import in_one_line
 from common.messages import warn
-from common.scale.ray_pools import Pool
+from common.scale.ray_pools import Pool, on_node
 
+SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_UNTIL_SAID = 60.0  # without a shard
 SECONDS_UNTIL_LOST = 600.0  # without a shard, after which those that wait may be no more
 MOST_BETWEEN = 3  # shards whose prompts are encoded and that are not made, for each maker
@@ -48,21 +49,16 @@ class Pulse:
         return self._said
 
 
-class Watch:
-    """Says what waits for what, where no shard comes for a while."""
+class Looking(ABC):
+    """Within its block a thread looks, again and again."""
 
-    def __init__(self, pools: tuple[Pool, Pool], node: str) -> None:
+    def __init__(self, seconds: float) -> None:
         """
         Args:
-            node: this program's, by its id.
+            seconds: between two looks.
         """
-        encoding, making = pools
-        most = MOST_BETWEEN * making.processes + encoding.processes
-        # On another node all processes would lose it with that.
-        here = NodeAffinitySchedulingStrategy(node, soft=False)
-        self.pulse = ray.remote(num_cpus=0, scheduling_strategy=here)(Pulse).remote(most)
-        self._pools, self._at, self._ended = pools, time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._seconds, self._ended = seconds, threading.Event()
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -72,15 +68,40 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
+    def _go_on(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self.look()
+
+    @abstractmethod
+    def look(self) -> None:
+        """Look once."""
+
+
+class Watch(Looking):
+    """Says what waits for what, where no shard comes for a while."""
+
+    def __init__(self, pools: tuple[Pool, Pool], node: str) -> None:
+        """
+        Args:
+            node: this program's, by its id.
+        """
+        super().__init__(SECONDS_BETWEEN_LOOKS)
+        encoding, making = pools
+        most = MOST_BETWEEN * making.processes + encoding.processes
+        # On another node all processes would lose it with that.
+        here = on_node(node)
+        self.pulse = ray.remote(num_cpus=0, scheduling_strategy=here)(Pulse).remote(most)
+        self._pools, self._at = pools, time.monotonic()
+
     def shard_came(self) -> None:
         """Count from now on."""
         self._at = time.monotonic()
 
-    def _look(self) -> None:
-        while not self._ended.wait(1.0):
-            if time.monotonic() - self._at >= SECONDS_UNTIL_SAID:
-                warn(f"no shard for {time.monotonic() - self._at:.0f} s: {self._what_waits()}")
-                self._at = time.monotonic()
+    def look(self) -> None:
+        """Say what waits, where it is time to."""
+        if time.monotonic() - self._at >= SECONDS_UNTIL_SAID:
+            warn(f"no shard for {time.monotonic() - self._at:.0f} s: {self._what_waits()}")
+            self._at = time.monotonic()
 
     def _what_waits(self) -> str:
         try:

@@ -53,8 +53,7 @@ def serve(
         UnfitEnvironmentError: another server has the jobs folder, or a stage does not start.
     """
     refuse_open_address(address[0], api_key)
-    catalog = Catalog(own_model=model_name(flags), **(folders or {}))
-    catalog.check(flags)
+    catalog = catalog_of(flags, folders or {})
     groups, arguments = processes_for(flags, of_processes or {})
     jobs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(jobs_dir / SERVER_LOCK, timeout=1)  # some look whether it is held
@@ -78,6 +77,21 @@ def serve(
             return 0 if stopped_by is None else STOP_SIGNALS[stopped_by][1]
     finally:
         lock.release()
+
+
+def catalog_of(flags: Mapping[str, Any], folders: Mapping[str, Path | None]) -> Catalog:
+    """What requests may name.
+
+    Args:
+        flags: of every run.
+        folders: `models_dir` and others of `Catalog`.
+
+    Raises:
+        BadSettingError: a folder is not there, or does not go with a flag.
+    """
+    found = Catalog(own_model=model_name(flags), **folders)
+    found.check(flags)
+    return found
 
 
 def processes_for(

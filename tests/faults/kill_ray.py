@@ -10,12 +10,11 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
@@ -24,40 +23,32 @@ import psutil
 import typer
 
 from common.scale.makers import LIST_FILE, folder_of_shards
+from common.scale.watch import Looking
 from tests.faults import ray_lists
 
 TARGETS = ("maker", "encoder", "node", "program")
 MOST_SECONDS_BETWEEN = 6.0
+SECONDS_BETWEEN_LOOKS = 0.01
 MOST_MADE_AGAIN = 2  # shards, for each fault
 
 
-class Begun:
+class Begun(Looking):
     """Counts the shards that processes on devices begin, by the folders that they work in."""
 
     def __init__(self) -> None:
+        super().__init__(SECONDS_BETWEEN_LOOKS)
         self._folders: set[str] = set()
         self._is_maker: dict[int, bool] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
 
     def __len__(self) -> int:
         return len(self._folders)
 
-    def _look(self) -> None:
-        while not self._ended.wait(0.01):
-            with suppress(OSError):
-                for folder in folder_of_shards().iterdir():
-                    is_new = folder.name not in self._folders and (folder / LIST_FILE).exists()
-                    if is_new and self._makes(int(folder.name.partition("-")[0])):
-                        self._folders.add(folder.name)
+    def look(self) -> None:
+        with suppress(OSError):
+            for folder in folder_of_shards().iterdir():
+                is_new = folder.name not in self._folders and (folder / LIST_FILE).exists()
+                if is_new and self._makes(int(folder.name.partition("-")[0])):
+                    self._folders.add(folder.name)
 
     def _makes(self, pid: int) -> bool:
         if pid not in self._is_maker:

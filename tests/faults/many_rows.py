@@ -9,13 +9,12 @@ held together, each with its part of what they share (PSS), beside that of a lis
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
@@ -24,6 +23,7 @@ import psutil
 import typer
 from pyarrow import parquet
 
+from common.scale.watch import Looking
 from tests.faults import ray_lists
 from tests.tiny_checkpoints import save_tiniest
 
@@ -33,7 +33,7 @@ SECONDS_BETWEEN = 0.5
 PROGRAM, FULLEST = "the program", "the fullest node"
 
 
-class Memory:
+class Memory(Looking):
     """The most that trees of processes held, in MB."""
 
     def __init__(self, roots: Mapping[str, int]) -> None:
@@ -41,22 +41,13 @@ class Memory:
         Args:
             roots: name → the process that a tree begins with.
         """
+        super().__init__(SECONDS_BETWEEN)
         self.most = dict.fromkeys(roots, 0.0)
-        self._roots, self._ended = roots, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._roots = roots
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(SECONDS_BETWEEN):
-            for name, pid in self._roots.items():
-                self.most[name] = max(self.most[name], held_by(pid))
+    def look(self) -> None:
+        for name, pid in self._roots.items():
+            self.most[name] = max(self.most[name], held_by(pid))
 
 
 def held_by(pid: int) -> float:
