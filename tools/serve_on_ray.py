@@ -8,7 +8,7 @@ Flags, or the arguments of `serve run`, are those of `run_all.sh --serve` (docs/
 
 import os
 import sys
-import threading
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.stopping import heard_signals, stop_at_once_on_signals
+from common.stopping import STOP_SIGNALS, finishing_first, stop_at_once_on_signals
 
 if __name__ == "__main__":  # the other imports take a second
     stop_at_once_on_signals()
@@ -24,8 +24,6 @@ if __name__ == "__main__":  # the other imports take a second
 if find_spec("ray") is None:
     print("error: ray is not installed: tools/set_up.sh ray installs it", file=sys.stderr)
     sys.exit(5)
-
-import signal
 
 import typer
 from typer.core import TyperCommand
@@ -39,7 +37,6 @@ from common.process import run_command
 from common.runs.flags import add_flags
 from common.runs.in_turn import flags_of_a_run
 from common.serving.server import catalog_of, refuse_open_address
-from common.stopping import STOP_SIGNALS
 from tools import run_all
 from tools.run_all import FOLDERS, JOBS_FOLDER, OF_PROCESSES, OF_REPLICAS, refuse_unserved
 
@@ -76,18 +73,15 @@ def main(
     serving, scaling = parts(given)
     refuse_open_address(host, serving.api_key)
     ray_pools.join(address, debug=bool(given.get("debug")))
-    ended, received = threading.Event(), list[int]()
-
-    def hear(number: int, _: object) -> None:
-        received.append(number)
-        ended.set()
-
-    for number in heard_signals():
-        signal.signal(number, hear)
-    with replicas.served(serving, scaling, host=host, port=port):
-        say(f"ready: http://{host}:{port}")
-        ended.wait()
-    return STOP_SIGNALS[received[0]][1]
+    with (
+        finishing_first() as stop,
+        replicas.served(serving, scaling, host=host, port=port) as (host, port),
+    ):
+        if replicas.wait_until_it_answers(scaling, stop):
+            say(f"ready: http://{host}:{port}")
+        while stop.number is None:
+            time.sleep(replicas.SECONDS_BETWEEN_LOOKS)
+    return STOP_SIGNALS[stop.number][1]
 
 
 def application(arguments: Mapping[str, Any]) -> Any:

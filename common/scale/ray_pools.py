@@ -49,8 +49,8 @@ def join(address: str | None, *, debug: bool = False) -> None:
     """
     if not debug:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        for name in ("ray", "ray.data", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     more: dict[str, Any] = {} if address else {"num_cpus": max(2, usable_cores())}
     try:
         joined = ray.init(
@@ -105,6 +105,17 @@ def on_node(node: str) -> NodeAffinitySchedulingStrategy:
 def _nodes() -> list[dict[str, float]]:
     """What each node has."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def free_of(pools: Sequence[Pool]) -> str:
+    """What of the cluster's resources that processes ask for is free, in words.
+
+    Raises:
+        RayError: the cluster does not answer.
+    """
+    free = ray.available_resources()
+    names = sorted({name for pool in pools for name in pool.needs()})
+    return f"free are {', '.join(f'{free.get(name, 0):g} {name}' for name in names)}"
 
 
 def chips_of_hosts() -> tuple[str | None, int]:

@@ -2,11 +2,14 @@
 
 SQLite's file and the locks of processes hold on one machine alone. An actor of Ray has the queue on
 its node's disk, and others call it by its name. Whether a process lives is Ray's to know: each that
-serves stages has an actor of its own, which ends with it.
+serves stages has an actor of its name, which ends with it. An answer may come late or get lost,
+where the actor is begun again: what was asked is asked again, so that each change can be made twice
+and is made once.
 """
 
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,23 +17,30 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from common.errors import StageError, UnfitEnvironmentError, in_one_line
+from common.errors import BadSettingError, StageError, UnfitEnvironmentError, in_one_line
 from common.scale.ray_pools import on_node
 from common.serving.job_queue import WORKERS_FOLDER, JobQueue
-from common.serving.jobs import Job
+from common.serving.jobs import Job, State, Step
 
 NAMESPACE = "staged-diffusion"
 SECONDS_TO_ANSWER = 60.0
-SECONDS_TO_BE_KNOWN = 60.0  # since a keeper began, of processes that served before
+SECONDS_UNTIL_ASKED_AGAIN = 0.5  # a keeper that is begun again
+SECONDS_BETWEEN_CHANGES = 0.1  # a keeper is asked for them, whoever looks how often
 
 
 class Keeper(JobQueue):
     """The queue, on the node whose disk has it: an actor."""
 
     def __init__(self, folder: str, most_waiting: int) -> None:
-        super().__init__(Path(folder), most_waiting=most_waiting)
-        self._serving: dict[str, Any] = {}
-        self._since = time.monotonic()
+        self._since, self._unfit = time.monotonic(), None
+        try:
+            super().__init__(Path(folder), most_waiting=most_waiting)
+        except StageError as error:  # which Ray would tell as one of its own
+            self.folder, self._unfit = Path(folder), (str(error), type(error))
+
+    def kept_in(self) -> tuple[str, tuple[str, type[StageError]] | None]:
+        """Its folder, and why it cannot be kept there."""
+        return str(self.folder), self._unfit
 
     def ask(
         self, name: str, arguments: tuple[Any, ...], more: dict[str, Any]
@@ -45,21 +55,26 @@ class Keeper(JobQueue):
         """A number that is another one when anyone has changed the file."""
         return int(1000 * self._since) + self._connection.total_changes
 
-    def serves(self, worker: str, alive: Any) -> None:
-        """A process serves stages, for as long as its actor lives."""
-        self._serving[worker] = alive
+    def claim(self, stages: Sequence[int], worker: str) -> Job | None:
+        """Take the next job (`JobQueue.claim`): one whose claim's answer got lost, before others.
+
+        For who claims has none, as far as it knows.
+        """
+        query = "SELECT * FROM jobs WHERE state = ? AND worker = ? ORDER BY number LIMIT 1"
+        lost = self._all(query, State.RUNNING, worker)
+        return lost[0] if lost else super().claim(stages, worker)
+
+    def withdraw(self, run_dir: Path) -> None:
+        """Forget a job that nobody was told of."""
+        with self._change() as change:
+            waits = "DELETE FROM jobs WHERE run_dir = ? AND state = ?"
+            change(waits, str(run_dir), State.WAITING)
 
     def _lives(self, worker: str) -> bool:
-        alive = self._serving.get(worker)
-        if alive is None:  # it will say so, if it is one of before
-            return time.monotonic() - self._since < SECONDS_TO_BE_KNOWN
         try:
-            ray.get(alive.is_alive.remote(), timeout=SECONDS_TO_ANSWER)
-        except RayActorError:
-            del self._serving[worker]
+            ray.get_actor(worker, namespace=NAMESPACE)
+        except ValueError:
             return False
-        except GetTimeoutError:  # of a busy node; Ray says when it is gone
-            pass
         return True
 
 
@@ -74,18 +89,19 @@ class Alive:
 class _Serving:
     """In place of a lock that a process holds while it serves."""
 
-    def __init__(self, queue: "RemoteQueue", worker: str) -> None:
-        self._queue, self._worker = queue, worker
-        self.lock_file = str(queue.folder / WORKERS_FOLDER / f"{worker}.lock")
+    def __init__(self, folder: Path, worker: str) -> None:
+        self._worker = worker
+        self._alive: Any = None
+        self.lock_file = str(folder / WORKERS_FOLDER / f"{worker}.lock")
 
     def acquire(self) -> None:
         here = on_node(ray.get_runtime_context().get_node_id())
-        alive = ray.remote(num_cpus=0, scheduling_strategy=here)(Alive).remote()
-        self._queue.serving = (self._worker, alive)
-        self._queue.say_who_serves()
+        alive = ray.remote(num_cpus=0, scheduling_strategy=here)(Alive)
+        self._alive = alive.options(name=self._worker, namespace=NAMESPACE).remote()
+        ray.get(self._alive.is_alive.remote())
 
     def release(self) -> None:
-        self._queue.serving = None  # with whose last handle the actor goes
+        ray.kill(self._alive)
 
 
 class RemoteQueue:
@@ -102,7 +118,7 @@ class RemoteQueue:
         """
         address, name = place.split()
         self.folder = folder
-        self.serving: tuple[str, Any] | None = None  # this process, and the actor of it
+        self._changes, self._asked_at = -1, 0.0
         (folder / WORKERS_FOLDER).mkdir(parents=True, exist_ok=True)
         try:
             if not ray.is_initialized():
@@ -125,31 +141,45 @@ class RemoteQueue:
         return partial(self._ask, name)
 
     def _ask(self, name: str, *arguments: Any, **more: Any) -> Any:
-        try:
-            answer = self._keeper.ask.remote(name, arguments, more)
-            found, error = ray.get(answer, timeout=SECONDS_TO_ANSWER)
-        except (RayError, GetTimeoutError) as gone:  # it is begun again
-            raise UnfitEnvironmentError(
-                f"the queue of {self.folder} does not answer ({in_one_line(gone)})"
-            ) from None
+        until = time.monotonic() + SECONDS_TO_ANSWER
+        while True:
+            try:
+                answer = self._keeper.ask.remote(name, arguments, more)
+                left = max(0.0, until - time.monotonic())
+                found, error = ray.get(answer, timeout=left)
+                break
+            except (RayError, GetTimeoutError) as gone:
+                again = isinstance(gone, RayActorError)  # it is begun again
+                if not again or time.monotonic() + SECONDS_UNTIL_ASKED_AGAIN > until:
+                    raise UnfitEnvironmentError(
+                        f"the queue of {self.folder} does not answer ({in_one_line(gone)})"
+                    ) from None
+                time.sleep(SECONDS_UNTIL_ASKED_AGAIN)
         if error is not None:
             raise error(found)
         return found
 
-    def take_from_the_dead(self, *, counts: bool = True) -> list[Job]:
-        """Let jobs wait again whose process is no more (`JobQueue.take_from_the_dead`)."""
-        self.say_who_serves()
-        found: list[Job] = self._ask("take_from_the_dead", counts=counts)
+    def add(
+        self, run_dir: Path, steps: Sequence[Step], *, key: str | None = None, **more: Any
+    ) -> Job:
+        """Accept a job (`JobQueue.add`); where no answer comes it is accepted by nobody."""
+        own = key or f"once-{secrets.token_hex(16)}"
+        try:
+            found: Job = self._ask("add", run_dir, steps, key=own, **more)
+        except UnfitEnvironmentError:
+            self._keeper.withdraw.remote(run_dir)  # which comes after what was asked before
+            raise
         return found
 
-    def say_who_serves(self) -> None:
-        """Tell the keeper of this process; one that was begun again knows nobody."""
-        if self.serving is not None:
-            self._keeper.serves.remote(*self.serving)
+    def changes(self) -> int:
+        """A number that is another one when anyone has changed the file, or a moment later."""
+        if time.monotonic() - self._asked_at > SECONDS_BETWEEN_CHANGES:
+            self._changes, self._asked_at = self._ask("changes"), time.monotonic()
+        return self._changes
 
     def lock_of(self, worker: str) -> _Serving:
         """Held by a process that serves for as long as it lives."""
-        return _Serving(self, worker)
+        return _Serving(self.folder, worker)
 
     def close(self) -> None:
         """Others ask on."""
@@ -159,18 +189,42 @@ def keep_queue(jobs_dir: Path, queue_dir: Path, *, node: str, most_waiting: int)
     """Have the queue of a jobs folder kept on a node, unless it is.
 
     Returns its place, for `RemoteQueue`.
+
+    Raises:
+        BadSettingError: it is kept in another folder, or that is on a network file system.
+        UnfitEnvironmentError: it cannot be kept there.
     """
     name = f"queue of {jobs_dir}".replace(" ", "_")
-    ray.remote(Keeper).options(
-        name=name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        scheduling_strategy=on_node(node),
-    ).remote(str(queue_dir), most_waiting)
-    return f"{ray.get_runtime_context().gcs_address} {name}"
+    keeper = (
+        ray.remote(Keeper)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            scheduling_strategy=on_node(node),
+        )
+        .remote(str(queue_dir), most_waiting)
+    )
+    try:
+        folder, unfit = ray.get(keeper.kept_in.remote(), timeout=SECONDS_TO_ANSWER)
+    except (RayError, GetTimeoutError) as error:
+        raise UnfitEnvironmentError(
+            f"the queue of {jobs_dir} cannot be kept ({in_one_line(error)})"
+        ) from None
+    place = f"{ray.get_runtime_context().gcs_address} {name}"
+    if unfit is not None:
+        end_keeping(place)
+        said, kind = unfit
+        raise kind(f"--queue_dir {queue_dir}: {said}")
+    if folder != str(queue_dir):
+        raise BadSettingError(
+            f"--queue_dir {queue_dir}: the queue of {jobs_dir} is in {folder} in this cluster: "
+            "give that, or end what serves it"
+        )
+    return place
 
 
 def end_keeping(place: str) -> None:

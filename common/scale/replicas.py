@@ -8,27 +8,35 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
-from common.scale.ray_pools import chips_of_hosts
+from common.messages import warn
+from common.scale.ray_pools import Pool, chips_of_hosts, free_of
 from common.scale.remote_queue import end_keeping, keep_queue
 from common.serving.http_app import make_app
 from common.serving.job_queue import REMOTE_QUEUE
-from common.serving.server import catalog_of, processes_for
+from common.serving.server import catalog_of, listening, processes_for
 from common.serving.service import Bounds, Service
 from common.serving.stage_processes import StageProcesses
+from common.stopping import StopRequest
 
 NAME = "pictures"  # of the application and its deployment
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_UNTIL_SAID = 60.0  # what replicas wait for
 SECONDS_TO_OPEN = 1800.0  # the stages: a checkpoint may be read over a network
 SECONDS_TO_DRAIN = 600.0  # in which a replica that is to go answers what it has
+SECONDS_OF_EVENTS = 60.0  # of a stream, which a replica that is to go waits for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,8 @@ class Replica:
         self._serving = serving
         self._failed: Exception | None = None
         self._processes = StageProcesses(jobs_dir, groups, arguments)
-        self._service = Service(jobs_dir, serving.flags, Bounds(kept=serving.kept))
+        bounds = Bounds(kept=serving.kept, events_seconds=SECONDS_OF_EVENTS)
+        self._service = Service(jobs_dir, serving.flags, bounds)
         self._ends = threading.Event()
         self._processes.start()
         until = time.monotonic() + SECONDS_TO_OPEN
@@ -137,12 +146,12 @@ def place_of(serving: Serving) -> str:
 
 def application_of(serving: Serving, scaling: Scaling) -> serve.Application:
     """The application, for a cluster that was joined: a replica on each host that has chips."""
-    resource, chips = chips_of_hosts()
-    needs: dict[str, Any] = {"num_cpus": 1 if resource is None else 0}
-    if resource == "GPU":
-        needs["num_gpus"] = chips
-    elif resource is not None:
-        needs["resources"] = {resource: chips}
+    own = pool_of(scaling)
+    needs: dict[str, Any] = {"num_cpus": own.cpus}
+    if own.resource == "GPU":
+        needs["num_gpus"] = own.chips
+    elif own.resource is not None:
+        needs["resources"] = {own.resource: own.chips}
     deployment = serve.deployment(
         name=NAME,
         ray_actor_options=needs,
@@ -159,22 +168,103 @@ def application_of(serving: Serving, scaling: Scaling) -> serve.Application:
     return found
 
 
+def pool_of(scaling: Scaling) -> Pool:
+    """The replicas that there are at least, and what each asks its node for."""
+    resource, chips = chips_of_hosts()
+    return Pool("a replica", scaling.least, 1 if resource is None else 0, resource, chips)
+
+
 @contextmanager
-def served(serving: Serving, scaling: Scaling, *, host: str, port: int) -> Iterator[None]:
-    """Within the block the application answers at an address of this cluster's nodes.
+def served(
+    serving: Serving, scaling: Scaling, *, host: str, port: int
+) -> Iterator[tuple[str, int]]:
+    """Within the block this cluster has the application, which is given its address.
+
+    At the end replicas answer what they have. What else Serve has in the cluster stays.
+
+    Args:
+        port: of each node; 0: one that is free here.
 
     Raises:
-        UnfitEnvironmentError: it does not begin to.
+        BadSettingError: the address is of no use, or Serve has another one in this cluster.
+        UnfitEnvironmentError: there can be no such application.
     """
-    serve.start(http_options={"host": host, "port": port, "location": "EveryNode"})
+    began, (host, port) = _address(host, port)
+    queue = None if serving.queue_dir is None else place_of(serving)
     try:
-        serve.run(application_of(serving, scaling), name=NAME, route_prefix="/")
+        with _telling():
+            if began:
+                serve.start(http_options={"host": host, "port": port, "location": "EveryNode"})
+            target = serve.RunTarget(application_of(serving, scaling), NAME, "/")
+            serve.run_many([target], wait_for_applications_running=False)
+        yield host, port
+    finally:
+        with suppress(RayError, RayServeException):  # the cluster is gone, and they with it
+            _wait_until_gone()
+            if began:
+                serve.shutdown()
+        if queue is not None:
+            end_keeping(queue)
+
+
+def _address(host: str, port: int) -> tuple[bool, tuple[str, int]]:
+    """Whether Serve is to begin, and where it answers."""
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is None:
+        with listening(host, port) as listener:
+            return True, (host, listener.getsockname()[1])
+    own = running.http_config
+    if (own.host, own.port) != (host, port):
+        raise BadSettingError(
+            f"--host {host} --port {port}: Serve answers at {own.host}, port {own.port} in this "
+            "cluster already: give that, or end it (serve shutdown)"
+        )
+    return False, (host, port)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         raise UnfitEnvironmentError(
             f"the application does not begin ({in_one_line(error)}): --debug shows more"
         ) from None
-    finally:
-        serve.shutdown()
-        if serving.queue_dir is not None:
-            end_keeping(place_of(serving))
+
+
+def wait_until_it_answers(scaling: Scaling, stop: StopRequest) -> bool:
+    """Wait until the application answers, and say each minute what it waits for.
+
+    Returns whether it does; not where a signal to stop came first.
+
+    Raises:
+        UnfitEnvironmentError: its replicas cannot begin.
+    """
+    began = said_at = time.monotonic()
+    while stop.number is None:
+        with _telling():
+            told = serve.status().applications.get(NAME)
+        if told is None or told.status is ApplicationStatus.DEPLOY_FAILED:
+            why = "it was removed" if told is None else in_one_line(RuntimeError(told.message))
+            raise UnfitEnvironmentError(
+                f"the application does not begin ({why}): --debug shows more"
+            )
+        if told.status is ApplicationStatus.RUNNING:
+            return True
+        if time.monotonic() - said_at > SECONDS_UNTIL_SAID:
+            said_at = time.monotonic()
+            own = pool_of(scaling)
+            warn(f"no answer for {said_at - began:.0f} s: {own.said()} begin; {free_of([own])}")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return False
+
+
+def _wait_until_gone() -> None:
+    """Remove the application; its replicas answer what they have."""
+    until = time.monotonic() + SECONDS_TO_DRAIN
+    while time.monotonic() < until:
+        try:
+            serve.delete(NAME)
+            return
+        except TimeoutError:  # of a minute
+            continue

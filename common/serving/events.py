@@ -8,6 +8,7 @@ connections to a host, so that a page with all its tabs needs `/events`, one str
 import asyncio
 import base64
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -44,10 +45,13 @@ class JobEvents:
     async def listen(self, name: str | None = None) -> AsyncIterator[str]:
         """The stream of a job until it has ended, or of all; until the server ends.
 
+        Where streams are bounded it ends earlier: who listens asks again, as browsers do.
+
         Args:
             name: of the job's run directory; None: all that have not ended, and those to come.
         """
         self._listeners += 1
+        began, most = time.monotonic(), self._service.bounds.events_seconds
         try:
             await self._look()
             # What ended before is not told to who asks for all.
@@ -67,6 +71,8 @@ class JobEvents:
                     return
                 if self._service.ends:
                     yield in_words({"event": "shutdown"}, None)
+                    return
+                if most is not None and time.monotonic() - began > most:
                     return
                 if not await self._wait():
                     yield ": still here\n\n"

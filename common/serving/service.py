@@ -61,6 +61,8 @@ class Bounds:
     # Of all requests that are being answered.
     requests: int = 500
     held_bytes: int = 256_000_000  # of their bodies
+    # Of a stream of events, which who listens asks for again; None: as long as there are any.
+    events_seconds: float | None = None
 
 
 class ShuttingDownError(UnfitEnvironmentError):

@@ -14,7 +14,7 @@ remote_queue = pytest.importorskip("common.scale.remote_queue")
 
 import ray
 
-from common.errors import UnfitEnvironmentError
+from common.errors import BadSettingError, UnfitEnvironmentError
 from common.scale import ray_pools
 from common.serving.job_queue import REMOTE_QUEUE, JobQueue, QueueFullError, open_queue
 from common.serving.jobs import State, Step
@@ -60,12 +60,12 @@ def queue(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.slow
 def test_jobs_are_those_of_the_file(queue: Any, tmp_path: Path) -> None:
     """Each method gives what the file itself gives, and errors come as they are."""
-    seen = queue.changes()
+    seen = changes_of(queue)
     first, second = (queue.add(tmp_path / name, STEPS, key=name) for name in "ab")
     assert queue.add(tmp_path / "c", STEPS, key="a") == first
-    assert queue.changes() != seen
-    seen = queue.changes()
-    assert queue.claim([3], "worker") is None and queue.changes() == seen
+    assert changes_of(queue) != seen
+    seen = changes_of(queue)
+    assert queue.claim([3], "worker") is None and changes_of(queue) == seen
     claimed = queue.claim([1], "worker")
     assert claimed.number == first.number and claimed.state is State.RUNNING
     queue.hand_on(claimed)
@@ -79,6 +79,12 @@ def test_jobs_are_those_of_the_file(queue: Any, tmp_path: Path) -> None:
     with refusal(QueueFullError, "3 jobs wait, as many as may"):
         queue.add(tmp_path / "f", STEPS)
     assert not hasattr(queue, "_connection") and not hasattr(queue, "nothing")
+
+
+def changes_of(queue: Any) -> int:
+    """Those that the keeper tells, not what was told a moment ago."""
+    time.sleep(2 * remote_queue.SECONDS_BETWEEN_CHANGES)
+    return int(queue.changes())
 
 
 class JobQueueOf:
@@ -117,6 +123,71 @@ def test_jobs_of_a_process_that_dies_wait_again(queue: Any, tmp_path: Path) -> N
         time.sleep(0.1)
     found = queue.get(job.number)
     assert (found.state, found.worker, found.attempts) == (State.WAITING, None, 1)
+
+
+@pytest.mark.slow
+def test_answers_that_are_lost(queue: Any, tmp_path: Path) -> None:
+    """The keeper has done what was asked, and whoever asked does not know."""
+    ask = queue._keeper.ask.remote
+    ray.get(ask("add", (tmp_path / "a", STEPS), {"key": "of a"}))
+    first = queue.add(tmp_path / "b", STEPS, key="of a")  # asked again
+    assert first.run_dir == tmp_path / "a" and len(queue.jobs()) == 1
+    ray.get(ask("claim", ([1], "worker"), {}))
+    others = [queue.add(tmp_path / name, STEPS) for name in "cd"]
+    claimed = queue.claim([1], "worker")
+    assert claimed == queue.claim([1], "worker") and claimed.number == first.number
+    queue.hand_on(claimed)
+    queue.hand_on(claimed)  # as one that was asked again
+    assert (queue.get(first.number).step.stage, queue.get(first.number).place) == (2, 1)
+    assert queue.claim([1], "worker").number == others[0].number
+    ray.get(queue._keeper.withdraw.remote(tmp_path / "c"))  # which runs
+    ray.get(queue._keeper.withdraw.remote(tmp_path / "d"))
+    assert [job.run_dir.name for job in queue.jobs()] == ["a", "c"]
+
+
+@pytest.mark.slow
+def test_a_keeper_that_is_begun_again(queue: Any, tmp_path: Path) -> None:
+    """What was accepted is there, and who serves is known."""
+    job, lock = queue.add(tmp_path / "a", STEPS), queue.lock_of("worker")
+    lock.acquire()
+    claimed, seen = queue.claim([1], "worker"), changes_of(queue)
+    ray.kill(queue._keeper, no_restart=False)
+    assert queue.get(job.number) == claimed and changes_of(queue) != seen
+    assert queue.take_from_the_dead() == []
+    assert queue.get(job.number).state is State.RUNNING
+    queue.hand_on(claimed)
+    queue.claim([2], "worker")
+    lock.release()
+    until = time.monotonic() + 30
+    while queue.get(job.number).state is State.RUNNING and time.monotonic() < until:
+        queue.take_from_the_dead()
+        time.sleep(0.1)
+    assert queue.get(job.number).attempts == 1
+
+
+@pytest.mark.slow
+def test_one_that_does_not_answer_has_accepted_nothing(
+    queue: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is at something else for longer than who asks waits."""
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_queue, "SECONDS_TO_ANSWER", 0.0)
+        with refusal(UnfitEnvironmentError, "does not answer"):
+            queue.add(tmp_path / "a", STEPS)
+    assert queue.jobs() == []
+
+
+@pytest.mark.slow
+def test_a_queue_is_kept_in_one_folder(queue: Any, tmp_path: Path) -> None:
+    (node,) = (each["NodeID"] for each in ray.nodes() if each["Alive"])
+    own = {"node": node, "most_waiting": 3}
+    with refusal(BadSettingError, "--queue_dir", "other", "is in", "give that"):
+        remote_queue.keep_queue(tmp_path / "jobs", tmp_path / "other", **own)
+    (tmp_path / "file").touch()
+    with refusal(UnfitEnvironmentError, "--queue_dir", "file", "cannot be used"):
+        remote_queue.keep_queue(tmp_path / "more", tmp_path / "file", **own)
+    place = remote_queue.keep_queue(tmp_path / "more", tmp_path / "right", **own)
+    remote_queue.end_keeping(place)
 
 
 @pytest.mark.slow

@@ -26,6 +26,21 @@ from tests.refusals import refusal
 TOOL = PROJECT_DIR / "tools" / "serve_on_ray.py"
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "mesh": "single"}
 CLIENTS, SECONDS = 4, 15.0
+OTHER = """
+import sys
+from common.scale.ray_pools import join
+from ray import serve
+join(sys.argv[1])
+serve.start(http_options={"port": 8767})
+serve.run(serve.deployment(lambda request: "of others").bind(), name="other", route_prefix="/other")
+"""
+END = """
+import sys
+from common.scale.ray_pools import join
+from ray import serve
+join(sys.argv[1])
+serve.shutdown()
+"""
 DOWN = """
 import json, sys
 import ray
@@ -92,37 +107,20 @@ def wait_for(count: int, seconds: float = 90) -> None:
 
 @pytest.mark.slow
 def test_a_replica_that_is_killed_and_one_that_goes(cluster: Any, tmp_path: Path) -> None:
-    jobs_dir, port, log = tmp_path / "jobs", 8765, tmp_path / "log"
+    jobs_dir, log = tmp_path / "jobs", tmp_path / "log"
     flags = {**SMALL, "output_dir": str(jobs_dir), "min_replicas": 2, "max_replicas": 2}
     flags["queue_dir"] = str(tmp_path / "queue")
-    with log.open("w") as said:
-        program = subprocess.Popen(
-            [
-                *(sys.executable, TOOL, f"--address={cluster.address}", f"--port={port}"),
-                *(f"--{name}={value}" for name, value in flags.items()),
-            ],
-            env=environment(),
-            stdout=said,
-            stderr=said,
-        )
-    url = f"http://127.0.0.1:{port}"
+    program = begin(cluster, log, flags | {"port": 0})
     try:
-        until = time.monotonic() + 180
-        while "ready: " not in log.read_text():
-            assert program.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
+        wait_for_words("ready: ", program, log)
+        url = log.read_text().partition("ready: ")[2].split()[0]
         load = Load(url)
         time.sleep(SECONDS / 5)
         replicas_of_serve()[0].kill()
         time.sleep(SECONDS)
         wait_for(2)
         down = json.dumps(flags | {"min_replicas": 1, "max_replicas": 1})
-        subprocess.run(
-            [sys.executable, "-c", DOWN, cluster.address, down],
-            check=True,
-            cwd=PROJECT_DIR,
-            env=environment(),
-        )
+        execute(DOWN, cluster.address, down)
         wait_for(1)
         time.sleep(2)
         load.end()
@@ -136,6 +134,54 @@ def test_a_replica_that_is_killed_and_one_that_goes(cluster: Any, tmp_path: Path
         program.terminate()
         assert program.wait(120) == 143, log.read_text()
     assert replicas_of_serve() == []
+
+
+@pytest.mark.slow
+def test_what_others_serve_in_the_cluster_stays(cluster: Any, tmp_path: Path) -> None:
+    """Also where replicas have no room, and a signal ends the wait for it."""
+    execute(OTHER, cluster.address)
+    try:
+        flags = {**SMALL, "output_dir": str(tmp_path / "jobs"), "queue_dir": str(tmp_path / "q")}
+        log = tmp_path / "log"
+        program = begin(cluster, log, flags | {"port": 8765})
+        assert program.wait(120) == 2
+        assert "--port 8765: Serve answers at 127.0.0.1, port 8767" in log.read_text()
+        program = begin(cluster, log, flags | {"port": 8767, "min_replicas": 9, "max_replicas": 9})
+        until = time.monotonic() + 120
+        while not replicas_of_serve():
+            assert program.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        program.terminate()
+        assert program.wait(120) == 143, log.read_text()
+        assert "ready" not in log.read_text() and replicas_of_serve() == []
+        assert httpx.get("http://127.0.0.1:8767/other").text == "of others"
+    finally:
+        execute(END, cluster.address)
+
+
+def begin(cluster: Any, log: Path, flags: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """The program, on a cluster."""
+    own = (f"--{name}={value}" for name, value in flags.items())
+    with log.open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, TOOL, f"--address={cluster.address}", *own],
+            env=environment(),
+            stdout=said,
+            stderr=said,
+        )
+
+
+def wait_for_words(words: str, program: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 180
+    while words not in log.read_text():
+        assert program.poll() is None and time.monotonic() < until, log.read_text()
+        time.sleep(0.2)
+
+
+def execute(script: str, *arguments: str) -> None:
+    """Run a script of Python's, from here."""
+    command = [sys.executable, "-c", script, *arguments]
+    subprocess.run(command, check=True, cwd=PROJECT_DIR, env=environment())
 
 
 def test_fewer_replicas_than_there_are_to_be() -> None:
