@@ -53,11 +53,11 @@ def run_in_process(
     except Exception as error:
         if "--debug" in arguments and not isinstance(error, TyperException | MemoryError):
             traceback.print_exc()
-        code, message = _explain(error, called)
+        code, message = explain(error, called)
         return code, without_controls(message)
 
 
-def _explain(error: Exception, called: str) -> tuple[int, str]:
+def explain(error: Exception, called: str) -> tuple[int, str]:
     """The exit code and the sentence for what ended a script."""
     what = in_one_line(error)
     if isinstance(error, TyperException):

@@ -28,8 +28,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        put_on_disk(temporary)
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -40,6 +39,15 @@ def replace_whole(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+def put_on_disk(path: Path) -> None:
+    """Wait until a file's content, or the names of a folder's files, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -161,9 +161,7 @@ def _make_all(
     todo = [shard for shard in shards if shard.name not in done]
     images = sum(shard.images for shard in shards)
     say(f"{len(shards)} shard(s) of {images} picture(s), of which {len(todo)} are to be made")
-    failures = [
-        each for shard in shards if shard.name in done for each in store.failures(shard.name)
-    ]
+    failures = store.failures([shard.name for shard in shards if shard.name in done])
     refuse_failures(failures, max_failures)
     if todo:
         _make(todo, making, processes, address, failures, max_failures)

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.errors import StageError, UnfitEnvironmentError, error_of, in_one_line
 from common.scale.makers import Follow, Follower, Made, Maker, Making
+from common.scale.sifting import Ends
 
 SECONDS_TO_BE_PLACED = 600.0
 SECONDS_TO_GIVE_UP = 60.0  # a process that computes, once the first one has failed
@@ -58,11 +59,11 @@ class Member:
             return _told(error)
         return _told()
 
-    def make(self, row: dict[str, Any]) -> tuple[dict[str, Any], Told]:
+    def make(self, row: dict[str, Any], ends: Ends | None) -> tuple[dict[str, Any], Told]:
         """Make a shard; of the first process."""
         assert self._maker is not None
         try:
-            return self._maker(Made.from_row(row)).to_row(), _told()
+            return self._maker(Made.from_row(row), ends).to_row(), _told()
         except StageError as error:
             return {}, _told(error)
 
@@ -140,9 +141,9 @@ class HostGroup:
             if code:
                 raise error_of(code, said)
 
-    def __call__(self, row: dict[str, Any]) -> Made:
+    def __call__(self, row: dict[str, Any], ends: Ends | None) -> Made:
         """Make a shard."""
-        made, (said, code) = self._get(self._members[0].make.remote(row))
+        made, (said, code) = self._get(self._members[0].make.remote(row, ends))
         if code:
             raise error_of(code, said)
         return Made.from_row(made)

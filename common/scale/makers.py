@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import psutil
 
@@ -33,8 +33,8 @@ from common.runs.in_turn import begins_with_pictures, plan
 from common.runs.stage_run import ResidentStage
 from common.scale.shard_store import Format, ShardStore, files_of
 from common.scale.shards import OF_ROWS, Failure, Line, Shard
+from common.scale.sifting import Ends, sift
 
-Done = TypeVar("Done")
 # Begins a stage, by its number, with a run directory's files; what it returns waits for its end,
 # and is told whether this process has failed at it.
 Follow = Callable[[int, dict[str, bytes]], Callable[[bool], None]]
@@ -151,8 +151,12 @@ class Encoder:
         self._store, self._stage = making.store(), ResidentStage(FIRST, Kept(most_models=2))
         self._stage.open()
 
-    def __call__(self, shard: Shard) -> Made:
-        """Read a shard's rows, and encode their prompts."""
+    def __call__(self, shard: Shard, ends: Ends | None = None) -> Made:
+        """Read a shard's rows, and encode their prompts.
+
+        Args:
+            ends: where processes have ended at the shard; its rows are tried alone first.
+        """
         began, made = time.monotonic(), Made(shard)
         if self._store.is_done(shard.name):
             made.is_done = True
@@ -170,7 +174,7 @@ class Encoder:
                 self._stage.run(*self._making.commands(run_dir)[FIRST])
                 return contents_of(run_dir)
 
-        made.lines, failures, files = sift(made.lines, encode)
+        made.lines, failures, files = sift(made.lines, encode, ends)
         made.failures += failures
         made.files = files or {}
         made.seconds[ENCODING] = time.monotonic() - began
@@ -214,8 +218,12 @@ class Maker:
         self._making, self._store, self._followers = making, making.store(), followers
         self._stages = _open_on_devices(making)
 
-    def __call__(self, made: Made) -> Made:
-        """Make a shard's pictures, and put them into the store."""
+    def __call__(self, made: Made, ends: Ends | None = None) -> Made:
+        """Make a shard's pictures, and put them into the store.
+
+        Args:
+            ends: as of an `Encoder`.
+        """
         began, name = time.monotonic(), made.shard.name
         if made.is_done or self._store.is_done(name):
             return self._found(made)
@@ -234,7 +242,7 @@ class Maker:
                         self._run(stage, run_dir)
                 return run_dir
 
-            lines, failures, run = sift(made.lines, make)
+            lines, failures, run = sift(made.lines, make, ends)
             made.failures = sorted([*made.failures, *failures])
             images = sum(line.images for line in lines)
             self._store.commit(name, run if lines else None, images, made.ids, made.failures)
@@ -256,7 +264,7 @@ class Maker:
 
     def _found(self, made: Made) -> Made:
         """A shard that another process has put there."""
-        made.failures = self._store.failures(made.shard.name)
+        made.failures = self._store.failures([made.shard.name])
         made.is_done, made.files, made.lines = True, {}, []
         return made
 
@@ -280,65 +288,6 @@ def contents_of(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files_of(run_dir)}
 
 
-def sift(
-    lines: Sequence[Line], do: Callable[[Sequence[Line]], Done]
-) -> tuple[list[Line], list[Failure], Done | None]:
-    """Do something with rows, and leave out those that it cannot be done with.
-
-    Returns the rows that it was done with, why not with the others, and what it gave.
-
-    Raises:
-        UnfitEnvironmentError: no row's fault.
-    """
-    left, failures = list(lines), list[Failure]()
-    while left:
-        try:
-            return left, failures, do(left)
-        except UnfitEnvironmentError:
-            raise
-        except StageError as error:
-            bad = _first_bad(left, do, error)
-        if bad is None:  # each half is good alone
-            try:
-                return left, failures, do(left)
-            except UnfitEnvironmentError:
-                raise
-            except StageError as error:  # they do not go together
-                said, code = str(error), error.exit_code
-            failures += [Failure(line.row, line.where, said, code) for line in left]
-            break
-        failures.append(bad)
-        left = [line for line in left if line.row != bad.row]
-    return [], failures, None
-
-
-def _first_bad(
-    lines: Sequence[Line], do: Callable[[Sequence[Line]], Any], error: StageError
-) -> Failure | None:
-    """The first row that something cannot be done with, by halves.
-
-    Args:
-        error: of all of them.
-    """
-    if len(lines) == 1:
-        return Failure(lines[0].row, lines[0].where, str(error), error.exit_code)
-    half = len(lines) // 2
-    for some in (lines[:half], lines[half:]):
-        try:
-            do(some)
-        except UnfitEnvironmentError:
-            raise
-        except StageError as own:
-            return _first_bad(some, do, own)
-    return None
-
-
-def write_list(run_dir: Path, lines: Sequence[Line]) -> None:
-    """Write a run's list of prompts."""
-    text = "".join(f"{line.text}\n" for line in lines)
-    (run_dir / LIST_FILE).write_text(text, encoding="utf-8")
-
-
 def folder_of_shards() -> Path:
     """Where processes of this user work at shards, each in a folder that begins with its number."""
     return Path(tempfile.gettempdir()) / f"staged-diffusion-shards-{getpass.getuser()}"
@@ -354,6 +303,12 @@ def own_folder() -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=parent) as name:
         yield Path(name)
+
+
+def write_list(run_dir: Path, lines: Sequence[Line]) -> None:
+    """Write a run's list of prompts."""
+    text = "".join(f"{line.text}\n" for line in lines)
+    (run_dir / LIST_FILE).write_text(text, encoding="utf-8")
 
 
 def hash_of(value: Any) -> str:

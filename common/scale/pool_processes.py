@@ -17,9 +17,14 @@ from common.scale.host_groups import HostGroup
 from common.scale.makers import ENCODING, MAKING, Encoder, Made, Maker, Making
 from common.scale.ray_pools import Pool
 from common.scale.shards import Shard
-from common.scale.watch import Watch
+from common.scale.sifting import Ends
+from common.scale.watch import EndsByPulse, Watch
 
+# Makes a row of the pool before into a shard, whose rows processes may have ended at.
+Do = Callable[[dict[str, Any], Ends | None], Made]
 MOST_STARTS = 5  # of a process that dies while it opens its stages
+BEGUN_UNTIL_ALONE = 3  # times of a shard, by processes that ended at it; then row by row
+MOST_BEGUN = 20
 MOST_AT_ONCE = 2  # shards that wait at a process, or are in it
 SECONDS_BETWEEN_ASKING = 0.1
 SECONDS_OF_SHARDS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # limits of a histogram
@@ -72,7 +77,7 @@ class _OfPool(ABC):
         self._tell("waits for a shard")
 
     @abstractmethod
-    def _open(self, making: Making) -> Callable[[dict[str, Any]], Made]:
+    def _open(self, making: Making) -> Do:
         """Its stages, as what makes a row of the pool before into a shard."""
 
     def _tell(self, doing: str) -> None:
@@ -85,7 +90,8 @@ class _OfPool(ABC):
         try:
             if self._error is not None:
                 raise self._error
-            found = self._do(row)
+            found = self._do(row, self._ends_at(row["name"]))
+            self._pulse.ends.remote(self.pool, row["name"])
             self._metrics.count(found)
             made = found.to_row()
         except StageError as error:
@@ -93,17 +99,31 @@ class _OfPool(ABC):
         self._tell("waits for a shard")
         return {"name": row["name"], "error": "", "exit_code": 0, **made}
 
+    def _ends_at(self, shard: str) -> Ends | None:
+        """What is known of a shard's rows, where processes have ended at it.
+
+        Raises:
+            UnfitEnvironmentError: again and again, and not at a row alone.
+        """
+        times = ray.get(self._pulse.begins.remote(self.pool, shard))
+        if times > MOST_BEGUN:
+            raise UnfitEnvironmentError(
+                f"{MOST_BEGUN} processes of {self.pool} ended at shard {shard}: see what ends "
+                "them, such as too little memory (--batch_size, --shard_images)"
+            )
+        return EndsByPulse(self._pulse, self.pool, shard) if times >= BEGUN_UNTIL_ALONE else None
+
 
 class _EncodeShards(_OfPool):
     pool = ENCODING
 
-    def _open(self, making: Making) -> Callable[[dict[str, Any]], Made]:
+    def _open(self, making: Making) -> Do:
         encode = Encoder(making)
 
-        def do(row: dict[str, Any]) -> Made:
+        def do(row: dict[str, Any], ends: Ends | None) -> Made:
             while not ray.get(self._pulse.may_encode.remote(row["name"])):
                 time.sleep(SECONDS_BETWEEN_ASKING)
-            return encode(Shard.from_json(row["shard"]))
+            return encode(Shard.from_json(row["shard"]), ends)
 
         return do
 
@@ -111,19 +131,19 @@ class _EncodeShards(_OfPool):
 class _MakeShards(_OfPool):
     pool = MAKING
 
-    def _open(self, making: Making) -> Callable[[dict[str, Any]], Made]:
+    def _open(self, making: Making) -> Do:
         of = self._of
-        make: Callable[[dict[str, Any]], Made]
+        make: Do
         if of.hosts > 1:
             make = HostGroup(making, of.hosts, of.needs(), of.topology)
         else:
             alone = Maker(making)
 
-            def make(row: dict[str, Any]) -> Made:
-                return alone(Made.from_row(row))
+            def make(row: dict[str, Any], ends: Ends | None) -> Made:
+                return alone(Made.from_row(row), ends)
 
-        def do(row: dict[str, Any]) -> Made:
-            made = make(row)
+        def do(row: dict[str, Any], ends: Ends | None) -> Made:
+            made = make(row, ends)
             self._pulse.is_made.remote(row["name"])
             return made
 

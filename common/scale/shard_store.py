@@ -17,10 +17,11 @@ import socket
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import fsspec
 import pyarrow
@@ -32,13 +33,15 @@ from common.errors import StageError, UnfitEnvironmentError, in_one_line
 from common.files.stage_table import LATENTS_FILE
 from common.runs.run_index import read_index
 from common.scale.shards import Failure
-from common.whole_files import replace_whole
+from common.whole_files import put_on_disk, replace_whole
 
+Read = TypeVar("Read")
 Format = Literal["folder", "webdataset", "parquet"]
 SHARDS, INDEX = "shards", "index"
 _ENDINGS: dict[Format, str] = {"folder": "/", "webdataset": ".tar", "parquet": ".parquet"}
 INDEX_FILE, FAILED_FILE = "index.parquet", "failed.parquet"
 LOCK_FILE = ".lock"
+MOST_READ = 32  # files at once
 NAME_LENGTH = 9 + 1 + 16
 _OURS = re.compile(r"(\.?)(\d{9}-[0-9a-f]{16})(?=[./]|$)")
 INDEX_SCHEMA = pyarrow.schema(
@@ -103,10 +106,25 @@ class ShardStore:
         self._system.invalidate_cache()
         return bool(self._system.exists(self._index_of(name)))
 
-    def failures(self, name: str) -> list[Failure]:
-        """The rows of a done shard that have no pictures."""
-        with self._system.open(self._index_of(name), "rb") as file:
-            return _failures_in(parquet.read_schema(file))
+    def failures(self, names: Sequence[str]) -> list[Failure]:
+        """The rows of done shards that have no pictures."""
+        schemas = self._of_each(names, parquet.read_schema)
+        return [failure for schema in schemas for failure in _failures_in(schema)]
+
+    def _of_each(self, names: Sequence[str], read: Callable[[Any], Read]) -> Iterator[Read]:
+        """What of done shards' indices is read, many at once: of an object store each takes long.
+
+        Args:
+            read: is given a file.
+        """
+
+        def read_one(name: str) -> Read:
+            with self._system.open(self._index_of(name), "rb") as file:
+                return read(file)
+
+        with ThreadPoolExecutor(MOST_READ) as threads:
+            for first in range(0, len(names), 8 * MOST_READ):  # no more than these in memory
+                yield from threads.map(read_one, names[first : first + 8 * MOST_READ])
 
     def _index_of(self, name: str) -> str:
         return f"{self._root}/{INDEX}/{name}.parquet"
@@ -137,18 +155,22 @@ class ShardStore:
             place = f"{SHARDS}/{name}{_ENDINGS[self.form]}"
             entries = list(_entries(lines, ids, place))
             if run_dir is not None:
-                self._put_shard(run_dir, place, entries)
+                self._put_shard(name, run_dir, place, entries)
+                if self.is_done(name):  # meanwhile
+                    return
             told = {b"failures": json.dumps(failures).encode()}
             table = pyarrow.Table.from_pylist(entries, INDEX_SCHEMA).replace_schema_metadata(told)
             content = io.BytesIO()
             parquet.write_table(table, content)
             self._put_file(f"{INDEX}/{name}.parquet", content.getvalue())
 
-    def _put_shard(self, run_dir: Path, place: str, entries: Sequence[dict[str, Any]]) -> None:
+    def _put_shard(
+        self, name: str, run_dir: Path, place: str, entries: Sequence[dict[str, Any]]
+    ) -> None:
         if self.form == "folder":
             latents = {LATENTS_FILE} if self._latents else set()
             kept = (p for p in files_of(run_dir) if p.suffix != ".safetensors" or p.name in latents)
-            self._put_folder(place.rstrip("/"), kept)
+            self._put_folder(name, place.rstrip("/"), kept)
         elif self.form == "webdataset":
             content = io.BytesIO()
             with tarfile.open(fileobj=content, mode="w") as tar:
@@ -173,26 +195,37 @@ class ShardStore:
             parquet.write_table(table.append_column("picture", column), content)
             self._put_file(place, content.getvalue())
 
-    def _put_folder(self, place: str, files: Iterable[Path]) -> None:
+    def _put_folder(self, name: str, place: str, files: Iterable[Path]) -> None:
         if not self._is_local:  # nobody looks before the index has it
             names = [str(path) for path in files]  # all at once
             self._system.put(names, [f"{self._root}/{place}/{Path(n).name}" for n in names])
             return
         final = Path(self._root) / place
-        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+        temporary, old = (
+            final.with_name(f".{final.name}.{secrets.token_hex(4)}.{ending}")
+            for ending in ("tmp", "old")
+        )
         temporary.mkdir(parents=True)
         try:
             for path in files:
-                shutil.copy2(path, temporary / path.name)
+                to = temporary / path.name
+                shutil.copy2(path, to)
+                put_on_disk(to)  # before the index says that it is there
+            put_on_disk(temporary)
+            if self.is_done(name):  # another attempt at the same shard was faster
+                return
             # One of the same name was left by a process that died before the index had it.
-            shutil.rmtree(final, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                final.rename(old)
             try:
                 temporary.rename(final)
-            except OSError:  # another attempt at the same shard was faster
+            except OSError:  # as above, just now
                 if not final.is_dir():
                     raise
+            put_on_disk(final.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _put_file(self, place: str, content: bytes) -> None:
         with self._whole(place) as file:
@@ -215,9 +248,7 @@ class ShardStore:
                 self._whole(INDEX_FILE) as file,
                 parquet.ParquetWriter(file, INDEX_SCHEMA) as writer,
             ):
-                for name in names:
-                    with self._system.open(self._index_of(name), "rb") as own:
-                        table = parquet.read_table(own)
+                for table in self._of_each(names, parquet.read_table):
                     failures += _failures_in(table.schema)
                     pictures += table.num_rows
                     writer.write_table(table.replace_schema_metadata(None))

@@ -3,13 +3,15 @@
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import Self
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Self
 
 import ray
 
 from common.errors import in_one_line
 from common.messages import warn
-from common.scale.ray_pools import Pool, on_node
+from common.scale.ray_pools import Pool, free_of, on_node
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_UNTIL_SAID = 60.0  # without a shard
@@ -23,6 +25,8 @@ class Pulse:
     def __init__(self, most_between: int) -> None:
         self._said: dict[str, tuple[str, str, float]] = {}
         self._most, self._between, self._made_at = most_between, set[str](), time.monotonic()
+        self._begun = Counter[tuple[str, str]]()  # by pool and shard, of those at work
+        self._alone: dict[tuple[str, str], Counter[int]] = {}  # their rows that were tried alone
 
     def may_encode(self, shard: str) -> bool:
         """Whether a shard's prompts may be encoded now: not where many wait to be made.
@@ -34,6 +38,27 @@ class Pulse:
             return False
         self._between.add(shard)
         return True
+
+    def begins(self, pool: str, shard: str) -> int:
+        """Note that a pool's process begins a shard. Returns how often one has."""
+        self._begun[pool, shard] += 1
+        return self._begun[pool, shard]
+
+    def ends(self, pool: str, shard: str) -> None:
+        """Note that it has done it."""
+        self._begun.pop((pool, shard), None)
+        self._alone.pop((pool, shard), None)
+
+    def row_begins(self, pool: str, shard: str, row: int) -> int:
+        """`sifting.Ends.begins`."""
+        tried = self._alone.setdefault((pool, shard), Counter())
+        if tried[row] >= 0:
+            tried[row] += 1
+        return max(0, tried[row])
+
+    def row_ends(self, pool: str, shard: str, row: int) -> None:
+        """`sifting.Ends.ends`."""
+        self._alone[pool, shard][row] = -1
 
     def is_made(self, shard: str) -> None:
         self._between.discard(shard)
@@ -47,6 +72,22 @@ class Pulse:
 
     def all(self) -> dict[str, tuple[str, str, float]]:
         return self._said
+
+
+@dataclass(frozen=True)
+class EndsByPulse:
+    """What the pulse knows of a shard's rows (`sifting.Ends`)."""
+
+    pulse: Any  # the actor
+    pool: str
+    shard: str
+
+    def begins(self, row: int) -> int:
+        times: int = ray.get(self.pulse.row_begins.remote(self.pool, self.shard, row))
+        return times
+
+    def ends(self, row: int) -> None:
+        ray.get(self.pulse.row_ends.remote(self.pool, self.shard, row))
 
 
 class Looking(ABC):
@@ -106,7 +147,7 @@ class Watch(Looking):
     def _what_waits(self) -> str:
         try:
             told = ray.get(self.pulse.all.remote(), timeout=10)
-            free = ray.available_resources()
+            free = free_of(self._pools)
         except Exception as error:  # of a cluster in trouble, which is what is to be said
             return f"the cluster does not answer ({in_one_line(error)})"
         parts = []
@@ -114,6 +155,4 @@ class Watch(Looking):
             own = [(doing, since) for kind, doing, since in told.values() if kind == pool.name]
             at_work = [f"{doing} for {time.time() - since:.0f} s" for doing, since in own]
             parts.append(f"{len(own)} of {pool.said()} began: {'; '.join(at_work) or 'none'}")
-        names = {name for pool in self._pools for name in pool.needs()}
-        has = ", ".join(f"{free.get(name, 0):g} {name}" for name in sorted(names))
-        return f"{'. '.join(parts)}. Free are {has}"
+        return "; ".join([". ".join(parts), free])

@@ -26,9 +26,9 @@ def test_errors_of_a_process_are_told_with_their_code(
         making = Making(flags={"distributed": f"host:1,2,{index}"}, target=str(tmp_path))
         assert member.open(making, []) == ("no such file", 3)
     member._maker = member._follower = refuse
-    assert member.make(Made(SHARD).to_row()) == ({}, ("no such file", 3))
+    assert member.make(Made(SHARD).to_row(), None) == ({}, ("no such file", 3))
     assert member.follow(2, {}) == ("no such file", 3)
-    member._maker, member._follower = (lambda made: made), lambda number, files: None
+    member._maker, member._follower = (lambda made, ends: made), lambda number, files: None
     assert member.follow(2, {}) == ("", 0)
-    row, told = member.make(Made(SHARD).to_row())
+    row, told = member.make(Made(SHARD).to_row(), None)
     assert told == ("", 0) and Made.from_row(row).shard == SHARD

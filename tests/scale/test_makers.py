@@ -1,80 +1,19 @@
 """What makes shards, and how it finds the rows that cannot be made."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.errors import BadInputFileError, BadSettingError, UnfitEnvironmentError
+from common.errors import UnfitEnvironmentError
 from common.files.stage_table import FIRST, LAST
-from common.scale.makers import Made, Making, hash_of, own_folder, sift, write_list
+from common.scale.makers import Made, Making, hash_of, own_folder, write_list
 from common.scale.shards import Failure, Line, Shard
 from tests.refusals import refusal
 
 LINES = [Line(row, f"a.jsonl, line {row + 1}", 1, f'{{"prompt": "é{row}"}}') for row in range(13)]
 SHARD = Shard(0, 0, 13, 13, (), (), "", "ab" * 32)
-
-
-def do_without(
-    bad: dict[int, Exception],
-) -> tuple[Callable[[Sequence[Line]], list[int]], list[int]]:
-    """Something that cannot be done with some rows, and how many rows each call had."""
-    calls: list[int] = []
-
-    def do(lines: Sequence[Line]) -> list[int]:
-        calls.append(len(lines))
-        for line in lines:
-            if line.row in bad:
-                raise bad[line.row]
-        return [line.row for line in lines]
-
-    return do, calls
-
-
-def test_bad_rows_are_left_out_each_with_its_error() -> None:
-    do, calls = do_without({0: BadSettingError("no 0"), 7: BadInputFileError("no 7")})
-    lines, failures, done = sift(LINES, do)
-    good = [line for line in LINES if line.row not in (0, 7)]
-    assert lines == good and done == [line.row for line in good]
-    assert failures == [
-        Failure(0, "a.jsonl, line 1", "no 0", 2),
-        Failure(7, "a.jsonl, line 8", "no 7", 3),
-    ]
-    assert len(calls) < 3 + 2 * 2 * 4
-    assert sift(LINES, do_without({})[0]) == (LINES, [], list(range(13)))
-    all_bad = {line.row: BadSettingError("no") for line in LINES}
-    lines, failures, nothing = sift(LINES, do_without(all_bad)[0])
-    assert lines == [] and nothing is None and len(failures) == 13
-
-
-def test_rows_that_do_not_go_together_all_fail() -> None:
-    def do(lines: Sequence[Line]) -> None:
-        if len(lines) == len(LINES):
-            raise BadSettingError("not together")
-
-    lines, failures, _ = sift(LINES, do)
-    assert lines == [] and {failure.error for failure in failures} == {"not together"}
-    assert [failure.row for failure in failures] == list(range(13))
-
-
-def test_what_passes_is_no_rows_fault() -> None:
-    calls = []
-
-    def do(lines: Sequence[Line]) -> int:
-        calls.append(len(lines))
-        if len(calls) == 1:
-            raise BadInputFileError("not readable now")
-        return len(lines)
-
-    assert sift(LINES, do) == (LINES, [], 13)
-
-
-def test_the_environment_is_no_rows_fault() -> None:
-    do, _ = do_without({5: UnfitEnvironmentError("the disk is full")})
-    with refusal(UnfitEnvironmentError, "the disk is full"):
-        sift(LINES, do)
 
 
 def test_a_shard_on_its_way_is_the_same_again() -> None:

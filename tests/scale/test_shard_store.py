@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_pictures_are_found_by_the_index(target: str, tmp_path: Path, form: Form
     assert store.done() == set()
     store.commit(NAMES[0], make_run(tmp_path / "a", [0]), 1, {0: "own"}, FAILURES)
     assert store.is_done(NAMES[0]) and not store.is_done(NAMES[1])
-    assert store.failures(NAMES[0]) == FAILURES
+    assert store.failures(NAMES[:1]) == FAILURES
     store.commit(NAMES[1], make_run(tmp_path / "b", [2, 3]), 2, {}, [])
     assert store.done() == {*NAMES}
     assert store.finish(NAMES) == (3, 1)
@@ -162,6 +163,30 @@ def test_what_is_there_already_stays(tmp_path: Path) -> None:
     before = picture.stat().st_ino
     store.commit(NAMES[0], make_run(tmp_path / "a", [0]), 1, {}, [])
     assert picture.stat().st_ino == before
+
+
+def test_an_attempt_that_is_slower_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, copy = ShardStore(str(tmp_path / "target")), shutil.copy2
+    runs = [make_run(tmp_path / name, [0]) for name in "ab"]
+    place = tmp_path / "target" / "shards" / NAMES[0]
+    place.mkdir(parents=True)
+    (place / "x.png").write_text("of a process that died")
+
+    def copy_slowly(source: Path, to: Path) -> None:
+        monkeypatch.setattr(shutil, "copy2", copy)
+        store.commit(NAMES[0], runs[1], 1, {0: "faster"}, [])
+        seen.append({path.name: path.stat().st_ino for path in place.iterdir()})
+        copy(source, to)
+
+    seen = list[dict[str, int]]()
+    monkeypatch.setattr(shutil, "copy2", copy_slowly)
+    store.commit(NAMES[0], runs[0], 1, {0: "slower"}, [])
+    assert {path.name: path.stat().st_ino for path in place.iterdir()} == seen[0]
+    assert "x.png" not in seen[0] and [path.name for path in place.parent.iterdir()] == [NAMES[0]]
+    index = parquet.read_table(tmp_path / "target" / "index" / f"{NAMES[0]}.parquet")
+    assert index["id"].to_pylist() == ["faster"]
 
 
 def test_files_of_others_stay(target: str) -> None:

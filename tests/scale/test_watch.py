@@ -34,7 +34,18 @@ def test_what_waits_is_named_after_a_while(
     said = capsys.readouterr().err
     assert "no shard for" in said and "is at shard 000000000-ab for 7" in said
     assert "0 of 2 process(es) of stages 0, 2 and 3, each with 8 TPU began: none" in said
-    assert "Free are 3 CPU, 0 TPU" in said
+    assert "free are 3 CPU, 0 TPU" in said
+
+
+def test_rows_at_which_processes_end_are_counted() -> None:
+    pulse = watch.Pulse(2)
+    assert [pulse.begins(MAKING, "a") for _ in range(3)] == [1, 2, 3]
+    assert pulse.begins(ENCODING, "a") == pulse.begins(MAKING, "b") == 1
+    assert [pulse.row_begins(MAKING, "a", row) for row in (7, 7, 8)] == [1, 2, 1]
+    pulse.row_ends(MAKING, "a", 8)  # tried alone, and good
+    assert [pulse.row_begins(MAKING, "a", row) for row in (8, 8, 7)] == [0, 0, 3]
+    pulse.ends(MAKING, "a")
+    assert pulse.begins(MAKING, "a") == pulse.row_begins(MAKING, "a", 7) == 1
 
 
 def test_prompts_are_encoded_no_further_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

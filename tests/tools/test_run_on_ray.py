@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import requests
 from PIL import Image
@@ -19,6 +21,7 @@ from transformers import CLIPTokenizer
 
 from common.errors import BadInputFileError, BadSettingError, NotFiniteError, StageError
 from common.runs.in_turn import flags_of_a_run
+from common.scale.makers import folder_of_shards
 from common.scale.shards import Failure
 from tests.faults import many_rows
 from tests.faults.ray_lists import (
@@ -118,6 +121,36 @@ def metrics_of(cluster: Any) -> dict[str, float]:
                     found[pool] = found.get(pool, 0) + float(line.split()[-1])
         time.sleep(0.5)
     return found
+
+
+@pytest.mark.slow
+def test_rows_at_which_processes_end_are_told(tmp_path: Path) -> None:
+    """As where the memory does not suffice for them: whatever has them is killed."""
+    words = {"_EncodeShards": "a cross", "_MakeShards": "a moon"}
+    own = [{"prompt": f"a star, {k}"} for k in range(6)]
+    own[1]["prompt"], own[4]["prompt"] = words.values()
+    prompts, target, log = write_rows(tmp_path / "a.jsonl", own), tmp_path / "out", tmp_path / "log"
+    flags = (f"--model_id={save_tiniest(tmp_path / 'model')}", "--num_inference_steps=1")
+    run = start(prompts, target, log, *flags, "--shard_images=6")
+    killed = []
+    until = time.monotonic() + 400
+    while run.poll() is None:
+        assert time.monotonic() < until, log.read_text()
+        for kind, word in words.items():
+            for process in processes_of(kind):
+                lists = folder_of_shards().glob(f"{process.pid}-*/prompts.jsonl")
+                with suppress(OSError, psutil.Error):
+                    if any(word in each.read_text("utf-8") for each in lists):
+                        process.kill()
+                        killed.append(kind)
+                        process.wait()
+        time.sleep(0.001)
+    assert run.returncode == 0, log.read_text()
+    assert killed == ["_EncodeShards"] * 4 + ["_MakeShards"] * 4
+    failed = parquet.read_table(target / "failed.parquet").to_pylist()
+    assert [(row["row"], row["exit_code"]) for row in failed] == [(1, 137), (4, 137)]
+    assert all("the process ended at it 2 times" in row["error"] for row in failed)
+    assert parquet.read_table(target / "index.parquet")["row"].to_pylist() == [0, 2, 3, 5]
 
 
 @pytest.mark.slow
