@@ -3,14 +3,17 @@
 import os
 import socket
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.errors import StageError, UnfitEnvironmentError, error_of, in_one_line
@@ -112,7 +115,10 @@ class HostGroup:
             UnfitEnvironmentError: there is no room for it.
             StageError: a process cannot open its stages.
         """
-        placed, hosts, end = _place(hosts, needs, topology)
+        # One that was begun again has the places that it had before, of which it knows nothing.
+        name = f"hosts of {ray.get_runtime_context().get_actor_id()}"
+        _give_back(name)
+        placed, hosts = _place(name, hosts, needs, topology)
         chips = {name: value for name, value in needs.items() if name not in ("CPU", "GPU")}
         members = [
             ray.remote(Member)
@@ -127,7 +133,7 @@ class HostGroup:
             .remote()
             for index in range(hosts)
         ]
-        self._end = end
+        self._name = name
         places = self._get([member.place.remote() for member in members])
         order = sorted(range(hosts), key=lambda each: places[each][0])
         self._members = [members[each] for each in order]
@@ -156,31 +162,38 @@ class HostGroup:
         try:
             return ray.get(answers)
         except RayActorError:
-            self._end()
+            _give_back(self._name)
             os._exit(1)
 
 
-def _place(
-    hosts: int, needs: dict[str, float], topology: str | None
-) -> tuple[Any, int, Callable[[], None]]:
-    """Places on as many nodes, those of one slice where it is one.
+def _place(name: str, hosts: int, needs: dict[str, float], topology: str | None) -> tuple[Any, int]:
+    """Places on as many nodes, those of one slice where it is one. Returns how many they are, too.
 
-    Returns how many they are, and how they are given back, too.
+    Args:
+        name: of the places.
     """
+    own = {"strategy": "STRICT_SPREAD", "name": name}
     try:
         if topology is None:
-            placed = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
-            end: Callable[[], None] = partial(remove_placement_group, placed)
+            placed = placement_group([needs] * hosts, **own)
+            ray.get(placed.ready(), timeout=SECONDS_TO_BE_PLACED)
         else:
             from ray.util.tpu import slice_placement_group
 
             version, _, form = topology.partition(":")
-            whole = slice_placement_group(form, version)
-            placed, hosts, end = whole.slice_placement_group, whole.num_hosts, whole.shutdown
-        ray.get(placed.ready(), timeout=SECONDS_TO_BE_PLACED)
+            whole = slice_placement_group(form, version, **own)
+            placed, hosts = whole.slice_placement_group, whole.num_hosts
+            ray.get(placed.ready(), timeout=SECONDS_TO_BE_PLACED)
+            whole.release_head_pgs()  # which chose the slice
     except (ValueError, RuntimeError, TimeoutError, GetTimeoutError) as error:
         raise UnfitEnvironmentError(
             f"there is no room for {topology or f'{hosts} hosts that compute together'} "
             f"({in_one_line(error) or 'waited in vain'}): give fewer, or more nodes"
         ) from None
-    return placed, hosts, end
+    return placed, hosts
+
+
+def _give_back(name: str) -> None:
+    """Let places go, and the processes in them."""
+    with suppress(ValueError):  # there are none
+        remove_placement_group(get_placement_group(name))

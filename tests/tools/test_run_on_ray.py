@@ -84,12 +84,17 @@ def test_all_rows_are_made_when_a_node_and_a_process_and_the_driver_die(
 
 @pytest.mark.slow
 def test_hosts_that_compute_together(cluster: Any, by_run_all: Path, tmp_path: Path) -> None:
-    """Each has two devices, and the mesh four; one of them dies, and all are begun again."""
+    """Each has two devices, and the mesh four; one of them dies, and all are begun again.
+
+    So does the process that has begun them, whose places nobody else would give back.
+    """
     prompts, target = write_rows(tmp_path / "a.jsonl", mixed_rows(24)), tmp_path / "pictures"
     own = (f"--address={cluster.address}", OF_A_SHARD, "--together=2", "--mesh=data=4")
     run = start(prompts, target, tmp_path / "log", *own)
     wait_for_shards(target, 1, run)
     processes_of("Member")[-1].kill()
+    wait_for_shards(target, 2, run)
+    processes_of("_MakeShards")[0].kill()
     assert run.wait(300) == 0, (tmp_path / "log").read_text()
     assert wrong_pictures(target, by_run_all, 24) == []
 
