@@ -25,7 +25,7 @@ from common.commands import Debug, flag, make_command
 from common.errors import BadSettingError, UnfitEnvironmentError
 from common.messages import say
 from common.process import run_command
-from common.scale.planning import FURTHEST, Hosts, Plan, Shared, Shares, Work, chips_of
+from common.scale.planning import FURTHEST, Format, Hosts, Plan, Shared, Shares, Work, chips_of
 
 LIST, HOSTS, MEASURED = "The list", "The hosts", "In place of what is assumed"
 TIMES = (1, 10, 100, 1000)  # hosts that are simulated
@@ -46,10 +46,12 @@ def main(
     restart: Annotated[
         float, flag("restart", "SECONDS", HOSTS, "Until a new host makes pictures. [300]", least=0)
     ] = Hosts.restart,
-    cores: Annotated[int, flag("cores", "N", HOSTS, "Of a host. [180]", least=2)] = Hosts.cores,
-    encoders: Annotated[
-        int, flag("encoders", "N", HOSTS, "Cores for stage 1, of a host. [60]", least=1)
-    ] = Hosts.cores_of_text,
+    cores: Annotated[
+        int | None, flag("cores", "N", HOSTS, "Of a host. [its VM type's]", least=2)
+    ] = None,
+    text_cores: Annotated[
+        int | None, flag("text_cores", "N", HOSTS, "Of these, for stage 1. [a third]", least=1)
+    ] = None,
     num_inference_steps: Annotated[
         int, flag("num_inference_steps", "N", LIST, "Of a picture. [25]", least=1)
     ] = Work.steps,
@@ -57,8 +59,8 @@ def main(
         int, flag("shard_images", "N", LIST, "Pictures of a shard. [128]", least=1)
     ] = Work.shard_images,
     format: Annotated[
-        str, flag("format", "NAME", LIST, "folder, webdataset, parquet. [webdataset]")
-    ] = "webdataset",
+        Format, flag("format", "NAME", LIST, "folder, webdataset, parquet. [webdataset]")
+    ] = Work.form,
     keep_latents: Annotated[
         bool, flag("keep_latents", " ", LIST, "Latents are kept as well.")
     ] = False,
@@ -90,11 +92,11 @@ def main(
         raise BadSettingError("--hosts and --hours: give one of them")
     if hours is not None and hours <= 0:
         raise BadSettingError(f"--hours {hours:g}: give more than 0")
-    if encoders >= cores:
-        raise BadSettingError(f"--encoders {encoders}: give fewer than --cores {cores}")
-    forms = {"folder": shard_images + 8, "webdataset": 2, "parquet": 2}
-    if format not in forms:
-        raise BadSettingError(f"--format {format}: give one of {', '.join(forms)}")
+    chips = chips_of(topology, unet_json, vae_json, num_inference_steps)
+    cores = cores or chips.cores
+    text_cores = text_cores or cores // 3 or 1
+    if text_cores >= cores:
+        raise BadSettingError(f"--text_cores {text_cores}: give fewer than the {cores} of a host")
     if keep_latents and format != "folder":
         raise BadSettingError(f"--keep_latents is for --format folder, not {format}")
     if min(target_gb_per_second, target_files_per_second) <= 0:
@@ -105,15 +107,16 @@ def main(
     plan = Plan(
         work=Work(
             images=images,
+            form=format,
             steps=num_inference_steps,
             shard_images=shard_images,
             latents=keep_latents,
         ),
         hosts=Hosts(
             topology=topology,
-            chips=chips_of(topology, unet_json, vae_json, num_inference_steps),
+            chips=chips,
             cores=cores,
-            cores_of_text=encoders,
+            cores_of_text=text_cores,
             preemptions=preemptions,
             restart=restart,
         ),
@@ -123,7 +126,6 @@ def main(
     shared = Shared(
         bytes_per_second=target_gb_per_second * 1e9,
         objects_per_second=target_files_per_second,
-        objects_of_shard=forms[format],
     )
     plan.check()
     if hours is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,6 +45,7 @@ from common.runs.flags import Flag, add_flags
 from common.runs.generation import check_size, read_run_settings, resolve
 from common.runs.in_turn import flags_of_a_run, plan
 from common.scale.makers import LIST_FILE, OF_ROWS, Making, hash_of, write_list
+from common.scale.planning import Format
 from common.scale.row_files import find_files
 from common.scale.shards import Failure, Shard, about_file, plan_shards
 
@@ -84,7 +85,7 @@ def main(
         str, flag("output_dir", "DIR", SCALE, "Folder or URL for the shards.")
     ] = "stage_outputs/on_ray",
     format: Annotated[
-        Literal["folder", "webdataset", "parquet"],
+        Format,
         flag("format", "NAME", SCALE, "folder, webdataset, parquet. [folder]"),
     ] = "folder",
     shard_images: Annotated[

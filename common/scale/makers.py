@@ -31,7 +31,8 @@ from common.runs.flags import Given
 from common.runs.generation import RunSettings, read_run_settings
 from common.runs.in_turn import begins_with_pictures, plan
 from common.runs.stage_run import ResidentStage
-from common.scale.shard_store import Format, ShardStore, files_of
+from common.scale.planning import Format
+from common.scale.shard_store import ShardStore, files_of
 from common.scale.shards import OF_ROWS, Failure, Line, Shard
 from common.scale.sifting import Ends, sift
 

@@ -15,10 +15,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from common.errors import BadInputFileError, BadSettingError, in_one_line
 from common.text_files import read_text
+
+Format = Literal["folder", "webdataset", "parquet"]  # of shards
 
 SECONDS_A_DAY = 86_400
 FURTHEST = 0.9  # of one: how busy what all hosts share may be
@@ -32,6 +34,7 @@ class Chips:
     images: int  # at once
     step: float  # seconds of a step of all of them
     decode: float  # seconds of a picture, by all chips
+    cores: int = 180  # of their host: those of its VM type
 
 
 # By `benchmarks/tpu_estimates.py`: the rows "v6e-8, eight images", "v6e-1", "VAE 1024², v6e-1",
@@ -39,7 +42,7 @@ class Chips:
 ESTIMATES: Mapping[str, Chips] = {
     "v6e:2x4": Chips(chips=8, images=8, step=0.03713, decode=0.13909 / 8),
     "v6e:2x2": Chips(chips=4, images=4, step=0.03713, decode=0.13909 / 4),
-    "v6e:1x1": Chips(chips=1, images=1, step=0.03909, decode=0.13909),
+    "v6e:1x1": Chips(chips=1, images=1, step=0.03909, decode=0.13909, cores=44),
 }
 
 
@@ -68,8 +71,8 @@ class Hosts:
 
     topology: str
     chips: Chips
-    cores: int = 180  # of each: a v6e host of eight chips has 180, one of four 90 (its VM types)
-    cores_of_text: int = 60  # of these, for text encoders
+    cores: int  # of each
+    cores_of_text: int  # of these, for text encoders, whatever the number of their processes
     preemptions: float = 0.0  # a day, of each
     restart: float = 300.0  # seconds until a new one makes pictures
 
@@ -79,6 +82,7 @@ class Work:
     """The list of a plan."""
 
     images: int
+    form: Format = "webdataset"
     steps: int = 25
     shard_images: int = 128  # whole groups of eight, and of more
     latents: bool = False
@@ -90,7 +94,6 @@ class Shared:
 
     bytes_per_second: float = 25e9  # that the target takes
     objects_per_second: float = 1000.0  # files that it takes
-    objects_of_shard: int = 2  # a tar and its index; of a folder a file for each picture
     object_store_bytes: float = 30e9  # of Ray, on each host
 
 
@@ -148,6 +151,11 @@ class Plan:
         latents = own.latents_bytes if self.work.latents else 0
         return self.work.images * (own.picture_bytes + own.index_bytes + latents)
 
+    @property
+    def files_of_shard(self) -> int:
+        """A tar or table and its index; of a folder a file for each picture, settings, reports."""
+        return self.work.shard_images + 8 if self.work.form == "folder" else 2
+
     def check(self) -> None:
         """Raise `BadSettingError` where preemptions leave no time."""
         if self.rate <= 0:
@@ -172,7 +180,7 @@ class Plan:
         bytes_each = self.storage_bytes / self.work.images
         uses = {
             "the target's bytes": self.rate * bytes_each / shared.bytes_per_second,
-            "the target's files": shards * shared.objects_of_shard / shared.objects_per_second,
+            "the target's files": shards * self.files_of_shard / shared.objects_per_second,
             "the program": shards * self.shares.program,
         }
         return {name: int(FURTHEST / use) for name, use in uses.items()}

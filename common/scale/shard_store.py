@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow
@@ -32,11 +32,11 @@ from pyarrow import parquet
 from common.errors import StageError, UnfitEnvironmentError, in_one_line
 from common.files.stage_table import LATENTS_FILE
 from common.runs.run_index import read_index
+from common.scale.planning import Format
 from common.scale.shards import Failure
 from common.whole_files import put_on_disk, replace_whole
 
 Read = TypeVar("Read")
-Format = Literal["folder", "webdataset", "parquet"]
 SHARDS, INDEX = "shards", "index"
 _ENDINGS: dict[Format, str] = {"folder": "/", "webdataset": ".tar", "parquet": ".parquet"}
 INDEX_FILE, FAILED_FILE = "index.parquet", "failed.parquet"

@@ -7,7 +7,7 @@ other: the target's bytes, its files, the program that hands out shards.
 
 import random
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
@@ -52,6 +52,16 @@ class _Server:
             self.worked += self.seconds
 
 
+@dataclass
+class _SoFar:
+    """What shards have come to."""
+
+    ended: int = 0
+    waiting: int = 0  # encoded, and not begun to be made
+    most_waiting: int = 0
+    looks: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # time, work done
+
+
 def simulate(plan: Plan, shared: Shared, *, seed: int = 0) -> Simulated:
     """Let a plan's hosts make some shards each.
 
@@ -66,13 +76,12 @@ def simulate(plan: Plan, shared: Shared, *, seed: int = 0) -> Simulated:
     servers = {
         "the program": _Server(world, plan.shares.program),
         "the target's bytes": _Server(world, bytes_of_shard / shared.bytes_per_second),
-        "the target's files": _Server(world, shared.objects_of_shard / shared.objects_per_second),
+        "the target's files": _Server(world, plan.files_of_shard / shared.objects_per_second),
     }
     encoders = simpy.Resource(world, hosts * plan.hosts.cores_of_text)
     between = simpy.Resource(world, hosts * MOST_BETWEEN + encoders.capacity)
     makers = simpy.Resource(world, hosts)
-    waiting, enough = [0, 0], world.event()  # now, at most
-    ended, worked = 0, list[tuple[float, dict[str, float]]]()
+    so_far, enough = _SoFar(), world.event()
 
     def shard() -> Generator[Any, Any, None]:
         place = between.request()
@@ -80,31 +89,31 @@ def simulate(plan: Plan, shared: Shared, *, seed: int = 0) -> Simulated:
         with encoders.request() as encoder:
             yield encoder
             yield world.timeout(work.shard_images * plan.shares.text)
-        waiting[0] += 1
-        waiting[1] = max(waiting)
+        so_far.waiting += 1
+        so_far.most_waiting = max(so_far.most_waiting, so_far.waiting)
         with makers.request() as maker:
             yield maker
-            waiting[0] -= 1
+            so_far.waiting -= 1
             seconds = plan.shard_seconds / (1 - plan.lost)
             yield world.timeout(seconds * max(0.1, chosen.gauss(1, JITTER)))
             yield from servers["the target's bytes"].serve()
             yield from servers["the target's files"].serve()
         yield from servers["the program"].serve()
         between.release(place)
-        nonlocal ended
-        ended += 1
-        if ended in (FIRST * a_round, LAST * a_round):
-            worked.append((world.now, {name: own.worked for name, own in servers.items()}))
-        if ended == LAST * a_round:
+        so_far.ended += 1
+        if so_far.ended in (FIRST * a_round, LAST * a_round):
+            worked = {name: own.worked for name, own in servers.items()}
+            so_far.looks.append((world.now, worked))
+        if so_far.ended == LAST * a_round:
             enough.succeed()
 
     for _ in range(between.capacity + (LAST + 1) * a_round):  # so that the place between is full
         world.process(shard())
     world.run(until=enough)
-    (began, before), (ended_at, after) = worked
+    (began, before), (ended_at, after) = so_far.looks
     seconds = ended_at - began
     rate = (LAST - FIRST) * a_round * work.shard_images / seconds
-    store = waiting[1] / hosts * work.shard_images * plan.shares.embeddings_bytes
+    store = so_far.most_waiting / hosts * work.shard_images * plan.shares.embeddings_bytes
     return Simulated(
         hosts=hosts,
         images_per_second=rate,

@@ -49,7 +49,7 @@ def test_preemptions_take_half_a_shard_and_a_restart() -> None:
 
 
 def test_what_hosts_share_has_room_for_some() -> None:
-    shared = Shared(bytes_per_second=1024 * 25.0, objects_per_second=0.5, objects_of_shard=2)
+    shared = Shared(bytes_per_second=1024 * 25.0, objects_per_second=0.5)
     # A host: 2.5 images or 0.025 shards a second.
     assert PLAN.most_hosts(shared) == {
         "the target's bytes": 9,

@@ -14,8 +14,9 @@ from pyarrow import parquet
 
 from common.errors import BadInputFileError, StageError, UnfitEnvironmentError
 from common.runs.run_index import write_index
+from common.scale.planning import Format
 from common.scale.row_files import find_files, read_rows
-from common.scale.shard_store import Format, ShardStore
+from common.scale.shard_store import ShardStore
 from common.scale.shards import Failure
 from tests.object_store import BUCKET, object_store
 from tests.refusals import refusal

@@ -12,7 +12,7 @@ from common.scale.watch import MOST_BETWEEN
 
 PLAN = Plan(
     work=Work(images=10**6),
-    hosts=Hosts(topology="v6e:2x4", chips=ESTIMATES["v6e:2x4"]),
+    hosts=Hosts(topology="v6e:2x4", chips=ESTIMATES["v6e:2x4"], cores=180, cores_of_text=60),
     shares=Shares(),
 )
 # Of a host, a second: it makes two files for a shard.

@@ -44,8 +44,9 @@ def test_more_hosts_than_the_target_has_room_for() -> None:
     [
         (["--hosts=1", "--hours=1"], "give one of them"),
         (["--hours=0"], "--hours 0: give more than 0"),
-        (["--encoders=180"], "--encoders 180: give fewer than --cores 180"),
-        (["--format=zip"], "--format zip: give one of folder, webdataset, parquet"),
+        (["--text_cores=180"], "--text_cores 180: give fewer than the 180 of a host"),
+        (["--topology=v6e:1x1", "--text_cores=44"], "give fewer than the 44 of a host"),
+        (["--format=zip"], "'zip' is not one of 'folder', 'webdataset', 'parquet'"),
         (["--preemptions=300"], "--preemptions 300: hosts that are lost so often make nothing"),
         (["--target_gb_per_second=0"], "--target_files_per_second: give more"),
         (["--keep_latents"], "--keep_latents is for --format folder, not webdataset"),
