@@ -71,6 +71,7 @@ class Processes(NamedTuple):
     encoders: int | None
     makers: int | None
     together: str | None  # hosts that compute together, as `ray_pools.hosts_of` takes them
+    host_chips: str | None  # as `ray_pools.chips_of_hosts` takes them
 
 
 OUT_OF_RECIPES = {"prompt", "prompt_2", "negative_prompt", "negative_prompt_2", *OF_ROWS}
@@ -101,10 +102,13 @@ def main(
         int | None, flag("encoders", "N", SCALE, "Processes of stage 1. [by nodes]", least=1)
     ] = None,
     makers: Annotated[
-        int | None, flag("makers", "N", SCALE, "Processes of the others. [nodes]", least=1)
+        int | None, flag("makers", "N", SCALE, "Of the others, at most. [hosts]", least=1)
     ] = None,
     together: Annotated[
         str | None, flag("together", "HOSTS", SCALE, "A number, or a slice (v6e:4x4). [1]")
+    ] = None,
+    host_chips: Annotated[
+        str | None, flag("host_chips", "NAME:N", SCALE, "Of hosts to come: TPU:8. [as there]")
     ] = None,
     max_failures: Annotated[
         int | None, flag("max_failures", "N", SCALE, "Rows that may fail. [all]", least=0)
@@ -115,7 +119,7 @@ def main(
     Defaults stand in brackets; hyphens in flags work as well.
     """
     own = {"prompts", "output_dir", "format", "shard_images", "keep_latents", "address"}
-    own |= {"encoders", "makers", "together", "max_failures"}
+    own |= {"encoders", "makers", "together", "host_chips", "max_failures"}
     flags = {
         name: value
         for name, value in context.params.items()
@@ -135,7 +139,7 @@ def main(
         return _make_all(
             _planned(prompts, making, shard_images),
             making,
-            Processes(encoders, makers, together),
+            Processes(encoders, makers, together, host_chips),
             address,
             max_failures,
         )
@@ -237,8 +241,9 @@ def _make(
     from common.scale import pool_processes, ray_pools
 
     ray_pools.join(address, debug=bool(making.flags.get("debug")))
+    together = ray_pools.hosts_of(processes.together)
     pools = ray_pools.pools_for(
-        processes.encoders, processes.makers, ray_pools.hosts_of(processes.together)
+        processes.encoders, processes.makers, together, processes.host_chips
     )
     say(" and ".join(pool.said() for pool in pools))
     total, done, seconds = sum(shard.images for shard in shards), 0, Counter[str]()

@@ -41,7 +41,8 @@ from tools import run_all
 from tools.run_all import FOLDERS, JOBS_FOLDER, OF_PROCESSES, OF_REPLICAS, refuse_unserved
 
 SCALING = "Replicas"
-OWN = {"address", "queue_dir", "min_replicas", "max_replicas", "waiting", *OF_REPLICAS}
+SCALES = {"min_replicas", "max_replicas", "waiting", "host_chips"}
+OWN = {"address", "queue_dir", *SCALES, *OF_REPLICAS}
 
 
 def main(
@@ -57,6 +58,9 @@ def main(
     ] = 1,
     queue_dir: Annotated[
         str | None, flag("queue_dir", "DIR", SCALING, "For several hosts: on the head node's disk.")
+    ] = None,
+    host_chips: Annotated[
+        str | None, flag("host_chips", "NAME:N", SCALING, "Of hosts to come: TPU:8. [as there]")
     ] = None,
     waiting: Annotated[
         int, flag("waiting", "N", SCALING, "Requests of one, before there are more. [8]", least=1)
@@ -123,7 +127,10 @@ def parts(given: Mapping[str, Any]) -> tuple[Any, Any]:
     )
     catalog_of(serving.flags, serving.folders)
     scaling = Scaling(
-        least=given["min_replicas"], most=given["max_replicas"], waiting=given["waiting"]
+        least=given["min_replicas"],
+        most=given["max_replicas"],
+        waiting=given["waiting"],
+        host_chips=given["host_chips"],
     )
     scaling.check()
     return serving, scaling

@@ -213,6 +213,8 @@ def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
 
 
 def _pool_of(pool: Pool, shards: int) -> ActorPoolStrategy:
+    least = min(pool.processes, shards)
+    most = min(pool.most or shards, shards) if pool.grows else least
     return ActorPoolStrategy(
-        size=min(pool.processes, shards), max_tasks_in_flight_per_actor=MOST_AT_ONCE
+        min_size=least, max_size=most, max_tasks_in_flight_per_actor=MOST_AT_ONCE
     )

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -13,6 +13,8 @@ from common.compute.platforms import usable_cores
 from common.errors import BadSettingError, UnfitEnvironmentError, in_one_line
 from common.messages import say
 from common.scale.makers import ENCODING, MAKING
+
+DEVICES = ("TPU", "GPU")  # as Ray names them
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Pool:
     chips: int = 0  # of it
     hosts: int = 1  # of a group
     topology: str | None = None  # of the slice that a group is, such as v6e:4x4
+    grows: bool = False  # as hosts come
+    most: int | None = None  # that it grows to
 
     def needs(self) -> dict[str, float]:
         """What each asks its node for."""
@@ -35,7 +39,9 @@ class Pool:
     def said(self) -> str:
         parts = ", ".join(f"{value:g} {name}" for name, value in self.needs().items())
         of_hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
-        return f"{self.processes} process(es) of {self.name}, each{of_hosts} with {parts}"
+        most = "more" if self.most is None else f"up to {self.most}"
+        grows = f" ({most} as hosts come)" if self.grows else ""
+        return f"{self.processes} process(es) of {self.name}{grows}, each{of_hosts} with {parts}"
 
 
 def join(address: str | None, *, debug: bool = False) -> None:
@@ -118,44 +124,67 @@ def free_of(pools: Sequence[Pool]) -> str:
     return f"free are {', '.join(f'{free.get(name, 0):g} {name}' for name in names)}"
 
 
-def chips_of_hosts() -> tuple[str | None, int]:
-    """The resource that processes on devices ask for, and how much of it each host has."""
+def chips_of_hosts(asked: str | None = None) -> tuple[str | None, int]:
+    """The resource that processes on devices ask for, and how much of it each host has.
+
+    Args:
+        asked: that of hosts which are to come, such as TPU:8; None: of those that are there.
+
+    Raises:
+        BadSettingError: it is none.
+    """
+    if asked is not None:
+        name, _, count = asked.partition(":")
+        if name not in DEVICES or not count.isdecimal() or not int(count):
+            raise BadSettingError(
+                f"--host_chips {asked}: give what a host has, such as TPU:8 or GPU:1"
+            )
+        return name, int(count)
     nodes = _nodes()
-    resource = next((name for name in ("TPU", "GPU") if any(name in node for node in nodes)), None)
+    resource = next((name for name in DEVICES if any(name in node for node in nodes)), None)
     if resource is None:
         return None, 0
     return resource, int(min(node[resource] for node in nodes if node.get(resource)))
 
 
 def pools_for(
-    encoders: int | None, makers: int | None, together: tuple[int, str | None] = (1, None)
+    encoders: int | None,
+    makers: int | None,
+    together: tuple[int, str | None] = (1, None),
+    host_chips: str | None = None,
 ) -> tuple[Pool, Pool]:
     """Those of stage 1 and of the stages on devices, that suit the cluster's nodes.
 
     Args:
-        encoders, makers: how many processes, or groups, are asked for.
+        encoders, makers: how many processes, or groups, are asked for; on TPUs and GPUs as many
+            makers as hosts come, where each computes alone.
         together: as `hosts_of` says.
+        host_chips: as `chips_of_hosts` takes it; hosts may be there later.
 
     Raises:
         BadSettingError: TPUs of several hosts compute together as a slice alone.
         UnfitEnvironmentError: no node has room for one, or not all of them fit.
     """
     nodes, (hosts, topology) = _nodes(), together
-    resource, chips = chips_of_hosts()
+    resource, chips = chips_of_hosts(host_chips)
     if resource == "TPU" and hosts > 1 and topology is None:
         raise BadSettingError(f"--together {hosts}: name the slice, such as v6e:4x4")
     if resource is not None:
-        there = [node for node in nodes if node.get(resource)]
-        groups = makers or max(1, len(there) // hosts)
+        there = [node for node in nodes if node.get(resource, 0) >= chips]
+        groups = max(1, len(there) // hosts)
         # Without a claim to CPUs, which those of stage 1 may all have taken on its host.
-        making = Pool(MAKING, groups, 0, resource, chips, hosts, topology)
+        making = Pool(MAKING, makers or groups, 0, resource, chips, hosts, topology)
+        if hosts == 1:
+            least = min(groups, makers or groups)
+            making = replace(making, processes=least, grows=least != makers, most=makers)
         free = sum(node.get("CPU", 0) for node in nodes)
         encoding = Pool(ENCODING, encoders or max(1, int(free) // 8), 1)
     else:
         groups = makers or max(1, len(nodes) // hosts)
         making = Pool(MAKING, groups, 1, hosts=hosts, topology=topology)
         encoding = Pool(ENCODING, encoders or 1, 1)
-    refuse_too_little(nodes, [encoding, making])
+    is_to_come = host_chips is not None and hosts == 1 and not there
+    refuse_too_little(nodes, [encoding] if is_to_come else [encoding, making])
     return encoding, making
 
 

@@ -60,6 +60,7 @@ class Scaling:
     least: int = 1
     most: int = 1
     waiting: int = 8  # requests for each; where more wait there are to be more replicas
+    host_chips: str | None = None  # as `chips_of_hosts` takes them
 
     def check(self) -> None:
         """Raise `BadSettingError` where there cannot be so many."""
@@ -170,7 +171,7 @@ def application_of(serving: Serving, scaling: Scaling) -> serve.Application:
 
 def pool_of(scaling: Scaling) -> Pool:
     """The replicas that there are at least, and what each asks its node for."""
-    resource, chips = chips_of_hosts()
+    resource, chips = chips_of_hosts(scaling.host_chips)
     return Pool("a replica", scaling.least, 1 if resource is None else 0, resource, chips)
 
 

@@ -11,6 +11,7 @@ import ray
 
 from common.errors import in_one_line
 from common.messages import warn
+from common.scale.makers import MAKING
 from common.scale.ray_pools import Pool, free_of, on_node
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -22,9 +23,14 @@ MOST_BETWEEN = 3  # shards whose prompts are encoded and that are not made, for 
 class Pulse:
     """What each process says that it is at, and which shards are between the pools."""
 
-    def __init__(self, most_between: int) -> None:
+    def __init__(self, encoders: int, makers: int) -> None:
+        """
+        Args:
+            makers: at the begin; there are more as hosts come.
+        """
         self._said: dict[str, tuple[str, str, float]] = {}
-        self._most, self._between, self._made_at = most_between, set[str](), time.monotonic()
+        self._encoders, self._makers = encoders, makers
+        self._between, self._made_at = set[str](), time.monotonic()
         self._begun = Counter[tuple[str, str]]()  # by pool and shard, of those at work
         self._alone: dict[tuple[str, str], Counter[int]] = {}  # their rows that were tried alone
 
@@ -33,7 +39,9 @@ class Pulse:
 
         But where none is made for a while, those that wait may be on a node that is no more.
         """
-        waits = len(self._between - {shard}) >= self._most
+        hosts = {name.rpartition("-")[0] for name, said in self._said.items() if said[0] == MAKING}
+        most = MOST_BETWEEN * max(self._makers, len(hosts)) + self._encoders
+        waits = len(self._between - {shard}) >= most
         if waits and time.monotonic() - self._made_at < SECONDS_UNTIL_LOST:
             return False
         self._between.add(shard)
@@ -128,10 +136,11 @@ class Watch(Looking):
         """
         super().__init__(SECONDS_BETWEEN_LOOKS)
         encoding, making = pools
-        most = MOST_BETWEEN * making.processes + encoding.processes
         # On another node all processes would lose it with that.
         here = on_node(node)
-        self.pulse = ray.remote(num_cpus=0, scheduling_strategy=here)(Pulse).remote(most)
+        self.pulse = ray.remote(num_cpus=0, scheduling_strategy=here)(Pulse).remote(
+            encoding.processes, making.processes
+        )
         self._pools, self._at = pools, time.monotonic()
 
     def shard_came(self) -> None:

@@ -32,7 +32,7 @@ def test_processes_that_would_wait_for_ever_are_refused() -> None:
 
 
 def test_pools_suit_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pools(nodes: list[dict[str, float]], *asked: int | None) -> list[tuple[int, Any, int]]:
+    def pools(nodes: list[dict[str, float]], *asked: Any) -> list[tuple[int, Any, int]]:
         told = [{"Alive": True, "Resources": node} for node in nodes]
         told.append({"Alive": False, "Resources": {"CPU": 99.0, "TPU": 8.0}})
         monkeypatch.setattr(ray_pools.ray, "nodes", lambda: told)
@@ -44,6 +44,18 @@ def test_pools_suit_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pools([tpu, tpu], 3, 1) == [(3, None, 0), (1, "TPU", 8)]
     assert pools([{"CPU": 16.0, "GPU": 1.0}]) == [(2, None, 0), (1, "GPU", 1)]
     assert pools([{"CPU": 2.0}, {"CPU": 2.0}]) == [(1, None, 0), (2, None, 0)]
+    # Of hosts that come later there are more.
+    assert pools([tpu, {"CPU": 16.0}], 3, 9) == [(3, None, 0), (1, "TPU", 8)]
+    to_come = (None, None, (1, None), "TPU:4")
+    assert pools([{"CPU": 16.0}], *to_come) == [(2, None, 0), (1, "TPU", 4)]
+    with refusal(UnfitEnvironmentError, "there is no room for 2 process(es) of stage 1"):
+        pools([{"CPU": 1.0}], 2, *to_come[1:])
+
+
+@pytest.mark.parametrize("asked", ["TPU", "TPU:0", "TPU:x", "CPU:1", ":8"])
+def test_what_is_no_devices_of_a_host(asked: str) -> None:
+    with refusal(BadSettingError, f"--host_chips {asked}: give what a host has"):
+        ray_pools.chips_of_hosts(asked)
 
 
 def test_hosts_that_compute_together_each_have_room() -> None:

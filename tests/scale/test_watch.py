@@ -38,7 +38,7 @@ def test_what_waits_is_named_after_a_while(
 
 
 def test_rows_at_which_processes_end_are_counted() -> None:
-    pulse = watch.Pulse(2)
+    pulse = watch.Pulse(1, 1)
     assert [pulse.begins(MAKING, "a") for _ in range(3)] == [1, 2, 3]
     assert pulse.begins(ENCODING, "a") == pulse.begins(MAKING, "b") == 1
     assert [pulse.row_begins(MAKING, "a", row) for row in (7, 7, 8)] == [1, 2, 1]
@@ -49,10 +49,13 @@ def test_rows_at_which_processes_end_are_counted() -> None:
 
 
 def test_prompts_are_encoded_no_further_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    pulse = watch.Pulse(2)
-    assert [pulse.may_encode(shard) for shard in "abac"] == [True, True, True, False]
+    pulse = watch.Pulse(1, 1)
+    assert [pulse.may_encode(shard) for shard in "abcdbe"] == [True] * 5 + [False]
     pulse.is_made("a")
-    assert pulse.may_encode("c") and not pulse.may_encode("d") and pulse.between() == 2
+    assert pulse.may_encode("e") and not pulse.may_encode("f") and pulse.between() == 4
+    for host in ("host-1", "host-1", "host-2"):  # a second one has come
+        pulse.tell(f"{host}-{len(host)}", MAKING, "opens its stages")
+    assert [pulse.may_encode(shard) for shard in "fghi"] == [True] * 3 + [False]
     # Those that wait are on a node that is no more.
     monkeypatch.setattr(watch, "SECONDS_UNTIL_LOST", 0.0)
-    assert pulse.may_encode("d")
+    assert pulse.may_encode("i")

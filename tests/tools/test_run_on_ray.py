@@ -100,6 +100,32 @@ def test_hosts_that_compute_together(cluster: Any, by_run_all: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_hosts_that_come_later(cluster: Any, by_run_all: Path, tmp_path: Path) -> None:
+    """Those with devices are not there yet; two come, one after the other."""
+    prompts, target = write_rows(tmp_path / "a.jsonl", mixed_rows(ROWS)), tmp_path / "pictures"
+    log, own = tmp_path / "log", ("--host_chips=TPU:1", "--shard_images=1", "--encoders=1")
+    run = start(prompts, target, log, f"--address={cluster.address}", *own)
+    until = time.monotonic() + 120
+    while not processes_of("_EncodeShards") and time.monotonic() < until:
+        time.sleep(0.2)
+    assert processes_of("_MakeShards") == []
+    came = []
+    try:
+        for count in (1, 2):
+            came.append(cluster.add_node(**NODE, resources={"TPU": 1}))
+            wait_for_shards(target, 2 * count, run)
+        until = time.monotonic() + 60
+        while len(processes_of("_MakeShards")) < 2:
+            assert run.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        assert run.wait(300) == 0, log.read_text()
+    finally:
+        for node in came:
+            cluster.remove_node(node)
+    assert wrong_pictures(target, by_run_all, ROWS) == []
+
+
+@pytest.mark.slow
 def test_five_hundred_rows_in_an_object_store(cluster: Any, tmp_path: Path) -> None:
     target, own = f"s3://{BUCKET}/pictures", ("--format=webdataset", "--shard_images=50")
     made = many_rows.make(cluster, 500, target, tmp_path, *own)
@@ -130,32 +156,28 @@ def metrics_of(cluster: Any) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_rows_at_which_processes_end_are_told(tmp_path: Path) -> None:
-    """As where the memory does not suffice for them: whatever has them is killed."""
-    words = {"_EncodeShards": "a cross", "_MakeShards": "a moon"}
-    own = [{"prompt": f"a star, {k}"} for k in range(6)]
-    own[1]["prompt"], own[4]["prompt"] = words.values()
+    """As where the memory does not suffice for them: whatever has one on its list is killed."""
+    own = [{"prompt": "a cross" if k == 4 else f"a star, {k}"} for k in range(6)]
     prompts, target, log = write_rows(tmp_path / "a.jsonl", own), tmp_path / "out", tmp_path / "log"
     flags = (f"--model_id={save_tiniest(tmp_path / 'model')}", "--num_inference_steps=1")
     run = start(prompts, target, log, *flags, "--shard_images=6")
-    killed = []
-    until = time.monotonic() + 400
+    killed, until = 0, time.monotonic() + 300
     while run.poll() is None:
         assert time.monotonic() < until, log.read_text()
-        for kind, word in words.items():
-            for process in processes_of(kind):
-                lists = folder_of_shards().glob(f"{process.pid}-*/prompts.jsonl")
-                with suppress(OSError, psutil.Error):
-                    if any(word in each.read_text("utf-8") for each in lists):
-                        process.kill()
-                        killed.append(kind)
-                        process.wait()
-        time.sleep(0.001)
+        for path in folder_of_shards().glob("*/prompts.jsonl"):
+            with suppress(OSError, psutil.Error):
+                process = psutil.Process(int(path.parent.name.partition("-")[0]))
+                if "_MakeShards" in process.cmdline()[0] and "a cross" in path.read_text("utf-8"):
+                    process.kill()
+                    process.wait()
+                    killed += 1
+        time.sleep(0.002)
     assert run.returncode == 0, log.read_text()
-    assert killed == ["_EncodeShards"] * 4 + ["_MakeShards"] * 4
-    failed = parquet.read_table(target / "failed.parquet").to_pylist()
-    assert [(row["row"], row["exit_code"]) for row in failed] == [(1, 137), (4, 137)]
-    assert all("the process ended at it 2 times" in row["error"] for row in failed)
-    assert parquet.read_table(target / "index.parquet")["row"].to_pylist() == [0, 2, 3, 5]
+    assert killed == 4  # two with all rows, two with this one alone
+    (failed,) = parquet.read_table(target / "failed.parquet").to_pylist()
+    assert (failed["row"], failed["exit_code"]) == (4, 137)
+    assert "line 5: the process ended at it 2 times" in failed["error"]
+    assert parquet.read_table(target / "index.parquet")["row"].to_pylist() == [0, 1, 2, 3, 5]
 
 
 @pytest.mark.slow
