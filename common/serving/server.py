@@ -15,7 +15,10 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from common.errors import BadSettingError, UnfitEnvironmentError
+from common.files.stage_table import FIRST
 from common.messages import say
+from common.models.find import open_checkpoint
+from common.runs.flags import Given
 from common.runs.generation import read_run_settings
 from common.serving.catalog import Catalog
 from common.serving.http_app import make_app
@@ -87,10 +90,13 @@ def catalog_of(flags: Mapping[str, Any], folders: Mapping[str, Path | None]) -> 
         folders: `models_dir` and others of `Catalog`.
 
     Raises:
-        BadSettingError: a folder is not there, or does not go with a flag.
+        BadSettingError: a folder or the checkpoint is not there, or does not go with a flag.
+        UnfitEnvironmentError: the checkpoint cannot be had from the hub.
     """
     found = Catalog(own_model=model_name(flags), **folders)
     found.check(flags)
+    own = Given(FIRST, dict(flags)).settings()
+    open_checkpoint(read_run_settings(flags.get("config"), own), [])  # its weights come later
     return found
 
 

@@ -69,6 +69,7 @@ def test_flags_that_do_not_go_with_it(run_all: Run, tmp_path: Path) -> None:
     expect(run_all("--serve", *folder, "--seed=3"), 2, "--seed does not go with --serve")
     expect(run_all("--serve", *folder, "--force"), 2, "--force does not go with --serve")
     expect(run_all("--serve", *folder, "--host=0.0.0.0"), 2, "--host 0.0.0.0: others can reach")
+    expect(run_all("--serve", *folder, "--model_id=/none"), 2, "neither an existing folder")
     assert not (tmp_path / "jobs").exists()
 
 

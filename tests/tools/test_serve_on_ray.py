@@ -33,6 +33,7 @@ def test_arguments_are_what_run_all_takes(tmp_path: Path) -> None:
         (["--prompt=a"], "--prompt does not go with --serve"),
         (["--min_replicas=2"], "--min_replicas 2 is more than --max_replicas 1"),
         (["--loras_dir=none"], "none"),
+        (["--model_id=/none"], "--model_id /none is neither an existing folder nor a hub id"),
     ],
 )
 def test_what_is_refused(flags: list[str], said: str) -> None:
