@@ -12,7 +12,13 @@ class Chip:
     memory_bytes: float
     memory_rate: float  # bytes per second
     clock: float  # cycles per second
-    link_rate: float  # bytes per second that a collective is counted with
+    link_rate: float  # bytes per second of all links together, one way
+    links: int = 4  # on a grid of two sides
+
+    @property
+    def rate_of_a_link(self) -> float:
+        """Bytes per second, one way."""
+        return self.link_rate / self.links
 
 
 # Peak, memory, its rate and the links' rate (3200 and 1600 Gbit/s): the table of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import messages
-from common.compute import tpu_estimate
+from common.compute import tpu_estimate, tpu_schedule
 from common.compute.chips import CHIPS, Chip
 from common.compute.sharding import name_of
 from common.errors import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
+LATENCIES = (1e-6, tpu_estimate.COLLECTIVE_LATENCY, 10e-6)  # seconds
 FORM = re.compile(r"(\w+):(\d+x\d+(?:x\d+)?)")
 
 
@@ -142,7 +143,13 @@ def _figures(estimate_of: EstimateOf, hlo: str, memory: dict[str, int]) -> dict[
     """A compiled program's figures by their names, from its text and `memory_of` it."""
     chip, steps = estimate_of.chip, estimate_of.steps
     once, step = tpu_estimate.estimate(hlo, chip)
-    seconds = once.total_seconds + steps * step.total_seconds
+    grid = [tuple(getattr(d, "coords", (d.id,))) for d in estimate_of.mesh.devices.flat]
+    by_latency = {
+        f"{1e6 * latency:g}": tpu_schedule.schedule(hlo, chip, grid, latency)
+        for latency in LATENCIES
+    }
+    by_schedule = by_latency[f"{1e6 * tpu_estimate.COLLECTIVE_LATENCY:g}"]
+    seconds = by_schedule[0].total_seconds + steps * by_schedule[1].total_seconds
     return {
         "title": estimate_of.title,
         "topology": estimate_of.topology,
@@ -153,8 +160,11 @@ def _figures(estimate_of: EstimateOf, hlo: str, memory: dict[str, int]) -> dict[
         "memory_bytes": memory,
         "chip_memory_bytes": chip.memory_bytes,
         "fits": memory["total"] <= chip.memory_bytes,
-        "once": once.as_json(),
-        "step": step.as_json(),
+        "once": once.as_json() | {"scheduled": by_schedule[0].as_json()},
+        "step": step.as_json() | {"scheduled": by_schedule[1].as_json()},
+        "seconds_by_latency": {  # microseconds of a collective → seconds of the step, or of all
+            name: found[1 if steps else 0].total_seconds for name, found in by_latency.items()
+        },
         "images_per_second": estimate_of.images / seconds,
     }
 
@@ -174,13 +184,18 @@ def in_words(content: Mapping[str, Any]) -> str:
         lines += _part_in_words("one step", content["step"])
         once = content["once"]
         lines.append(
-            f"  before     {1e3 * once['total_seconds']:.2f} ms once, {once['cycles'] / 1e6:.1f} M "
-            "cycles"
+            f"  before     {1e3 * once['scheduled']['total_seconds']:.2f} ms once, "
+            f"{once['cycles'] / 1e6:.1f} M cycles"
         )
     else:
         lines += _part_in_words("all", content["once"])
     count = f" with {content['steps']} steps" if content["steps"] else ""
+    others = ", ".join(
+        f"{1e3 * seconds:.2f} ms with {name} µs"
+        for name, seconds in content["seconds_by_latency"].items()
+    )
     lines += [
+        f"  latency    {others} for a collective",
         f"  speed      {content['images_per_second']:.2f} images/s{count}",
         f"  compiled   in {content['compile_seconds']:.0f} s, traced in "
         f"{content['trace_seconds']:.0f} s",
@@ -189,9 +204,11 @@ def in_words(content: Mapping[str, Any]) -> str:
 
 
 def _part_in_words(name: str, estimate: Mapping[str, Any]) -> list[str]:
-    total = estimate["total_seconds"]
+    scheduled = estimate["scheduled"]
+    total = scheduled["total_seconds"]
     lines = [
-        f"  {name:10} {1e3 * total:.2f} ms; {estimate['cycles'] / 1e6:.1f} M cycles in "
+        f"  {name:10} {1e3 * total:.2f} ms by its schedule, a plain sum of "
+        f"{1e3 * estimate['total_seconds']:.2f} ms; {estimate['cycles'] / 1e6:.1f} M cycles in "
         f"{estimate['operations']} operations, kernels among them "
         f"{estimate['kernel_cycles'] / 1e6:.1f} M"
     ]
@@ -199,8 +216,10 @@ def _part_in_words(name: str, estimate: Mapping[str, Any]) -> list[str]:
         f"{count} {kind} ({estimate['collective_bytes'][kind] / 1e6:.1f} MB)"
         for kind, count in sorted(estimate["collectives"].items())
     )
-    for part, seconds in estimate["seconds"].items():
+    hidden = f"besides {1e3 * scheduled['hidden']:.2f} ms hidden: {moved}"
+    for part, seconds in scheduled["seconds"].items():
         share = seconds / total if total else 0.0
-        more = f"  {moved}" if part == "collectives" and moved else ""
-        lines.append(f"    {part:12} {1e3 * seconds:7.2f} ms {share:6.1%}{more}")
+        more = f"  {hidden}" if part == "collectives" and moved else ""
+        if seconds or part in tpu_estimate.PARTS:
+            lines.append(f"    {part:12} {1e3 * seconds:7.2f} ms {share:6.1%}{more}")
     return lines

@@ -7,7 +7,8 @@ the same for every program so that they compare:
   chip's clock;
 - a custom kernel: the largest of FLOPs / (peak · head size / 256, at most the peak), bytes / memory
   rate and exponentials / (2048 a cycle), whatever a kernel says of itself;
-- a collective: bytes / link rate plus 5 µs, not overlapped with anything.
+- a collective: bytes / link rate plus 5 µs, not overlapped with anything (`tpu_schedule` sees what
+  runs beside it).
 
 A loop whose trip count is not known is the one over the denoising steps: its body is estimated
 once and apart from what comes before it.
@@ -37,6 +38,9 @@ ITEM_BYTES = {
 }
 
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
+
+CALLS = ("call", "async-start", "conditional")
+CALLED = ("to_apply", "calls", "true_computation", "false_computation")
 
 MOVING = ("copy", "pad", "transpose", "bitcast", "reshape", "slice", "concatenate", "broadcast")
 
@@ -75,6 +79,18 @@ class Instruction:
         """The computation that `key=` names."""
         match = re.search(rf"\b{key}=%?([\w.-]+)", self.line)
         return match[1] if match else None
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of what it is given."""
+        of_call = self.line.split(f" {self.opcode}(", 1)[1].split(")", 1)[0]
+        return re.findall(r"%([\w.-]+)", of_call)
+
+    @property
+    def trips(self) -> int | None:
+        """How often a loop goes round, where that is known."""
+        match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.line)
+        return int(match[1]) if match else None
 
     @property
     def op_name(self) -> str:
@@ -154,16 +170,13 @@ def _add_computation(
     types = {i.name: i.result for i in computations[name]}
     for instruction in computations[name]:
         if instruction.opcode == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.line)
-            body = instruction.text_of("body")
+            trips, body = instruction.trips, instruction.text_of("body")
             if trips is None and body is not None:
                 loops.append(body)
             elif trips is not None and body in computations:
-                loops += _add_computation(
-                    computations, body, times * int(trips[1]), chip, result, fused
-                )
-        elif instruction.opcode in ("call", "async-start", "conditional"):
-            for key in ("to_apply", "calls", "true_computation", "false_computation"):
+                loops += _add_computation(computations, body, times * trips, chip, result, fused)
+        elif instruction.opcode in CALLS:
+            for key in CALLED:
                 called = instruction.text_of(key)
                 if called in computations:
                     loops += _add_computation(computations, called, times, chip, result, fused)
@@ -184,13 +197,13 @@ def _add_instruction(
 ) -> None:
     kind = instruction.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
-        size = _moved_bytes(instruction)
+        size = moved_bytes(instruction)
         result.collectives[kind] = result.collectives.get(kind, 0) + times
         result.collective_bytes[kind] = result.collective_bytes.get(kind, 0) + times * size
         result.seconds["collectives"] += times * (size / chip.link_rate + COLLECTIVE_LATENCY)
         return
     if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.line:
-        seconds = _kernel_seconds(instruction, types, chip)
+        seconds = kernel_seconds(instruction, types, chip)
         cycles = seconds * chip.clock
         result.kernel_cycles += times * cycles
     else:
@@ -202,22 +215,20 @@ def _add_instruction(
         result.seconds[part_of(instruction)] += times * seconds
 
 
-def _moved_bytes(instruction: Instruction) -> int:
+def moved_bytes(instruction: Instruction) -> int:
     """The result of a collective; an asynchronous one's start holds operands as well."""
     if not instruction.opcode.endswith("-start"):
         return bytes_in(instruction.result)
     arrays = [math.prod(s) * ITEM_BYTES[k] for k, s in shapes_in(instruction.result)]
-    operands = instruction.line.split(f"{instruction.opcode}(", 1)[1].split(")", 1)[0]
-    count = operands.count("%")
+    count = len(instruction.operands)
     if instruction.opcode == "all-reduce-start":
         return sum(arrays)
     return sum(arrays[count : 2 * count])
 
 
-def _kernel_seconds(instruction: Instruction, types: dict[str, str], chip: Chip) -> float:
+def kernel_seconds(instruction: Instruction, types: dict[str, str], chip: Chip) -> float:
     """An attention kernel by its arithmetic, any other by the bytes that it moves."""
-    operands = instruction.line.split("custom-call(", 1)[1].split(")", 1)[0]
-    inputs = [types.get(name, "") for name in re.findall(r"%([\w.-]+)", operands)]
+    inputs = [types.get(name, "") for name in instruction.operands]
     moved = bytes_in(instruction.result) + sum(bytes_in(text) for text in inputs)
     seconds = moved / chip.memory_rate
     pictures = [shape for text in inputs for _, shape in shapes_in(text) if len(shape) == 4]

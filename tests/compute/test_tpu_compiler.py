@@ -18,6 +18,7 @@ from common.compute.chips import CHIPS, Chip
 from common.compute.sharding import SINGLE, make_mesh
 from common.compute.tpu_compiler import EstimateOf, chip_of, compile_and_say
 from common.compute.tpu_estimate import Estimate
+from common.compute.tpu_schedule import Scheduled
 from common.errors import BadSettingError, UnfitEnvironmentError
 from tests.refusals import call, refusal
 
@@ -47,10 +48,20 @@ def test_an_estimate_is_said_and_written(
         step.collectives, step.collective_bytes = {"all-gather": 2}, {"all-gather": 5_000_000}
         return once, step
 
+    def schedule(
+        hlo: str, given: Chip, grid: list[tuple[int, ...]], latency: float
+    ) -> tuple[Scheduled, Scheduled]:
+        assert given is chip and hlo.startswith("HloModule jit_program") and len(grid) == 4
+        once, step = Scheduled(), Scheduled()
+        once.seconds["other"], step.seconds["attention"] = 0.5, 0.1
+        step.seconds["collectives"], step.hidden = 0.05 + 1e4 * latency, 0.03
+        return once, step
+
     def program(x: jax.Array) -> jax.Array:
         return jnp.tanh(x) @ x
 
     monkeypatch.setattr(tpu_compiler.tpu_estimate, "estimate", estimate)
+    monkeypatch.setattr(tpu_compiler.tpu_schedule, "schedule", schedule)
     hlo_file, json_file = tmp_path / "program.txt", tmp_path / "estimate.json"
     compile_and_say(
         lambda: jax.jit(program).lower(np.ones((64, 64), np.float32)),
@@ -66,7 +77,9 @@ def test_an_estimate_is_said_and_written(
         json_file=json_file,
     )
     content: dict[str, Any] = json.loads(json_file.read_text())
-    assert content["images_per_second"] == pytest.approx(3 / (0.5 + 10 * 0.25))
+    assert content["images_per_second"] == pytest.approx(3 / (0.5 + 10 * 0.2))
+    assert content["step"]["scheduled"]["hidden"] == 0.03
+    assert content["seconds_by_latency"] == pytest.approx({"1": 0.16, "5": 0.2, "10": 0.25})
     assert (content["mesh"], content["chips"], content["fits"]) == ("cfg=2,rows=2", 4, True)
     assert content["memory_bytes"]["arguments"] == content["memory_bytes"]["outputs"] == 64 * 64 * 4
     assert content["compile_seconds"] > 0 and content["trace_seconds"] > 0
@@ -76,11 +89,12 @@ def test_an_estimate_is_said_and_written(
     for words in (
         "v6e:2x2, 4 chip(s), mesh cfg=2,rows=2, 3 image(s)",
         "of 32 GB a chip",
-        "one step   250.00 ms; 3.0 M cycles",
-        "attention     100.00 ms  40.0%",
-        "collectives   150.00 ms  60.0%  2 all-gather (5.0 MB)",
+        "one step   200.00 ms by its schedule, a plain sum of 250.00 ms; 3.0 M cycles",
+        "attention     100.00 ms  50.0%",
+        "collectives   100.00 ms  50.0%  besides 30.00 ms hidden: 2 all-gather (5.0 MB)",
         "before     500.00 ms once",
-        "1.00 images/s with 10 steps",
+        "latency    160.00 ms with 1 µs, 200.00 ms with 5 µs, 250.00 ms with 10 µs",
+        "1.20 images/s with 10 steps",
     ):
         assert words in said, said
 

@@ -84,6 +84,12 @@ def test_one_image_over_eight_chips(stage: Run, reduced_sdxl: Path, tmp_path: Pa
     assert set(step["collectives"]) == {"all-gather", "all-reduce", "collective-permute"}
     assert step["kernel_cycles"] > 0
     assert step["total_seconds"] == pytest.approx(sum(step["seconds"].values()))
+    # By its schedule: the same operations, collectives over links that are slower than all together.
+    scheduled = step["scheduled"]
+    for part in ("convolution", "attention", "linear", "norm"):
+        assert scheduled["seconds"][part] == pytest.approx(step["seconds"][part])
+    moved = scheduled["seconds"]["collectives"] + scheduled["hidden"]
+    assert moved > step["seconds"]["collectives"] and scheduled["hidden"] >= 0
     # No scores: nothing with as many rows and columns as a picture has tokens is ever in memory.
     computations, _ = parse(hlo)
     largest = 1024 * 1024  # a kernel's block of queries and keys
