@@ -239,12 +239,21 @@ class ActivationLayout:
             return "the devices of the other half take their share of the rows"
         return "the devices of the other half compute the same as their twins"
 
-    def constrain(self, module: Any, x: "Array") -> "Array":
-        """Fix how a submodule's output is split: pictures, and transformer blocks' tokens."""
+    def constrain(self, name: str, module: Any, x: "Array") -> "Array":
+        """Fix how a submodule's output is split: pictures, and transformer blocks' tokens.
+
+        What self-attention is given is gathered, from which each device computes all keys and
+        values: half the bytes that these are.
+
+        Args:
+            name: of the submodule.
+        """
         import jax
 
         if x.ndim == 4:
             return jax.lax.with_sharding_constraint(x, self.pictures())
+        if x.ndim == 3 and re.search(r"transformer_blocks\.\d+\.norm1$", name):
+            return jax.lax.with_sharding_constraint(x, self.batch_sharding())
         if x.ndim == 3 and type(module).__name__ == "BasicTransformerBlock":
             return jax.lax.with_sharding_constraint(x, self.tokens())
         return x

@@ -108,8 +108,8 @@ def test_activations_are_really_split(
     found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     own = ActivationLayout.constrain
 
-    def watch(self: ActivationLayout, module: Any, x: jax.Array) -> jax.Array:
-        x = own(self, module, x)
+    def watch(self: ActivationLayout, name: str, module: Any, x: jax.Array) -> jax.Array:
+        x = own(self, name, module, x)
         if x.ndim == 4 or type(module).__name__ == "BasicTransformerBlock":
             shape = x.shape
             jax.debug.inspect_array_sharding(
