@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +26,9 @@ for needed in ("ray", "pyarrow", "fsspec"):  # which pictures of one machine do 
     if find_spec(needed) is None:
         print(f"error: {needed} is not installed: tools/set_up.sh ray installs it", file=sys.stderr)
         sys.exit(5)
+
+if TYPE_CHECKING:
+    from common.scale.ray_pools import Pool
 
 import typer
 from tqdm import tqdm
@@ -252,12 +255,23 @@ def _make(
             done += made.shard.images
             bar.update(made.shard.images)
             seconds.update(made.seconds)
-            rates = [
-                (p.name, done * p.processes / seconds[p.name]) for p in pools if seconds[p.name]
-            ]
-            bar.set_postfix_str(", ".join(f"{name} could {rate:.1f}/s" for name, rate in rates))
+            bar.set_postfix_str(
+                ", ".join(
+                    f"{p.name} could {done * _count(p) / seconds[p.name]:.1f}/s{_each(p)}"
+                    for p in pools
+                    if seconds[p.name]
+                )
+            )
             failures += made.failures
             refuse_failures(failures, most)
+
+
+def _count(pool: "Pool") -> int:
+    return 1 if pool.grows else pool.processes
+
+
+def _each(pool: "Pool") -> str:
+    return " each" if pool.grows else ""
 
 
 def refuse_failures(failures: Sequence[Failure], most: int | None) -> None:

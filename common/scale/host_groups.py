@@ -118,7 +118,8 @@ class HostGroup:
         # One that was begun again has the places that it had before, of which it knows nothing.
         name = f"hosts of {ray.get_runtime_context().get_actor_id()}"
         _give_back(name)
-        placed, hosts = _place(name, hosts, needs, topology)
+        is_again = ray.get_runtime_context().was_current_actor_reconstructed
+        placed, hosts = _place(name, hosts, needs, topology, waits=is_again)
         chips = {name: value for name, value in needs.items() if name not in ("CPU", "GPU")}
         members = [
             ray.remote(Member)
@@ -166,24 +167,34 @@ class HostGroup:
             os._exit(1)
 
 
-def _place(name: str, hosts: int, needs: dict[str, float], topology: str | None) -> tuple[Any, int]:
+def _place(
+    name: str, hosts: int, needs: dict[str, float], topology: str | None, *, waits: bool
+) -> tuple[Any, int]:
     """Places on as many nodes, those of one slice where it is one. Returns how many they are, too.
 
     Args:
         name: of the places.
+        waits: for as long as it takes: a host that went comes again, or another slice does.
     """
+    seconds = None if waits else SECONDS_TO_BE_PLACED
     own = {"strategy": "STRICT_SPREAD", "name": name}
     try:
         if topology is None:
             placed = placement_group([needs] * hosts, **own)
-            ray.get(placed.ready(), timeout=SECONDS_TO_BE_PLACED)
+            ray.get(placed.ready(), timeout=seconds)
         else:
             from ray.util.tpu import slice_placement_group
 
             version, _, form = topology.partition(":")
-            whole = slice_placement_group(form, version, **own)
+            while True:
+                try:
+                    whole = slice_placement_group(form, version, **own)
+                    break
+                except TimeoutError:  # after a minute or two
+                    if not waits:
+                        raise
             placed, hosts = whole.slice_placement_group, whole.num_hosts
-            ray.get(placed.ready(), timeout=SECONDS_TO_BE_PLACED)
+            ray.get(placed.ready(), timeout=seconds)
             whole.release_head_pgs()  # which chose the slice
     except (ValueError, RuntimeError, TimeoutError, GetTimeoutError) as error:
         raise UnfitEnvironmentError(

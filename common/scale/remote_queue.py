@@ -10,6 +10,7 @@ and is made once.
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from common.serving.job_queue import WORKERS_FOLDER, JobQueue
 from common.serving.jobs import Job, State, Step
 
 NAMESPACE = "staged-diffusion"
+Told = tuple[str, type[StageError]]  # an error's sentence, and its class
 SECONDS_TO_ANSWER = 60.0
 SECONDS_UNTIL_ASKED_AGAIN = 0.5  # a keeper that is begun again
 SECONDS_BETWEEN_CHANGES = 0.1  # a keeper is asked for them, whoever looks how often
@@ -32,20 +34,31 @@ class Keeper(JobQueue):
     """The queue, on the node whose disk has it: an actor."""
 
     def __init__(self, folder: str, most_waiting: int) -> None:
-        self._since, self._unfit = time.monotonic(), None
-        try:
-            super().__init__(Path(folder), most_waiting=most_waiting)
-        except StageError as error:  # which Ray would tell as one of its own
-            self.folder, self._unfit = Path(folder), (str(error), type(error))
+        self.folder, self._most = Path(folder), most_waiting
+        self._since = time.monotonic()
+        self._is_open = False
+        self.open()
 
-    def kept_in(self) -> tuple[str, tuple[str, type[StageError]] | None]:
-        """Its folder, and why it cannot be kept there."""
-        return str(self.folder), self._unfit
+    def open(self) -> Told | None:
+        """Open the file, unless it is. Returns why it cannot be; it may be later."""
+        if not self._is_open:
+            try:
+                super().__init__(self.folder, most_waiting=self._most)
+            except StageError as error:  # which Ray would tell as one of its own
+                return str(error), type(error)
+            self._is_open = True
+        return None
+
+    def kept_in(self) -> str:
+        """Its folder."""
+        return str(self.folder)
 
     def ask(
         self, name: str, arguments: tuple[Any, ...], more: dict[str, Any]
     ) -> tuple[Any, type[StageError] | None]:
         """What a method gives and no error, or the sentence and the class of its error."""
+        if (unfit := self.open()) is not None:
+            return unfit
         try:
             return getattr(self, name)(*arguments, **more), None
         except StageError as error:
@@ -65,10 +78,12 @@ class Keeper(JobQueue):
         return lost[0] if lost else super().claim(stages, worker)
 
     def withdraw(self, run_dir: Path) -> None:
-        """Forget a job that nobody was told of."""
-        with self._change() as change:
-            waits = "DELETE FROM jobs WHERE run_dir = ? AND state = ?"
-            change(waits, str(run_dir), State.WAITING)
+        """Forget a job that nobody was told of; one that runs ends."""
+        if self.open() is None:
+            with self._change() as change:
+                of_it = str(run_dir), State.WAITING
+                change("DELETE FROM jobs WHERE run_dir = ? AND state = ?", *of_it)
+                change("UPDATE jobs SET cancel_asked = 1, key = NULL WHERE run_dir = ?", of_it[0])
 
     def _lives(self, worker: str) -> bool:
         try:
@@ -96,7 +111,8 @@ class _Serving:
 
     def acquire(self) -> None:
         here = on_node(ray.get_runtime_context().get_node_id())
-        alive = ray.remote(num_cpus=0, scheduling_strategy=here)(Alive)
+        # Begun again where it ends by itself: its name is there for as long as its process.
+        alive = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)(Alive)
         self._alive = alive.options(name=self._worker, namespace=NAMESPACE).remote()
         ray.get(self._alive.is_alive.remote())
 
@@ -116,7 +132,7 @@ class RemoteQueue:
         Raises:
             UnfitEnvironmentError: there is no such keeper.
         """
-        address, name = place.split()
+        address, self._name = place.split()
         self.folder = folder
         self._changes, self._asked_at = -1, 0.0
         (folder / WORKERS_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -129,7 +145,7 @@ class RemoteQueue:
                     logging_level="error",
                     configure_logging=False,
                 )
-            self._keeper = ray.get_actor(name, namespace=NAMESPACE)
+            self._keeper = ray.get_actor(self._name, namespace=NAMESPACE)
         except (ValueError, ConnectionError, RuntimeError) as error:
             raise UnfitEnvironmentError(
                 f"the queue of {folder} cannot be reached ({in_one_line(error)})"
@@ -155,6 +171,8 @@ class RemoteQueue:
                         f"the queue of {self.folder} does not answer ({in_one_line(gone)})"
                     ) from None
                 time.sleep(SECONDS_UNTIL_ASKED_AGAIN)
+                with suppress(ValueError):  # another one may be there meanwhile
+                    self._keeper = ray.get_actor(self._name, namespace=NAMESPACE)
         if error is not None:
             raise error(found)
         return found
@@ -162,7 +180,7 @@ class RemoteQueue:
     def add(
         self, run_dir: Path, steps: Sequence[Step], *, key: str | None = None, **more: Any
     ) -> Job:
-        """Accept a job (`JobQueue.add`); where no answer comes it is accepted by nobody."""
+        """Accept a job (`JobQueue.add`); where no answer comes it is withdrawn, or cancelled."""
         own = key or f"once-{secrets.token_hex(16)}"
         try:
             found: Job = self._ask("add", run_dir, steps, key=own, **more)
@@ -195,6 +213,7 @@ def keep_queue(jobs_dir: Path, queue_dir: Path, *, node: str, most_waiting: int)
         UnfitEnvironmentError: it cannot be kept there.
     """
     name = f"queue of {jobs_dir}".replace(" ", "_")
+    was_there = _is_kept(name)
     keeper = (
         ray.remote(Keeper)
         .options(
@@ -209,13 +228,14 @@ def keep_queue(jobs_dir: Path, queue_dir: Path, *, node: str, most_waiting: int)
         .remote(str(queue_dir), most_waiting)
     )
     try:
-        folder, unfit = ray.get(keeper.kept_in.remote(), timeout=SECONDS_TO_ANSWER)
+        asked = [keeper.kept_in.remote(), keeper.open.remote()]
+        folder, unfit = ray.get(asked, timeout=SECONDS_TO_ANSWER)
     except (RayError, GetTimeoutError) as error:
         raise UnfitEnvironmentError(
             f"the queue of {jobs_dir} cannot be kept ({in_one_line(error)})"
         ) from None
     place = f"{ray.get_runtime_context().gcs_address} {name}"
-    if unfit is not None:
+    if unfit is not None and not was_there:
         end_keeping(place)
         said, kind = unfit
         raise kind(f"--queue_dir {queue_dir}: {said}")
@@ -227,6 +247,15 @@ def keep_queue(jobs_dir: Path, queue_dir: Path, *, node: str, most_waiting: int)
     return place
 
 
+def _is_kept(name: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
 def end_keeping(place: str) -> None:
-    """End a keeper; its file stays."""
-    ray.kill(ray.get_actor(place.split()[1], namespace=NAMESPACE))
+    """End a keeper, where it is there; its file stays."""
+    with suppress(ValueError, RayError):
+        ray.kill(ray.get_actor(place.split()[1], namespace=NAMESPACE))

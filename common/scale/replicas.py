@@ -179,7 +179,7 @@ def pool_of(scaling: Scaling) -> Pool:
 def served(
     serving: Serving, scaling: Scaling, *, host: str, port: int
 ) -> Iterator[tuple[str, int]]:
-    """Within the block this cluster has the application, which is given its address.
+    """Within the block this cluster has the application; the block is given its address.
 
     At the end replicas answer what they have. What else Serve has in the cluster stays.
 
@@ -188,21 +188,27 @@ def served(
 
     Raises:
         BadSettingError: the address is of no use, or Serve has another one in this cluster.
-        UnfitEnvironmentError: there can be no such application.
+        UnfitEnvironmentError: there can be no such application, or there is one.
     """
     began, (host, port) = _address(host, port)
+    if NAME in serve.status().applications:
+        raise UnfitEnvironmentError(
+            f"this cluster serves {NAME} already: end the program that does, or remove it (serve "
+            "shutdown)"
+        )
+    application = application_of(serving, scaling)
     queue = None if serving.queue_dir is None else place_of(serving)
     try:
         with _telling():
             if began:
                 serve.start(http_options={"host": host, "port": port, "location": "EveryNode"})
-            target = serve.RunTarget(application_of(serving, scaling), NAME, "/")
+            target = serve.RunTarget(application, NAME, "/")
             serve.run_many([target], wait_for_applications_running=False)
         yield host, port
     finally:
         with suppress(RayError, RayServeException):  # the cluster is gone, and they with it
             _wait_until_gone()
-            if began:
+            if began and not serve.status().applications:
                 serve.shutdown()
         if queue is not None:
             end_keeping(queue)
@@ -227,7 +233,7 @@ def _address(host: str, port: int) -> tuple[bool, tuple[str, int]]:
 def _telling() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, RayError) as error:
+    except (RuntimeError, TimeoutError, RayError) as error:
         raise UnfitEnvironmentError(
             f"the application does not begin ({in_one_line(error)}): --debug shows more"
         ) from None

@@ -186,14 +186,14 @@ class ShardStore:
                         member = tarfile.TarInfo(f"{key}.{ending}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
-            self._put_file(place, content.getvalue())
+            self._put_shard_file(name, place, content.getvalue())
         else:
             pictures = [(run_dir / entry["source"]).read_bytes() for entry in entries]
             table = pyarrow.Table.from_pylist(list(entries), INDEX_SCHEMA)
             column = pyarrow.array(pictures, pyarrow.large_binary())
             content = io.BytesIO()
             parquet.write_table(table.append_column("picture", column), content)
-            self._put_file(place, content.getvalue())
+            self._put_shard_file(name, place, content.getvalue())
 
     def _put_folder(self, name: str, place: str, files: Iterable[Path]) -> None:
         if not self._is_local:  # nobody looks before the index has it
@@ -226,6 +226,10 @@ class ShardStore:
         finally:
             for left in (temporary, old):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def _put_shard_file(self, name: str, place: str, content: bytes) -> None:
+        if not self.is_done(name):  # as of a folder
+            self._put_file(place, content)
 
     def _put_file(self, place: str, content: bytes) -> None:
         with self._whole(place) as file:

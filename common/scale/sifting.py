@@ -93,7 +93,7 @@ def _of_rows(error: Exception) -> StageError:
     if isinstance(error, UnfitEnvironmentError):
         raise error
     if isinstance(error, StageError):
-        return error
+        return error_of(error.exit_code, str(error))  # of its own kind, whatever caused it
     said = error_of(*explain(error, ""))
     said.__cause__ = error
     if isinstance(error, OSError):

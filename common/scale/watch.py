@@ -39,11 +39,13 @@ class Pulse:
 
         But where none is made for a while, those that wait may be on a node that is no more.
         """
-        hosts = {name.rpartition("-")[0] for name, said in self._said.items() if said[0] == MAKING}
-        most = MOST_BETWEEN * max(self._makers, len(hosts)) + self._encoders
-        waits = len(self._between - {shard}) >= most
-        if waits and time.monotonic() - self._made_at < SECONDS_UNTIL_LOST:
-            return False
+        most = MOST_BETWEEN * max(self._makers, self._at_work(MAKING)) + self._encoders
+        if len(self._between - {shard}) >= most:
+            one_began = any(pool == MAKING for pool, _, _ in self._said.values())
+            if time.monotonic() - self._made_at < SECONDS_UNTIL_LOST or not one_began:
+                return False
+            self._between.clear()
+            self._made_at = time.monotonic()
         self._between.add(shard)
         return True
 
@@ -67,6 +69,17 @@ class Pulse:
     def row_ends(self, pool: str, shard: str, row: int) -> None:
         """`sifting.Ends.ends`."""
         self._alone[pool, shard][row] = -1
+
+    def _at_work(self, pool: str) -> int:
+        """How many hosts have processes of a pool that have said something lately."""
+        since = time.time() - SECONDS_UNTIL_LOST
+        return len(
+            {
+                name.rpartition("-")[0]
+                for name, (of, _, at) in self._said.items()
+                if of == pool and at > since
+            }
+        )
 
     def is_made(self, shard: str) -> None:
         self._between.discard(shard)

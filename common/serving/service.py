@@ -248,8 +248,9 @@ class Service:
     async def forget(self, job: Job) -> None:
         """Let go of a job that has ended, and of its run directory."""
         remove_live(self._jobs_dir, job.run_dir.name)
-        if not await self._ask(self._queue.forget, job.number):
-            return  # it runs still, or somebody else has done so
+        await self._ask(self._queue.forget, job.number)
+        if await self._ask(self._queue.get, job.number) is not None:
+            return  # it runs still
         self._is_to_look = True
         await asyncio.to_thread(shutil.rmtree, job.run_dir, ignore_errors=True)
 

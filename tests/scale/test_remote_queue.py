@@ -143,6 +143,31 @@ def test_answers_that_are_lost(queue: Any, tmp_path: Path) -> None:
     ray.get(queue._keeper.withdraw.remote(tmp_path / "c"))  # which runs
     ray.get(queue._keeper.withdraw.remote(tmp_path / "d"))
     assert [job.run_dir.name for job in queue.jobs()] == ["a", "c"]
+    assert [job.cancel_asked for job in queue.jobs()] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_opened_for_a_while(
+    queue: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A keeper that is begun again says so, and goes on when it can."""
+    job, place = queue.add(tmp_path / "a", STEPS), os.environ[REMOTE_QUEUE]
+    file, away = tmp_path / "queue" / "jobs.sqlite3", tmp_path / "away"
+    file.rename(away)
+    file.mkdir()
+    seen = changes_of(queue)
+    ray.kill(queue._keeper, no_restart=False)
+    with refusal(UnfitEnvironmentError, "cannot be used"):
+        while changes_of(queue) == seen:  # as long as the one before answers
+            pass
+    with refusal(UnfitEnvironmentError, "cannot be used"):
+        queue.jobs()
+    (node,) = (each["NodeID"] for each in ray.nodes() if each["Alive"])
+    own = {"node": node, "most_waiting": 3}
+    assert remote_queue.keep_queue(tmp_path / "jobs", tmp_path / "queue", **own) == place
+    file.rmdir()
+    away.rename(file)
+    assert queue.jobs() == [job]
 
 
 @pytest.mark.slow

@@ -130,6 +130,11 @@ def test_a_replica_that_is_killed_and_one_that_goes(cluster: Any, tmp_path: Path
         assert len(queue.jobs()) == load.answered
         queue.close()
         assert httpx.get(f"{url}/readyz").json() == {"ready": True}
+        port = int(url.rpartition(":")[2])
+        second = begin(cluster, tmp_path / "second", flags | {"port": port})
+        assert second.wait(60) == 5
+        assert "serves pictures already" in (tmp_path / "second").read_text()
+        assert httpx.get(f"{url}/readyz").json() == {"ready": True}
     finally:
         program.terminate()
         assert program.wait(120) == 143, log.read_text()

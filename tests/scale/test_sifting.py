@@ -87,6 +87,16 @@ def test_a_row_alone_may_be_at_fault_for_anything(error: Exception, said: str, c
     assert (row, own) == (4, code) and why.startswith(said)
 
 
+def test_bad_rows_are_no_defect_whatever_has_caused_their_errors() -> None:
+    def do(lines: Sequence[Line]) -> None:
+        if bad := [line for line in lines if line.row < 10]:
+            raise BadSettingError(f"no {bad[0].row}") from KeyError("x")
+
+    lines, failures, _ = sift(LINES, do)
+    assert len(lines) == 3 and [failure.error for failure in failures[:2]] == ["no 0", "no 1"]
+    assert {failure.exit_code for failure in failures} == {2} and len(failures) == 10
+
+
 def test_a_defect_at_many_rows_is_none_of_theirs() -> None:
     do, calls = do_without({line.row: KeyError(line.row) for line in LINES})
     with pytest.raises(KeyError):

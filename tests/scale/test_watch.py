@@ -56,6 +56,16 @@ def test_prompts_are_encoded_no_further_ahead_than_a_bound(monkeypatch: pytest.M
     for host in ("host-1", "host-1", "host-2"):  # a second one has come
         pulse.tell(f"{host}-{len(host)}", MAKING, "opens its stages")
     assert [pulse.may_encode(shard) for shard in "fghi"] == [True] * 3 + [False]
-    # Those that wait are on a node that is no more.
-    monkeypatch.setattr(watch, "SECONDS_UNTIL_LOST", 0.0)
-    assert pulse.may_encode("i")
+    # Those that wait are on a node that is no more: as many again, once.
+    monkeypatch.setattr(watch, "SECONDS_UNTIL_LOST", -1.0)
+    assert pulse.may_encode("i") and pulse.between() == 1
+    # The second host has said nothing for long.
+    monkeypatch.setattr(watch, "SECONDS_UNTIL_LOST", 1000.0)
+    pulse._said["host-2-6"] = (MAKING, "is at shard a", time.time() - 1001)
+    assert [pulse.may_encode(shard) for shard in "jklm"] == [True, True, True, False]
+
+
+def test_nothing_runs_ahead_of_hosts_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SECONDS_UNTIL_LOST", -1.0)
+    pulse = watch.Pulse(1, 1)
+    assert [pulse.may_encode(shard) for shard in "abcde"] == [True] * 4 + [False]
