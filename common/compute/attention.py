@@ -113,9 +113,12 @@ def _pallas_attention(query: Array, key: Array, value: Array, *, scale: float) -
         block_k=block_k,
         block_b=1,
     )
-    result = flash_attention(
-        query, key, value, segment_ids=segments, sm_scale=scale, block_sizes=sizes
-    )
+    # Kernels know no products between those of one bfloat16 and of float32.
+    precision = "highest" if query.dtype == jnp.float32 else None
+    with jax.default_matmul_precision(precision):
+        result = flash_attention(
+            query, key, value, segment_ids=segments, sm_scale=scale, block_sizes=sizes
+        )
     return result[:, :, :queries]
 
 
