@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.compute.links import ring_of
 from common.errors import BadSettingError
 
 if TYPE_CHECKING:
@@ -142,14 +143,28 @@ def _divisors(number: int) -> list[int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> "Mesh":
-    """Lay the first of the devices out as a mesh that `choose_mesh` chose."""
+    """Lay the first of the devices out as a mesh that `choose_mesh` chose.
+
+    Where they lie on a grid, those of rows that follow each other are neighbors there.
+    """
     import jax
     import numpy as np
 
     grid = np.array(devices[: math.prod(sizes.values())]).reshape(
         [sizes[axis] for axis in MESH_AXES]
     )
+    for others in np.ndindex(sizes["data"], sizes["cfg"], sizes["tensor"]):
+        own = (*others[:2], slice(None), others[2])
+        grid[own] = _as_neighbors(grid[own].tolist())
     return jax.sharding.Mesh(grid, MESH_AXES)
+
+
+def _as_neighbors(devices: Sequence[Any]) -> list[Any]:
+    """Devices around a ring of their grid; as they are where they lie on none."""
+    there = {tuple(device.coords): device for device in devices if hasattr(device, "coords")}
+    if len(there) < len(devices):
+        return [*devices]
+    return [there[place] for place in ring_of(tuple(there))]
 
 
 def name_of(mesh: "Mesh") -> str:

@@ -9,6 +9,7 @@ waited for:
   from its start on; collectives follow each other on the links;
 - what the compiler fetches from the chip's memory ahead of its use takes its bytes at the memory's
   rate, one after the other;
+- a kernel has a start besides, as every operation in the compiler's model;
 - a step takes no less than the memory needs for all that it reads of its weights, once.
 """
 
@@ -38,6 +39,7 @@ from common.compute.tpu_estimate import (
     shapes_in,
 )
 
+START_CYCLES = 2100  # of a kernel: those that the compiler gives the smallest operation
 FETCH, MEMORY = "fetching", "memory"  # further parts: waits for what is fetched, and for all of it
 FETCHES = ("copy", "slice")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
@@ -170,7 +172,8 @@ class _Walk:
 
     def _do(self, each: Instruction, types: dict[str, str]) -> None:
         if each.opcode == "custom-call" and "tpu_custom_call" in each.line:
-            seconds = kernel_seconds(each, types, self._chip)
+            started = START_CYCLES / self._chip.clock
+            seconds = started + kernel_seconds(each, types, self._chip)
         else:
             seconds = each.cycles / self._chip.clock
         if seconds:

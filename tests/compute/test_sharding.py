@@ -1,5 +1,7 @@
 """Which mesh is chosen, and what is refused."""
 
+from dataclasses import dataclass
+
 import jax
 import pytest
 from hypothesis import given
@@ -24,6 +26,34 @@ def test_a_mesh_on_the_command_line() -> None:
     for text in ("data", "data=0", "depth=2", "data=2,data=2", "data=-1", "", "cfg=3"):
         with pytest.raises(BadSettingError, match="--mesh"):
             parse_mesh(text)
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A device of a TPU's grid, as far as a mesh looks at it."""
+
+    id: int
+    coords: tuple[int, ...]
+
+
+def test_rows_that_follow_each_other_are_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On v6e:2x4, whose devices jax numbers along the shorter side."""
+    made = []
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda grid, axes: made.append(grid))
+    devices = [OnGrid(k, (k % 2, k // 2, 0)) for k in range(8)]
+    make_mesh(SINGLE | {"cfg": 2, "rows": 4}, devices)
+    make_mesh(SINGLE | {"rows": 8}, devices)
+    make_mesh(SINGLE | {"data": 8}, devices)
+    halves, whole, images = ([device.id for device in grid.flat] for grid in made)
+    assert halves in ([0, 1, 3, 2, 4, 5, 7, 6], [0, 2, 3, 1, 4, 6, 7, 5])
+    assert images == [*range(8)] and sorted(whole) == [*range(8)]
+    for group in (halves[:4], halves[4:], whole):
+        for first, second in zip(group, [*group[1:], group[0]], strict=True):
+            (x, y, _), (u, v, _) = devices[first].coords, devices[second].coords
+            assert abs(x - u) + abs(y - v) == 1
+    # Two cores of a chip have one place: they stay as they are.
+    make_mesh(SINGLE | {"rows": 4}, [OnGrid(k, (k // 2, 0, 0)) for k in (2, 0, 3, 1)])
+    assert [device.id for device in made[-1].flat] == [2, 0, 3, 1]
 
 
 @pytest.mark.parametrize(

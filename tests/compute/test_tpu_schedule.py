@@ -134,6 +134,9 @@ def test_a_loop_of_known_length_is_as_often_as_it_is() -> None:
     once, step = schedule(text, V6E, [(0, 0), (1, 0), (0, 1), (1, 1)], LATENCY)
     assert once.seconds["convolution"] == pytest.approx(3 * 1000 * CYCLE)
     assert step.seconds["convolution"] == pytest.approx(1000 * CYCLE)
+    scores = 20 * 4096 * 1024  # of a kernel, whose start counts as any operation's
+    kernel = 4 * scores * 64 / (V6E.peak_flops / 4) + 2100 * CYCLE
+    assert once.seconds["attention"] == pytest.approx(kernel)
     gathered = 16000 * 3 / 8 * LINK + LATENCY
     summed = 2 * 400 * 3 / 8 * LINK + LATENCY
     assert once.seconds["collectives"] == pytest.approx(gathered + summed)

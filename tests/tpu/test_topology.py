@@ -75,10 +75,10 @@ def test_one_image_over_eight_chips(stage: Run, reduced_sdxl: Path, tmp_path: Pa
     assert (content["chips"], content["mesh"]) == (8, "cfg=2,rows=4")
     assert content["fits"] and 0 < content["memory_bytes"]["total"] < 0.5e9
     step = content["step"]
-    # Keys and values of every self-attention; borders of convolutions; norms' statistics.
+    # What every self-attention is given; borders of convolutions; norms' statistics.
     config = json.loads((reduced_sdxl / "unet" / "config.json").read_text())
     blocks = count_transformer_blocks(config)
-    assert step["collectives"]["all-gather"] == pytest.approx(2 * blocks, abs=2)
+    assert step["collectives"]["all-gather"] == pytest.approx(blocks, abs=2)
     assert step["collectives"]["collective-permute"] > 10
     assert step["collectives"]["all-reduce"] > 10
     assert set(step["collectives"]) == {"all-gather", "all-reduce", "collective-permute"}
@@ -86,8 +86,9 @@ def test_one_image_over_eight_chips(stage: Run, reduced_sdxl: Path, tmp_path: Pa
     assert step["total_seconds"] == pytest.approx(sum(step["seconds"].values()))
     # By its schedule: the same operations, collectives over the links that they really have.
     scheduled = step["scheduled"]
-    for part in ("convolution", "attention", "linear", "norm"):
+    for part in ("convolution", "linear", "norm"):
         assert scheduled["seconds"][part] == pytest.approx(step["seconds"][part])
+    assert scheduled["seconds"]["attention"] > step["seconds"]["attention"]
     moved = scheduled["seconds"]["collectives"] + scheduled["hidden"]
     assert moved > step["seconds"]["collectives"] and scheduled["hidden"] >= 0
     # No scores: nothing with as many rows and columns as a picture has tokens is ever in memory.
