@@ -25,6 +25,7 @@ from common.serving.service import Service, pictures_of, without_paths
 
 SECONDS_BETWEEN_LOOKS = 0.1  # at the jobs that run, while somebody listens
 SECONDS_BETWEEN_PINGS = 15.0
+SECONDS_UNTIL_WRITTEN = 1.0  # that a job's end may have been before the queue has it
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies pass it on at once
 MOST_ENDED = 200  # jobs whose end is kept for who reads slowly
 ENDINGS = ("done", "failed", "cancelled", "forgotten")
@@ -37,6 +38,7 @@ class JobEvents:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._last: dict[str, Event] = {}
+        self._ended_to = 0.0  # when the last job ended that was seen
         self._changed = asyncio.Condition()
         self._one_looks = asyncio.Lock()
         self._listeners = 0
@@ -51,6 +53,8 @@ class JobEvents:
             name: of the job's run directory; None: all that have not ended, and those to come.
         """
         self._listeners += 1
+        if self._listeners == 1:
+            self._ended_to = time.time()
         began, most = time.monotonic(), self._service.bounds.events_seconds
         try:
             await self._look()
@@ -120,6 +124,11 @@ class JobEvents:
                     now[name] = queued(job, places[job.number])
                 else:
                     now[name] = progress(job, await self._service.live(job), self._last.get(name))
+            # Some begin and end between two looks.
+            for job in await self._service.ended_since(self._ended_to - SECONDS_UNTIL_WRITTEN):
+                self._ended_to = max(self._ended_to, job.ended_at or 0.0)
+                if job.run_dir.name not in self._last:
+                    now[job.run_dir.name] = await ending(job)
             gone = [n for n, last in self._last.items() if n not in now and not ended(last)]
             for name in gone:
                 now[name] = await self._ending(name)

@@ -223,6 +223,10 @@ class Service:
         found = await self._ask(self._queue.jobs, State.WAITING, State.RUNNING)
         return [job for job in found if job.caller is None]
 
+    async def ended_since(self, time: float) -> list[Job]:
+        """Those of requests that have ended after a time."""
+        return await self._ask(self._queue.ended_since, time)
+
     async def metrics(self) -> bytes:
         """What Prometheus reads; of what has ended since the server began."""
         await self._count()
@@ -230,7 +234,7 @@ class Service:
 
     async def _count(self) -> None:
         async with self._counting:
-            ended = await self._ask(self._queue.ended_since, self._counted_to)
+            ended = await self.ended_since(self._counted_to)
             await asyncio.to_thread(self._metrics.count, ended)
             self._counted_to = max([self._counted_to, *(job.ended_at or 0 for job in ended)])
 

@@ -1,5 +1,6 @@
 """How jobs go, as streams over real HTTP tell it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,7 +13,10 @@ import httpx
 import psutil
 import pytest
 
+from common.serving.events import JobEvents
 from common.serving.job_queue import JobQueue
+from common.serving.jobs import Step
+from common.serving.service import Bounds, Service
 from tests.serving.conftest import Server, start_server
 
 PICTURE = {"prompt": "a red star", "settings": {"seed": 4, "num_inference_steps": 6}}
@@ -33,6 +37,41 @@ def submit(server: Server, **changes: Any) -> str:
     answer = httpx.post(f"{server.url}/jobs", json=PICTURE | changes, timeout=60)
     assert answer.status_code == 202, answer.text
     return str(answer.json()["id"])
+
+
+def test_a_job_that_ends_between_two_looks_is_told(tmp_path: Path) -> None:
+    async def listen() -> list[str]:
+        service = Service(tmp_path / "jobs", {})
+        queue = JobQueue(tmp_path / "jobs")
+        before, after = (queue.add(tmp_path / name, [Step(1, [])]) for name in ("before", "after"))
+        queue.end(queue.claim([1], "worker") or before, 2, "too early")
+        queue.cancel(after.number)
+        stream = JobEvents(service).listen()
+        found = [await anext(stream)]
+        job = queue.add(tmp_path / "quick", [Step(1, [])])
+        queue.end(queue.claim([1], "worker") or job, 2, "no such thing")
+        found.append(await asyncio.wait_for(anext(stream), 10))
+        await stream.aclose()
+        queue.close()
+        service.close()
+        return found
+
+    begin, event = asyncio.run(listen())
+    assert begin.startswith(": ")
+    assert event == 'event: failed\ndata: {"id": "quick", "error": "no such thing"}\n\n'
+
+
+def test_a_stream_that_is_bounded_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.serving.events.SECONDS_BETWEEN_PINGS", 0.05)
+
+    async def listen() -> list[str]:
+        service = Service(tmp_path / "jobs", {}, Bounds(events_seconds=0.3))
+        found = [line async for line in JobEvents(service).listen()]
+        service.close()
+        return found
+
+    begin, *pings = asyncio.run(asyncio.wait_for(listen(), 20))
+    assert begin.startswith(": ") and {*pings} == {": still here\n\n"}
 
 
 @pytest.mark.slow
