@@ -144,11 +144,9 @@ def _figures(estimate_of: EstimateOf, hlo: str, memory: dict[str, int]) -> dict[
     chip, steps = estimate_of.chip, estimate_of.steps
     once, step = tpu_estimate.estimate(hlo, chip)
     grid = [tuple(getattr(d, "coords", (d.id,))) for d in estimate_of.mesh.devices.flat]
-    by_latency = {
-        f"{1e6 * latency:g}": tpu_schedule.schedule(hlo, chip, grid, latency)
-        for latency in LATENCIES
-    }
-    by_schedule = by_latency[f"{1e6 * tpu_estimate.COLLECTIVE_LATENCY:g}"]
+    scheduled = tpu_schedule.schedule(hlo, chip, grid, LATENCIES)
+    by_latency = dict(zip(LATENCIES, scheduled, strict=True))
+    by_schedule = by_latency[tpu_estimate.COLLECTIVE_LATENCY]
     seconds = by_schedule[0].total_seconds + steps * by_schedule[1].total_seconds
     return {
         "title": estimate_of.title,
@@ -163,7 +161,8 @@ def _figures(estimate_of: EstimateOf, hlo: str, memory: dict[str, int]) -> dict[
         "once": once.as_json() | {"scheduled": by_schedule[0].as_json()},
         "step": step.as_json() | {"scheduled": by_schedule[1].as_json()},
         "seconds_by_latency": {  # microseconds of a collective → seconds of the step, or of all
-            name: found[1 if steps else 0].total_seconds for name, found in by_latency.items()
+            f"{1e6 * latency:g}": found[1 if steps else 0].total_seconds
+            for latency, found in by_latency.items()
         },
         "images_per_second": estimate_of.images / seconds,
     }

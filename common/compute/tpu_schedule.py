@@ -26,7 +26,6 @@ from common.compute.links import Position, fullest_link
 from common.compute.tpu_estimate import (
     CALLED,
     CALLS,
-    COLLECTIVE_LATENCY,
     COLLECTIVES,
     ITEM_BYTES,
     PARTS,
@@ -68,22 +67,25 @@ class Scheduled:
 
 
 def schedule(
-    hlo: str, chip: Chip, grid: Sequence[Position], latency: float = COLLECTIVE_LATENCY
-) -> tuple[Scheduled, Scheduled]:
+    hlo: str, chip: Chip, grid: Sequence[Position], latencies: Sequence[float]
+) -> list[tuple[Scheduled, Scheduled]]:
     """Estimate a program from its optimized HLO text: what is done once, and one step of its loop.
 
     Args:
         grid: where each device of the program is.
-        latency: seconds of a collective besides its bytes.
+        latencies: seconds of a collective besides its bytes; for each there is an estimate.
     """
     computations, entry = parse(hlo)
-    once, step = _walked(computations, entry, chip, grid, latency), Scheduled()
-    for body in once.loops:
-        found = _walked(computations, body, chip, grid, latency).found
-        step.hidden += found.hidden
-        for part, seconds in found.seconds.items():
-            step.seconds[part] += seconds
-    return once.found, step
+    found = []
+    for latency in latencies:
+        once, step = _walked(computations, entry, chip, grid, latency), Scheduled()
+        for body in once.loops:
+            of_body = _walked(computations, body, chip, grid, latency).found
+            step.hidden += of_body.hidden
+            for part, seconds in of_body.seconds.items():
+                step.seconds[part] += seconds
+        found.append((once.found, step))
+    return found
 
 
 def _walked(

@@ -174,13 +174,8 @@ def make_shards(
             compute=_pool_of(encoding, len(asked)),
             num_cpus=encoding.cpus,
         )
-        own: dict[str, Any] = {"num_cpus": on_devices.cpus}
-        if on_devices.hosts > 1:  # whose places the process asks for itself
-            own["num_cpus"] = 0
-        elif on_devices.resource == "GPU":
-            own["num_gpus"] = on_devices.chips
-        elif on_devices.resource is not None:
-            own["resources"] = {on_devices.resource: on_devices.chips}
+        # The places of several hosts the process asks for itself.
+        own = {"num_cpus": 0} if on_devices.hosts > 1 else on_devices.options()
         made = encoded.map(
             _MakeShards,
             fn_constructor_args=[making, watch.pulse, on_devices],

@@ -36,6 +36,15 @@ class Pool:
         asked = {"CPU": self.cpus, self.resource: self.chips}
         return {name: float(value) for name, value in asked.items() if name is not None and value}
 
+    def options(self) -> dict[str, Any]:
+        """The same, as Ray takes it for an actor."""
+        asked: dict[str, Any] = {"num_cpus": self.cpus}
+        if self.resource == "GPU":
+            asked["num_gpus"] = self.chips
+        elif self.resource is not None:
+            asked["resources"] = {self.resource: self.chips}
+        return asked
+
     def said(self) -> str:
         parts = ", ".join(f"{value:g} {name}" for name, value in self.needs().items())
         of_hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""

@@ -147,15 +147,9 @@ def place_of(serving: Serving) -> str:
 
 def application_of(serving: Serving, scaling: Scaling) -> serve.Application:
     """The application, for a cluster that was joined: a replica on each host that has chips."""
-    own = pool_of(scaling)
-    needs: dict[str, Any] = {"num_cpus": own.cpus}
-    if own.resource == "GPU":
-        needs["num_gpus"] = own.chips
-    elif own.resource is not None:
-        needs["resources"] = {own.resource: own.chips}
     deployment = serve.deployment(
         name=NAME,
-        ray_actor_options=needs,
+        ray_actor_options=pool_of(scaling).options(),
         autoscaling_config={
             "min_replicas": scaling.least,
             "max_replicas": scaling.most,

@@ -49,13 +49,16 @@ def test_an_estimate_is_said_and_written(
         return once, step
 
     def schedule(
-        hlo: str, given: Chip, grid: list[tuple[int, ...]], latency: float
-    ) -> tuple[Scheduled, Scheduled]:
+        hlo: str, given: Chip, grid: list[tuple[int, ...]], latencies: tuple[float, ...]
+    ) -> list[tuple[Scheduled, Scheduled]]:
         assert given is chip and hlo.startswith("HloModule jit_program") and len(grid) == 4
-        once, step = Scheduled(), Scheduled()
-        once.seconds["other"], step.seconds["attention"] = 0.5, 0.1
-        step.seconds["collectives"], step.hidden = 0.05 + 1e4 * latency, 0.03
-        return once, step
+        found = []
+        for latency in latencies:
+            once, step = Scheduled(), Scheduled()
+            once.seconds["other"], step.seconds["attention"] = 0.5, 0.1
+            step.seconds["collectives"], step.hidden = 0.05 + 1e4 * latency, 0.03
+            found.append((once, step))
+        return found
 
     def program(x: jax.Array) -> jax.Array:
         return jnp.tanh(x) @ x

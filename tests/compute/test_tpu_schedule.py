@@ -36,7 +36,8 @@ def program(*lines: str, more: str = "") -> str:
 
 
 def of(text: str) -> Scheduled:
-    return schedule(text, V6E, GRID, LATENCY)[0]
+    ((once, _),) = schedule(text, V6E, GRID, [LATENCY])
+    return once
 
 
 def test_a_collective_that_nothing_runs_beside_costs_all_of_it() -> None:
@@ -123,7 +124,7 @@ def test_a_step_takes_no_less_than_its_weights() -> None:
         + f"\n  ROOT %t = ({kinds}) tuple(%c, %e1, %e2)\n}}\n\n"
     )
     text = program(f"  %w = ({kinds}) while(%tuple), condition=%fused, body=%body", more=body)
-    once, step = schedule(text, V6E, GRID, LATENCY)
+    ((once, step),) = schedule(text, V6E, GRID, [LATENCY])
     assert step.seconds["memory"] == pytest.approx(SCALE * MEMORY - 100 * CYCLE)
     assert once.total_seconds == 0
 
@@ -131,7 +132,7 @@ def test_a_step_takes_no_less_than_its_weights() -> None:
 def test_a_loop_of_known_length_is_as_often_as_it_is() -> None:
     """Of the program that the plain sum is tested with."""
     text = (Path(__file__).parent / "small_program.hlo").read_text()
-    once, step = schedule(text, V6E, [(0, 0), (1, 0), (0, 1), (1, 1)], LATENCY)
+    ((once, step),) = schedule(text, V6E, [(0, 0), (1, 0), (0, 1), (1, 1)], [LATENCY])
     assert once.seconds["convolution"] == pytest.approx(3 * 1000 * CYCLE)
     assert step.seconds["convolution"] == pytest.approx(1000 * CYCLE)
     scores = 20 * 4096 * 1024  # of a kernel, whose start counts as any operation's

@@ -31,6 +31,13 @@ def test_processes_that_would_wait_for_ever_are_refused() -> None:
             ray_pools.refuse_too_little(nodes, [ENCODING, ON_TPUS])
 
 
+def test_what_each_asks_for_as_ray_takes_it() -> None:
+    on_gpus = ray_pools.Pool(ray_pools.MAKING, 1, 0, "GPU", 2)
+    assert ENCODING.options() == {"num_cpus": 1}
+    assert ON_TPUS.options() == {"num_cpus": 0, "resources": {"TPU": 8}}
+    assert on_gpus.options() == {"num_cpus": 0, "num_gpus": 2}
+
+
 def test_pools_suit_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def pools(nodes: list[dict[str, float]], *asked: Any) -> list[tuple[int, Any, int]]:
         told = [{"Alive": True, "Resources": node} for node in nodes]
